@@ -1,0 +1,492 @@
+"""What all architectures share: config, decoder, language model with its loss, classifier.
+
+An architecture subclasses these, names its mixer and MLP, and says what differs. The decoder is
+the usual one: embed, blocks of (norm, mixer, norm, MLP) around a residual stream, norm. A mixer is
+
+    forward(x_BTD, sequence, state, **inputs) -> (y_BTD, state)
+
+with the documents' boundaries and positions in `sequence` (zoo/sequence.py), the state as an
+argument and a result (zoo/state.py), and what `ZooModel.mixer_inputs` computes once for all layers.
+"""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .sequence import Sequence
+from .state import Inputs, State, StateLayer, StateSpec, state_size
+
+LOSS_IGNORES = -100
+
+
+@strict
+class ZooConfig(PreTrainedConfig):
+    """The fields every architecture has.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width D of the residual stream.
+        intermediate_size: width F of the MLP; None lets the architecture choose.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of heads H.
+        rms_norm_eps: epsilon of the norms.
+        tie_word_embeddings: whether the output projection is the embedding.
+        use_cache: whether a forward pass returns the state.
+
+    Raises:
+        ValueError: an unknown field, a value of the wrong type or out of range.
+    """
+
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    # The cache layer and the attention pattern of each block; accelerate reads these names to refuse
+    # splitting a sequence over devices, which would restart a recurrent state in silence.
+    layer_type: ClassVar[str] = StateLayer._layer_type
+    # Settings worth testing beside the default: name -> fields.
+    variants: ClassVar[dict[str, dict]] = {}
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.layer_types is None:
+            self.layer_types = [self.layer_type] * self.num_hidden_layers
+        unknown = sorted(name for name in kwargs if not hasattr(PreTrainedConfig, name))
+        unknown = [name for name in unknown if name not in _CONFIG_KEYWORDS]
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} has no field {', '.join(unknown)}; its fields are "
+                f"{', '.join(sorted(type(self).__annotations__))} and those of ZooConfig."
+            )
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks relations between fields; subclasses add theirs."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}; change one of them."
+            )
+
+    def validate_layer_type(self):
+        """The layer types are the architecture's own, one per block."""
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has one entry per layer, {self.num_hidden_layers}, "
+                f"got {len(self.layer_types)}; leave it out to have it filled in."
+            )
+
+
+# What transformers itself passes to a config beside its declared fields.
+_CONFIG_KEYWORDS = frozenset()
+
+
+class Constant(nn.Module):
+    """A tensor the mathematics fixes (decays, angles): never trained, never rounded.
+
+    Kept in float64 whatever dtype the model is moved to: bf16 has too few digits for a decay close
+    to 1, and float32 too few for the angle of the millionth position. Not saved: it follows from
+    the config.
+
+    Args:
+        compute: returns the tensor, in float64.
+    """
+
+    def __init__(self, compute):
+        super().__init__()
+        self.compute = compute
+        self.register_buffer("value", compute().double(), persistent=False)
+
+    def reset(self):
+        """Computes the value again, for a model that was built without memory."""
+        with torch.device("cpu"):
+            value = self.compute()
+        init.copy_(self.value, value.to(self.value.device, self.value.dtype))
+
+    def _apply(self, fn, recurse=True):
+        # Follow the model to its device, but not to its dtype.
+        device = fn(torch.empty(0, device=self.value.device)).device
+        if device != self.value.device:
+            with torch.device("cpu"):
+                value = self.compute() if self.value.is_meta else self.value
+            # Apple's GPUs have no float64.
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self.value = value.to(dtype).to(device)
+        return self
+
+    def forward(self):
+        """The tensor."""
+        return self.value
+
+
+class ZooPreTrainedModel(PreTrainedModel):
+    """Hugging Face's base class with the zoo's conventions."""
+
+    config: ZooConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        # transformers decides by class name, and some of ours contain names it has excluded.
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # A module that knows its paper's initialisation says so; children come before parents, so
+        # it has the last word on the linear layers it contains.
+        if isinstance(module, Constant):
+            module.reset()
+        elif hasattr(module, "init_weights_of_paper"):
+            module.init_weights_of_paper()
+
+
+class ZooBlock(GradientCheckpointingLayer):
+    """A pre-norm residual block: x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    mixer_class: type[nn.Module]
+    mlp_class: type[nn.Module]
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = self.mixer_class(config, layer_idx)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = self.mlp_class(config)
+
+    def forward(self, x_BTD, sequence, state, **inputs):
+        """Returns (x_BTD, state); the state that came in is left as it was."""
+        y_BTD, state = self.mixer(self.mixer_norm(x_BTD), sequence, state.copy(), **inputs)
+        x_BTD = x_BTD + y_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), state
+
+
+class ZooModel(ZooPreTrainedModel):
+    """The decoder: embedding, blocks, final norm."""
+
+    block_class: type[ZooBlock]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            self.block_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = self.build_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def build_norm(self, config):
+        """The norm after the last block."""
+        return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def embed(self, embeds_BTD):
+        """What happens to token embeddings before the first block."""
+        return embeds_BTD
+
+    def mixer_inputs(self, x_BTD, sequence):
+        """Keyword arguments for every block, computed once per forward pass."""
+        return {}
+
+    def state_specs(self):
+        """The `StateSpec`s of each layer by name."""
+        return [layer.mixer.state_specs() for layer in self.layers]
+
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Runs the decoder over new tokens, from the state in `past_key_values` if there is one.
+
+        Args:
+            input_ids: [B, T]; or inputs_embeds.
+            attention_mask: [B, T] or [B, past + T], 0 where there is padding, anywhere in a row.
+            position_ids: [B, T]; a document starts wherever they restart. None: they count each
+                row's tokens without padding, on from the state.
+            past_key_values: the state so far; a new one is made if use_cache.
+            inputs_embeds: [B, T, D].
+            use_cache: whether to return the state.
+            cu_seq_lens_q: [N + 1] document boundaries for B = 1, as in FlashAttention.
+            seq_idx: [B, T], index of each token's document.
+
+        Returns:
+            last_hidden_state [B, T, D], zero on padding, and past_key_values.
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds; no tokens; wrong shapes.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids [B, T] and inputs_embeds [B, T, D].")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        inputs = Inputs(inputs_embeds, attention_mask, position_ids)
+        num_pending = 0
+        if past_key_values is not None:
+            self._check_cache(past_key_values, inputs_embeds)
+            inputs, num_pending = _with_pending(inputs, past_key_values.layers[0])
+
+        sequence = Sequence.open(
+            tuple(inputs.embeds_BTD.shape[:2]),
+            inputs.embeds_BTD.device,
+            inputs.attention_mask,
+            inputs.position_ids,
+            cu_seq_lens_q,
+            seq_idx,
+            None if past_key_values is None else past_key_values.layers[0].clock,
+        )
+        output = self._run_blocks(
+            sequence.pack(inputs.embeds_BTD),
+            sequence,
+            past_key_values,
+            inputs,
+            return_dict=True,
+            **kwargs,
+        )
+        for name in ("last_hidden_state", "hidden_states"):
+            value = output.get(name)
+            if value is not None:
+                unpacked = _map_tensors(lambda x: sequence.unpack(x)[:, num_pending:], value)
+                output[name] = unpacked
+        output["past_key_values"] = past_key_values if use_cache else None
+        return output
+
+    @capture_outputs
+    def _run_blocks(self, embeds_BTD, sequence, cache, inputs, **kwargs):
+        # The embedding's own scale and norm act on each token alone, so they can come after packing.
+        x_BTD = self.embed(embeds_BTD)
+        mixer_inputs = self.mixer_inputs(x_BTD, sequence)
+        for index, layer in enumerate(self.layers):
+            specs = layer.mixer.state_specs()
+            if cache is None:
+                state = State(dict.fromkeys(specs), is_kept=False)
+            else:
+                state = cache.layers[index].read(sequence, specs)
+            x_BTD, state = layer(x_BTD, sequence, state, **mixer_inputs)
+            if cache is not None:
+                cache.layers[index].write(sequence, specs, state, inputs if index == 0 else None)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD))
+
+    def _check_cache(self, cache, embeds_BTD):
+        if not cache.layers:
+            # DynamicCache() without a config makes its layers as it goes; ours are known.
+            cache.layers = DynamicCache(config=self.config).layers
+            cache.layer_class_to_replicate = None
+        layers = cache.layers
+        if len(layers) != len(self.layers) or not isinstance(layers[0], StateLayer):
+            raise ValueError(
+                f"past_key_values: expected a cache of {len(self.layers)} recurrent state layers, "
+                f"got {len(layers)} of type {type(layers[0]).__name__}; "
+                "make one with DynamicCache(config=model.config)."
+            )
+        if layers[0].clock is not None and len(layers[0].clock) != embeds_BTD.shape[0]:
+            raise ValueError(
+                f"past_key_values holds the state of {len(layers[0].clock)} rows, got a batch of "
+                f"{embeds_BTD.shape[0]}; use batch_select_indices or batch_repeat_interleave."
+            )
+
+
+def _with_pending(inputs, layer):
+    """The inputs after the tokens that `crop` left to be run again, and how many those are."""
+    length = layer.pending_length
+    if length == 0:
+        return inputs, 0
+    pending, new = layer.pending, inputs.embeds_BTD.shape[1]
+    mask, positions = inputs.attention_mask, inputs.position_ids
+    if mask is None:
+        mask = pending.attention_mask
+        if mask is not None:
+            mask = F.pad(mask[:, -length:], (0, new), value=1)
+    elif mask.shape[1] < length + new:
+        before = pending.attention_mask
+        before = mask.new_ones(mask.shape[0], length) if before is None else before[:, -length:]
+        mask = torch.cat([before, mask], dim=1)
+    if positions is not None and positions.shape[1] < length + new:
+        before = positions[:, :1] + torch.arange(-length, 0, device=positions.device)
+        if pending.position_ids is not None:
+            before = pending.position_ids[:, -length:]
+        positions = torch.cat([before, positions], dim=1)
+    embeds_BTD = torch.cat([pending.embeds_BTD, inputs.embeds_BTD], dim=1)
+    return Inputs(embeds_BTD, mask, positions), length
+
+
+def _map_tensors(function, value):
+    if isinstance(value, tuple):
+        return tuple(None if x is None else function(x) for x in value)
+    return function(value)
+
+
+class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
+    """The decoder with a projection onto the vocabulary.
+
+    Attributes:
+        loss_chunk_size: if set, a training step computes its loss over that many tokens at a time
+            and returns no logits, so that [B, T, vocab_size] never exists. How to run, not part of
+            the model: set it on the instance.
+    """
+
+    model_class: type[ZooModel]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    loss_chunk_size: int | None = None
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits and, with labels, their cross entropy.
+
+        Args, beside those of `ZooModel.forward`:
+            labels: [B, T] token ids; position t is scored on labels[t + 1]; -100 is not scored.
+            shift_labels: [B, T], labels already moved by one; instead of labels.
+            logits_to_keep: only the last so many positions, or these indices; 0: all.
+            num_items_in_batch: what the summed loss is divided by; None: scored tokens here.
+
+        Returns:
+            loss (scalar, nats per token), logits [B, T, vocab_size], past_key_values.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_BTD = output.last_hidden_state
+        has_labels = labels is not None or shift_labels is not None
+        logits, loss = None, None
+        if has_labels and self.training and self.loss_chunk_size is not None:
+            loss = self._chunked_loss(hidden_BTD, labels, shift_labels, num_items_in_batch)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_BTD[:, kept])
+        if has_labels and loss is None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                shift_labels=shift_labels,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+
+    def _chunked_loss(self, hidden_BTD, labels, shift_labels, num_items_in_batch):
+        if shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=LOSS_IGNORES)
+        target_T = shift_labels.flatten().to(hidden_BTD.device)
+        total = hidden_BTD.new_zeros((), dtype=torch.float32)
+        for hidden_TD, target in zip(
+            hidden_BTD.flatten(0, 1).split(self.loss_chunk_size),
+            target_T.split(self.loss_chunk_size),
+            strict=True,
+        ):
+            # Recomputing a chunk's logits in backward is what keeps them from being stored.
+            total = total + checkpoint(self._summed_loss, hidden_TD, target, use_reentrant=False)
+        if num_items_in_batch is None:
+            num_items_in_batch = (target_T != LOSS_IGNORES).sum()
+        elif torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
+
+    def _summed_loss(self, hidden_TD, target_T):
+        logits = self.lm_head(hidden_TD).float()
+        return F.cross_entropy(logits, target_T, ignore_index=LOSS_IGNORES, reduction="sum")
+
+    def state_size(self):
+        """Bytes of state for one sequence, at any length."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return state_size(self.model.state_specs(), dtype)
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
+        """The padding mask as it is: the door turns it into documents."""
+        return attention_mask
+
+
+class ZooForSequenceClassification(GenericForSequenceClassification, ZooPreTrainedModel):
+    """The decoder with a classifier on each row's last token."""
+
+    model_class: type[ZooModel]
+
+    def __init__(self, config):
+        # transformers' own constructor asks AutoModel for the decoder, which exported code cannot.
+        ZooPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "Constant",
+    "StateSpec",
+    "ZooBlock",
+    "ZooConfig",
+    "ZooForCausalLM",
+    "ZooForSequenceClassification",
+    "ZooModel",
+    "ZooPreTrainedModel",
+]

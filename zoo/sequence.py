@@ -1,0 +1,255 @@
+"""The door: a padded or packed batch becomes one packed stream with document boundaries.
+
+Padding exists only here. `Sequence.open` looks at a batch once, before the first block; `pack` takes
+the padding out and `unpack` puts it back after the last. Between them a mixer sees either a dense
+batch (one document per row, `cu_seqlens` None) or a packed stream (one row, `cu_seqlens` given),
+never a mask.
+
+A document starts at a row's first token and wherever `position_ids` restarts, `seq_idx` changes or
+`cu_seq_lens_q` says so. The first document of a row continues the row's state, unless its position
+is 0: then it is a new document. Positions and clocks count from each document's own start.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass
+class Sequence:
+    """How the tokens of one forward pass lie: B rows of T columns, or a packed stream of documents.
+
+    Attributes:
+        shape: (B, T) of the batch as it came.
+        positions: for rotations, [B or 1, T] when dense, [1, total] when packed; the caller's
+            `position_ids` if there are any, else `clock`.
+        clock: how many tokens of its own document precede each token; same shape.
+        cu_seqlens: [N + 1] document boundaries in the packed stream, or None when dense.
+        token_index: [total], where each packed token lies in the flattened batch; None when dense.
+        row_of_document: [N], the row each document belongs to; None when dense.
+        continues: [N] (or [B] when dense) bool, whether the document takes over its row's state;
+            None if all do.
+        last_document: [B], the row's last document, -1 for a row without tokens; None when dense.
+        keep: [B] bool, which rows take part in this single step; None if all do.
+        clock_after: [B or 1], the clock of the next token of each row.
+    """
+
+    shape: tuple[int, int]
+    positions: torch.Tensor
+    clock: torch.Tensor
+    clock_after: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+    token_index: torch.Tensor | None = None
+    row_of_document: torch.Tensor | None = None
+    continues: torch.Tensor | None = None
+    last_document: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+
+    @classmethod
+    def open(
+        cls,
+        shape,
+        device,
+        attention_mask=None,
+        position_ids=None,
+        cu_seq_lens_q=None,
+        seq_idx=None,
+        clock_before=None,
+    ):
+        """Reads the arguments of a Hugging Face forward pass.
+
+        Args:
+            shape: (B, T) of the new tokens.
+            device: where the tokens are.
+            attention_mask: [B, T] or [B, past + T], 0 where there is padding; None: no padding.
+            position_ids: [B or 1, T]; a position that does not grow starts a new document.
+            cu_seq_lens_q: [N + 1] document boundaries, for B = 1.
+            seq_idx: [B, T], the index of each token's document.
+            clock_before: [B], tokens of its document that each row's state has seen; None: no state.
+
+        Raises:
+            ValueError: shapes that do not fit; no tokens.
+        """
+        batch, time = shape
+        if batch == 0 or time == 0:
+            raise ValueError(
+                f"expected at least one token, got input of shape [{batch}, {time}]; "
+                "pass input_ids or inputs_embeds with B >= 1 and T >= 1."
+            )
+        if attention_mask is not None:
+            attention_mask = _last_columns("attention_mask", attention_mask, shape)
+        if position_ids is not None:
+            position_ids = _last_columns("position_ids", position_ids, shape)
+        if seq_idx is not None:
+            seq_idx = _last_columns("seq_idx", seq_idx, shape)
+        if cu_seq_lens_q is not None and (batch != 1 or cu_seq_lens_q.ndim != 1):
+            raise ValueError(
+                "cu_seq_lens_q is [N + 1] document boundaries of one packed row (B = 1), "
+                f"got shape {list(cu_seq_lens_q.shape)} with B = {batch}; flatten the batch first."
+            )
+
+        has_state = clock_before is not None
+        if not has_state:
+            clock_before = torch.zeros(1, dtype=torch.long, device=device)
+        if time == 1 and cu_seq_lens_q is None:
+            return cls._single_step(shape, attention_mask, position_ids, clock_before, has_state)
+        is_packed = cu_seq_lens_q is not None or seq_idx is not None
+        if attention_mask is not None and not is_packed:
+            is_packed = not bool(attention_mask.all())
+        if position_ids is not None and not is_packed:
+            is_packed = bool((position_ids.diff() <= 0).any())
+        if is_packed:
+            return cls._packed(
+                shape,
+                attention_mask,
+                position_ids,
+                cu_seq_lens_q,
+                seq_idx,
+                clock_before,
+                has_state,
+                device,
+            )
+        return cls._dense(shape, position_ids, clock_before, has_state)
+
+    @classmethod
+    def _dense(cls, shape, position_ids, clock_before, has_state):
+        continues = None
+        if has_state and position_ids is not None:
+            continues = _unless_all(position_ids[:, 0] != 0)
+            if continues is not None:
+                clock_before = torch.where(continues, clock_before, 0)
+        steps = torch.arange(shape[1], device=clock_before.device)
+        clock = clock_before[:, None] + steps
+        return cls(
+            shape,
+            clock if position_ids is None else position_ids,
+            clock,
+            clock_before + shape[1],
+            continues=continues,
+        )
+
+    @classmethod
+    def _single_step(cls, shape, attention_mask, position_ids, clock_before, has_state):
+        sequence = cls._dense(shape, position_ids, clock_before, has_state)
+        if attention_mask is not None:
+            keep = _unless_all(attention_mask[:, 0] != 0)
+            if keep is not None:
+                after = torch.where(keep, sequence.clock_after, clock_before)
+                sequence = replace(sequence, keep=keep, clock_after=after)
+        return sequence
+
+    @classmethod
+    def _packed(
+        cls,
+        shape,
+        attention_mask,
+        position_ids,
+        cu_seq_lens_q,
+        seq_idx,
+        clock_before,
+        has_state,
+        device,
+    ):
+        batch, time = shape
+        if attention_mask is None:
+            token_index = torch.arange(batch * time, device=device)
+        else:
+            token_index = attention_mask.flatten().nonzero()[:, 0]
+        row = token_index // time
+        if len(token_index) == 0:
+            raise ValueError(
+                "expected at least one token, got an attention_mask that hides every token of the "
+                "batch; drop empty batches."
+            )
+        is_start = torch.ones_like(row, dtype=torch.bool)
+        is_start[1:] = row[1:] != row[:-1]
+        is_first = is_start.clone()
+        if position_ids is not None:
+            positions = position_ids.expand(batch, time).flatten()[token_index]
+            is_start[1:] |= positions[1:] <= positions[:-1]
+        if seq_idx is not None:
+            documents = seq_idx.expand(batch, time).flatten()[token_index]
+            is_start[1:] |= documents[1:] != documents[:-1]
+        if cu_seq_lens_q is not None:
+            is_column_start = torch.zeros(time + 1, dtype=torch.bool, device=device)
+            is_column_start[cu_seq_lens_q.to(device=device, dtype=torch.long)] = True
+            # A boundary on padding belongs to the next token that is one.
+            count = is_column_start[:time].cumsum(0)[token_index]
+            is_start[1:] |= count[1:] != count[:-1]
+
+        start = is_start.nonzero()[:, 0]
+        total = start.new_tensor([len(token_index)])
+        cu_seqlens = torch.cat([start, total])
+        row_of_document = row[start]
+        continues = is_first[start] & has_state
+        if has_state and position_ids is not None:
+            continues = continues & (positions[start] != 0)
+
+        before = torch.where(continues, clock_before.expand(batch)[row_of_document], 0)
+        document = is_start.cumsum(0) - 1
+        clock = torch.arange(len(token_index), device=device) - start[document] + before[document]
+        last_document = torch.full((batch,), -1, device=device)
+        last_document = last_document.scatter_reduce(
+            0, row_of_document, torch.arange(len(start), device=device), "amax"
+        )
+        last_token = cu_seqlens[1:] - 1
+        clock_after = torch.where(
+            last_document >= 0, clock[last_token][last_document] + 1, clock_before.expand(batch)
+        )
+        return cls(
+            shape,
+            (clock if position_ids is None else positions)[None],
+            clock[None],
+            clock_after,
+            cu_seqlens=cu_seqlens,
+            token_index=token_index,
+            row_of_document=row_of_document,
+            continues=continues,
+            last_document=last_document,
+        )
+
+    def pack(self, x_BTD):
+        """Takes the padding out: [B, T, ...] to [1, total, ...]. A dense batch is returned as is."""
+        if self.token_index is None:
+            return x_BTD
+        return x_BTD.flatten(0, 1).index_select(0, self.token_index)[None]
+
+    def unpack(self, x_BTD):
+        """Puts the padding back, as zeros: the inverse of `pack`."""
+        if self.token_index is None:
+            return x_BTD
+        batch, time = self.shape
+        x_TD = x_BTD.new_zeros(batch * time, *x_BTD.shape[2:])
+        return x_TD.index_copy(0, self.token_index, x_BTD[0]).unflatten(0, (batch, time))
+
+    def to(self, device, non_blocking=False):
+        """The same sequence on another device, for models that are spread over several."""
+        if self.clock.device == torch.device(device):
+            return self
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+def _last_columns(name, x, shape):
+    """The columns of the new tokens, checked."""
+    batch, time = shape
+    if x.ndim != 2 or x.shape[0] not in (1, batch) or x.shape[1] < time:
+        raise ValueError(
+            f"{name} is [{batch}, {time}] for the new tokens, or longer with the past before them, "
+            f"got shape {list(x.shape)}."
+        )
+    return x[:, -time:].expand(batch, time) if name == "attention_mask" else x[:, -time:]
+
+
+def _unless_all(condition_B):
+    """The condition, or None where it holds for every row.
+
+    Under torch.compile the values are not known: the condition is kept and costs a select.
+    """
+    if torch.compiler.is_compiling() or not bool(condition_B.all()):
+        return condition_B
+    return None

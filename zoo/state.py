@@ -1,0 +1,394 @@
+"""The recurrent state: named tensors per layer, inside a transformers cache.
+
+A mixer declares its tensors (`StateSpec`); the decoder hands it a `State` with them as attributes and
+takes the new ones back. Between two forward passes they lie in a `StateLayer`, which
+`DynamicCache(config=...)` builds by itself, so that `generate`, beams and offloading work through
+transformers' own code. A state holds what the model knows of the tokens so far; its size does not
+depend on how many there were.
+"""
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import DynamicCache
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+
+FORMAT = "zoo state 1"
+
+# While a cache records its past for assisted decoding, at least this many of its last tokens can be
+# taken back. Drafts are 5 to 20 tokens long.
+ROLLBACK_TOKENS = 128
+
+
+class StateSpec(NamedTuple):
+    """A tensor of a mixer's state: its shape for one sequence, and its value before any token.
+
+    dtype None is that of accumulators: float32, or float64 in a float64 model.
+    """
+
+    shape: tuple[int, ...]
+    fill: float = 0.0
+    dtype: torch.dtype | None = None
+
+
+class State:
+    """One layer's state during a forward pass: each declared tensor is an attribute.
+
+    An attribute is [N, *shape], N sequences, or None when all of them start here.
+    `is_kept` says whether anybody will read the state afterwards: without that, skip computing it.
+    """
+
+    def __init__(self, tensors, is_kept):
+        vars(self).update(tensors)
+        self.is_kept = is_kept
+
+    def tensors(self):
+        """The tensors by name."""
+        return {name: value for name, value in vars(self).items() if name != "is_kept"}
+
+    def copy(self):
+        """A state that can be written without changing this one."""
+        return State(self.tensors(), self.is_kept)
+
+    def to(self, device, non_blocking=False):
+        """The same state on another device."""
+        tensors = {
+            name: None if x is None else x.to(device, non_blocking=non_blocking)
+            for name, x in self.tensors().items()
+        }
+        return State(tensors, self.is_kept)
+
+
+@dataclass
+class Inputs:
+    """What a forward pass was given, kept so that its first tokens can be run again."""
+
+    embeds_BTD: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+
+    def first(self, length):
+        """The first `length` tokens."""
+        return Inputs(
+            *(None if x is None else x[:, :length] for x in vars(self).values()),
+        )
+
+
+@dataclass
+class Segment:
+    """The state before a forward pass and how many tokens that pass took, for taking them back."""
+
+    tensors: dict[str, torch.Tensor]
+    clock: torch.Tensor | None
+    length_before: int
+    length: int
+    inputs: Inputs | None
+
+
+class StateLayer(CacheLayerMixin):
+    """A cache layer that holds one mixer's state, of the same size at every length.
+
+    Taking tokens back (`crop`, which assisted decoding needs) restores the state from before the
+    forward pass they came in; the tokens of that pass that stay are run again with the next one.
+
+    Attributes:
+        tensors: the state by name, each [B, *shape].
+        clock: [B], tokens of the current document that each row has seen, without padding.
+        length: columns seen, with padding; what an attention mask for this cache has to cover.
+    """
+
+    _layer_type = "zoo_linear_attention"
+    is_compileable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.record_past = False
+        self._clear()
+
+    def _clear(self):
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.clock = None
+        self.length = 0
+        self.pending_length = 0
+        self.pending: Inputs | None = None
+        self.segments: list[Segment] = []
+
+    @property
+    def is_initialized(self):
+        return bool(self.tensors)
+
+    @is_initialized.setter
+    def is_initialized(self, value):
+        # CacheLayerMixin's constructor sets it; whether there are tensors says it.
+        pass
+
+    @property
+    def is_croppable(self):
+        return self.record_past
+
+    def lazy_initialization(self, key_states, value_states):
+        """Nothing to do: a state begins with the first forward pass."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Not a key-value cache: the decoder reads and writes the state itself."""
+        raise TypeError(
+            "this cache layer holds a recurrent state, not keys and values; use it with a zoo model."
+        )
+
+    def read(self, sequence, specs):
+        """The state each document of the sequence starts from, as a `State`."""
+        if not self.tensors:
+            return State(dict.fromkeys(specs), is_kept=True)
+        tensors = {}
+        for name, x in self.tensors.items():
+            x = x.to(sequence.clock.device)
+            if sequence.row_of_document is not None:
+                x = x.index_select(0, sequence.row_of_document)
+            if sequence.continues is not None:
+                continues = sequence.continues.view(-1, *[1] * (x.ndim - 1))
+                x = torch.where(continues, x, specs[name].fill)
+            tensors[name] = x
+        return State(tensors, is_kept=True)
+
+    def write(self, sequence, specs, state, inputs):
+        """Takes in the state after the sequence.
+
+        Args:
+            sequence: the `Sequence` that was run.
+            specs: the mixer's `StateSpec` by name.
+            state: the `State` that came out of the mixer.
+            inputs: the `Inputs` of the forward pass, kept only while the past is recorded.
+        """
+        if self.record_past:
+            self._record(sequence.shape[1], inputs)
+        tensors = {}
+        for name, new in state.tensors().items():
+            # Rows without a token in this pass keep what they had.
+            untouched = None
+            if sequence.last_document is not None:
+                device = new.device
+                last = sequence.last_document.to(device)
+                new = new.index_select(0, last.clamp(min=0))
+                untouched = last < 0
+            elif sequence.keep is not None:
+                untouched = ~sequence.keep.to(new.device)
+            if untouched is not None:
+                old = self.tensors.get(name)
+                old = specs[name].fill if old is None else old.to(new.device)
+                new = torch.where(untouched.view(-1, *[1] * (new.ndim - 1)), old, new)
+            tensors[name] = new
+        self.tensors = tensors
+        self.clock = sequence.clock_after.expand(sequence.shape[0])
+        self.length += sequence.shape[1]
+        self.pending, self.pending_length = None, 0
+
+    def _record(self, length, inputs):
+        self.segments.append(Segment(self.tensors, self.clock, self.length, length, inputs))
+        while sum(s.length for s in self.segments[1:]) >= ROLLBACK_TOKENS:
+            self.segments.pop(0)
+
+    def activate_past_recording(self):
+        """From now on, remember enough to take the last tokens back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove):
+        """Takes back the last tokens; a negative number, as in transformers.
+
+        Raises:
+            ValueError: the past was not recorded, or not so far back.
+        """
+        remove = -tokens_to_remove
+        if remove < 0:
+            raise ValueError(f"crop takes minus the number of tokens, got {tokens_to_remove}.")
+        if remove == 0:
+            return
+        if remove <= self.pending_length:
+            self._set_pending(self.pending, self.pending_length - remove)
+            return
+        remove -= self.pending_length
+        available = sum(s.length for s in self.segments)
+        if remove > available:
+            raise ValueError(
+                f"cannot take back {remove} tokens of a recurrent state that remembers the last "
+                f"{available}; call activate_past_recording() before the forward pass, or take a "
+                "snapshot with zoo.state.fork_state and go back to that."
+            )
+        while remove > 0:
+            segment = self.segments.pop()
+            self.tensors, self.clock = segment.tensors, segment.clock
+            self.length = segment.length_before
+            kept = max(0, segment.length - remove)
+            remove -= segment.length - kept
+        self._set_pending(segment.inputs, kept)
+
+    def _set_pending(self, inputs, length):
+        self.pending_length = length
+        self.pending = None if inputs is None or length == 0 else inputs.first(length)
+
+    def get_seq_length(self):
+        """Columns seen so far, padding included: what an attention mask must cover."""
+        return self.length + self.pending_length
+
+    def get_max_length(self):
+        """No maximum."""
+        return -1
+
+    def get_mask_sizes(self, query_length):
+        """(columns a mask covers, offset of the first)."""
+        return self.get_seq_length() + query_length, 0
+
+    def reset(self):
+        """Forgets everything."""
+        self._clear()
+
+    def offload(self):
+        """Moves the state to the CPU."""
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self):
+        """Nothing to do: `read` brings the state to where it is needed."""
+
+    def reorder_cache(self, beam_idx):
+        """Row i becomes what row beam_idx[i] was."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        """Every row `repeats` times."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices):
+        """Only these rows."""
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def _map(self, function):
+        if self.pending_length or self.segments:
+            # Rows change: what was recorded for the old rows no longer fits.
+            if self.pending_length:
+                raise ValueError(
+                    "this cache has tokens waiting to be run again after crop(); run a forward "
+                    "pass before reordering or moving its rows."
+                )
+            self.segments = []
+        self.tensors = {name: function(x) for name, x in self.tensors.items()}
+        if self.clock is not None:
+            self.clock = function(self.clock)
+
+
+class SlidingStateLayer(StateLayer):
+    """A `StateLayer` of a mixer whose state is a window of past tokens."""
+
+    _layer_type = "zoo_sliding_attention"
+
+
+# A state has the same shape at every step: a static cache holds it as it is.
+for _layer in (StateLayer, SlidingStateLayer):
+    STATIC_LAYER_TYPE_MAPPING[_layer._layer_type] = _layer
+
+
+def state_size(specs_by_layer, dtype=torch.float32):
+    """Bytes of state for one sequence.
+
+    Args:
+        specs_by_layer: for each layer its `StateSpec` by name (`ZooModel.state_specs`).
+        dtype: dtype of accumulators.
+    """
+    return sum(
+        math.prod(spec.shape) * (spec.dtype or dtype).itemsize
+        for specs in specs_by_layer
+        for spec in specs.values()
+    )
+
+
+def state_bytes(cache):
+    """Bytes the tensors of a live cache take, all rows together."""
+    return sum(x.nbytes for layer in cache.layers for x in layer.tensors.values())
+
+
+def fork_state(cache):
+    """An independent copy of a cache: run either on, the other stays as it is."""
+    memo = {}
+    for layer in cache.layers:
+        for x in _all_tensors(layer):
+            # A state under autograd is not a leaf, which deepcopy refuses; the graph is shared.
+            memo[id(x)] = x.clone()
+    return copy.deepcopy(cache, memo)
+
+
+def _all_tensors(layer):
+    yield from layer.tensors.values()
+    if layer.clock is not None:
+        yield layer.clock
+    held = [layer.pending, *(s.inputs for s in layer.segments)]
+    for segment in layer.segments:
+        yield from segment.tensors.values()
+        if segment.clock is not None:
+            yield segment.clock
+    for inputs in held:
+        if inputs is not None:
+            yield from (x for x in vars(inputs).values() if x is not None)
+
+
+def save_state(cache, path):
+    """Writes a cache to a safetensors file.
+
+    Raises:
+        ValueError: the cache has no state yet, or tokens taken back that must be run again first.
+    """
+    tensors, lengths = {}, []
+    for index, layer in enumerate(cache.layers):
+        if not layer.tensors or layer.pending_length:
+            raise ValueError(
+                "expected a cache after a forward pass, got one "
+                + ("with tokens to run again after crop()" if layer.tensors else "without state")
+                + "; run the model on at least one token first."
+            )
+        tensors |= {f"layers.{index}.{name}": x.contiguous() for name, x in layer.tensors.items()}
+        tensors[f"layers.{index}.clock"] = layer.clock.contiguous()
+        lengths.append(layer.length)
+    metadata = {"format": FORMAT, "lengths": json.dumps(lengths)}
+    save_file({name: x.detach().clone() for name, x in tensors.items()}, path, metadata)
+
+
+def load_state(path, config, device="cpu"):
+    """Reads a cache that `save_state` wrote.
+
+    Args:
+        path: the safetensors file.
+        config: the model's config.
+        device: where the state goes.
+
+    Raises:
+        ValueError: not such a file, or one of a model with another number of layers.
+    """
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: expected a state written by zoo ({FORMAT!r}), got format "
+                f"{metadata.get('format')!r}; write it with zoo.state.save_state."
+            )
+        cache = DynamicCache(config=config)
+        lengths = json.loads(metadata["lengths"])
+        if len(lengths) != len(cache.layers):
+            raise ValueError(
+                f"{path}: expected the state of {len(cache.layers)} layers, got {len(lengths)}; "
+                "load it with the config of the model that wrote it."
+            )
+        for name in file.keys():
+            _, index, key = name.split(".", 2)
+            layer = cache.layers[int(index)]
+            if key == "clock":
+                layer.clock = file.get_tensor(name)
+            else:
+                layer.tensors[key] = file.get_tensor(name)
+        for layer, length in zip(cache.layers, lengths, strict=True):
+            layer.length = length
+    return cache
