@@ -9,6 +9,8 @@ with the documents' boundaries and positions in `sequence` (zoo/sequence.py), th
 argument and a result (zoo/state.py), and what `ZooModel.mixer_inputs` computes once for all layers.
 """
 
+import difflib
+from dataclasses import fields
 from typing import ClassVar
 
 import torch
@@ -16,7 +18,13 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -24,7 +32,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .sequence import Sequence
-from .state import Inputs, State, StateLayer, StateSpec, state_size
+from .state import Inputs, State, StateLayer, state_size
 
 LOSS_IGNORES = -100
 
@@ -71,13 +79,12 @@ class ZooConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.layer_types is None:
             self.layer_types = [self.layer_type] * self.num_hidden_layers
-        unknown = sorted(name for name in kwargs if not hasattr(PreTrainedConfig, name))
-        unknown = [name for name in unknown if name not in _CONFIG_KEYWORDS]
-        if unknown:
-            raise ValueError(
-                f"{type(self).__name__} has no field {', '.join(unknown)}; its fields are "
-                f"{', '.join(sorted(type(self).__annotations__))} and those of ZooConfig."
-            )
+        known = {field.name for field in fields(self)}
+        for name in kwargs:
+            if not (name.startswith("_") or name in known | _TRANSFORMERS_KEYWORDS):
+                nearest = difflib.get_close_matches(name, sorted(known), n=1)
+                remedy = f"did you mean {nearest[0]}?" if nearest else "leave it out."
+                raise ValueError(f"{type(self).__name__} has no field {name!r}; {remedy}")
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -100,8 +107,21 @@ class ZooConfig(PreTrainedConfig):
             )
 
 
-# What transformers itself passes to a config beside its declared fields.
-_CONFIG_KEYWORDS = frozenset()
+# What transformers itself, or a saved config.json, passes beside the declared fields.
+_TRANSFORMERS_KEYWORDS = frozenset(GenerationConfig._get_default_generation_params()) | {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers_version",
+}
 
 
 class Constant(nn.Module):
@@ -273,26 +293,23 @@ class ZooModel(ZooPreTrainedModel):
             seq_idx,
             None if past_key_values is None else past_key_values.layers[0].clock,
         )
+        x_BTD = self.embed(inputs.embeds_BTD)
         output = self._run_blocks(
-            sequence.pack(inputs.embeds_BTD),
-            sequence,
-            past_key_values,
-            inputs,
-            return_dict=True,
-            **kwargs,
+            sequence.pack(x_BTD), sequence, past_key_values, inputs, return_dict=True, **kwargs
         )
-        for name in ("last_hidden_state", "hidden_states"):
-            value = output.get(name)
-            if value is not None:
-                unpacked = _map_tensors(lambda x: sequence.unpack(x)[:, num_pending:], value)
-                output[name] = unpacked
+        output["last_hidden_state"] = _unpack(sequence, output.last_hidden_state, num_pending)
+        if output.hidden_states is not None:
+            first, *rest = output.hidden_states
+            rest = [_unpack(sequence, h_BTD, num_pending) for h_BTD in rest]
+            # The first is what went into the first block: as it was, so that it keeps its gradient.
+            if first is not None:
+                first = x_BTD[:, num_pending:] if num_pending else x_BTD
+            output["hidden_states"] = (first, *rest)
         output["past_key_values"] = past_key_values if use_cache else None
         return output
 
     @capture_outputs
-    def _run_blocks(self, embeds_BTD, sequence, cache, inputs, **kwargs):
-        # The embedding's own scale and norm act on each token alone, so they can come after packing.
-        x_BTD = self.embed(embeds_BTD)
+    def _run_blocks(self, x_BTD, sequence, cache, inputs, **kwargs):
         mixer_inputs = self.mixer_inputs(x_BTD, sequence)
         for index, layer in enumerate(self.layers):
             specs = layer.mixer.state_specs()
@@ -348,10 +365,12 @@ def _with_pending(inputs, layer):
     return Inputs(embeds_BTD, mask, positions), length
 
 
-def _map_tensors(function, value):
-    if isinstance(value, tuple):
-        return tuple(None if x is None else function(x) for x in value)
-    return function(value)
+def _unpack(sequence, x_BTD, num_pending):
+    """The hidden states of the new tokens, padded again; None (not recorded) stays None."""
+    if x_BTD is None:
+        return None
+    x_BTD = sequence.unpack(x_BTD)
+    return x_BTD[:, num_pending:] if num_pending else x_BTD
 
 
 class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
@@ -482,7 +501,6 @@ class ZooForSequenceClassification(GenericForSequenceClassification, ZooPreTrain
 
 __all__ = [
     "Constant",
-    "StateSpec",
     "ZooBlock",
     "ZooConfig",
     "ZooForCausalLM",

@@ -71,11 +71,6 @@ class RetNetConfig(ZooConfig):
     """
 
     model_type = "zoo_retnet"
-    base_model_tp_plan = {
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     variants: ClassVar[dict[str, dict]] = {
         "torchscale": {},
         "deepnorm": {
