@@ -123,7 +123,9 @@ def check_arguments(q, k, v, log_decay, bonus, initial_state, cu_seqlens):
         num_documents = len(cu_seqlens) - 1
         if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
             require(
-                cu_seqlens[0] == 0 and cu_seqlens[-1] == time and bool((cu_seqlens.diff() >= 0).all()),
+                cu_seqlens[0] == 0
+                and cu_seqlens[-1] == time
+                and bool((cu_seqlens.diff() >= 0).all()),
                 f"cu_seqlens grows from 0 to T = {time}, got {cu_seqlens.tolist()[:8]}.",
             )
     if initial_state is not None:

@@ -26,7 +26,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -435,7 +438,9 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         if has_labels and self.training and self.loss_chunk_size is not None:
             loss = self._chunked_loss(hidden_BTD, labels, shift_labels, num_items_in_batch)
         else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            kept = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
             logits = self.lm_head(hidden_BTD[:, kept])
         if has_labels and loss is None:
             loss = self.loss_function(

@@ -1,0 +1,170 @@
+"""The shared decoder: bad input, the loss in chunks, constants, configs."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import zoo
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+IDS = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(0))
+
+architectures = pytest.mark.parametrize("architecture", zoo.MODELS.values(), ids=zoo.MODELS)
+
+
+def build(architecture, **fields):
+    torch.manual_seed(0)
+    return architecture.causal_lm(architecture.config(**TINY | fields))
+
+
+@architectures
+@pytest.mark.parametrize("scale", [None, 7])
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_chunked_loss_is_the_loss(architecture, chunk, scale):
+    model = build(architecture).train()
+    labels = IDS.clone()
+    labels[:, 3:5] = -100
+    expected = model(IDS, labels=labels, num_items_in_batch=scale).loss
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.loss_chunk_size = chunk
+    output = model(IDS, labels=labels, num_items_in_batch=scale)
+    output.loss.backward()
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, expected)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    again = model(IDS, shift_labels=shifted, num_items_in_batch=scale).loss
+    torch.testing.assert_close(again, expected)
+    model.eval()
+    assert model(IDS, labels=labels).logits is not None
+
+
+@architectures
+def test_chunked_loss_never_holds_all_logits(architecture):
+    """The largest tensor made in a training step is that of a chunk, not of the batch."""
+    model = build(architecture, vocab_size=5000).train()
+    model.loss_chunk_size = 64
+    ids = torch.zeros(4, 64, dtype=torch.long)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **kwargs or {})
+            if torch.is_tensor(result) and result.shape[-1:] == (5000,):
+                largest = max(largest, result.numel())
+            return result
+
+    with Watch():
+        model(ids, labels=ids).loss.backward()
+    assert largest == 64 * 5000
+
+
+@architectures
+def test_bad_inputs(architecture):
+    model = build(architecture).eval()
+    embeds = model.get_input_embeddings()(IDS)
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        model()
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        model(IDS, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match=r"at least one token, got input of shape \[2, 0\]"):
+        model(IDS[:, :0])
+    with pytest.raises(ValueError, match="hides every token"):
+        model(IDS, attention_mask=torch.zeros_like(IDS))
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 11\]"):
+        model(IDS, attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"position_ids is \[2, 11\]"):
+        model(IDS, position_ids=torch.arange(4)[None])
+    with pytest.raises(ValueError, match="one packed row"):
+        model(IDS, cu_seq_lens_q=torch.tensor([0, 11]))
+
+
+@architectures
+def test_unknown_and_wrong_fields(architecture):
+    with pytest.raises(ValueError, match="no field 'hiden_size'; did you mean hidden_size?"):
+        architecture.config(hiden_size=64)
+    with pytest.raises(Exception, match="hidden_size"):
+        architecture.config(hidden_size="wide")
+    with pytest.raises(
+        StrictDataclassClassValidationError, match="multiple of num_attention_heads"
+    ):
+        architecture.config(**TINY | {"num_attention_heads": 5})
+    with pytest.raises(StrictDataclassClassValidationError, match="layer_types has one entry"):
+        architecture.config(**TINY, layer_types=["zoo_linear_attention"])
+
+
+@architectures
+def test_layer_types_say_what_they_are(architecture):
+    """accelerate refuses to split the sequence of a recurrent model when it sees these names."""
+    layer_types = architecture.config(**TINY).layer_types
+    assert all("linear_attention" in t or "sliding_attention" in t for t in layer_types)
+
+
+@architectures
+def test_constants_survive_dtypes_and_meta(architecture, tmp_path):
+    from zoo.base import Constant
+
+    model = build(architecture)
+    constants = {n: m for n, m in model.named_modules() if isinstance(m, Constant)}
+    assert constants
+    expected = {name: module.compute() for name, module in constants.items()}
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        empty = architecture.causal_lm(architecture.config(**TINY))
+    empty = empty.to_empty(device="cpu")
+    for other in (model.bfloat16(), model.half(), model.double(), loaded, empty):
+        for name, value in expected.items():
+            constant = other.get_submodule(name)()
+            assert constant.dtype == torch.float64
+            assert torch.equal(constant, value), name
+
+
+@architectures
+def test_config_round_trip(architecture, tmp_path):
+    for fields in architecture.config.variants.values():
+        config = architecture.config(**TINY | fields)
+        config.save_pretrained(tmp_path)
+        again = AutoConfig.from_pretrained(tmp_path)
+        assert type(again) is architecture.config
+        again._name_or_path = config._name_or_path
+        assert again.to_dict() == config.to_dict()
+
+
+@architectures
+def test_hidden_states_come_back_padded(architecture):
+    model = build(architecture).eval()
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    mask[1, 5:7] = 0
+    padded = model.model(IDS, attention_mask=mask, output_hidden_states=True).hidden_states
+    assert len(padded) == TINY["num_hidden_layers"] + 1
+    for row in range(2):
+        kept = mask[row].bool()
+        alone = model.model(IDS[row : row + 1, kept], output_hidden_states=True).hidden_states
+        for a, b in zip(padded, alone, strict=True):
+            assert a.shape == (2, 11, 32)
+            torch.testing.assert_close(a[row, kept], b[0], rtol=1e-4, atol=1e-5)
+
+
+@architectures
+def test_classifier(architecture, tmp_path):
+    torch.manual_seed(0)
+    config = architecture.config(**TINY, num_labels=3, pad_token_id=0)
+    model = architecture.sequence_classifier(config).eval()
+    ids = IDS.clamp(min=1)
+    ids[0, 8:] = 0
+    logits = model(ids, attention_mask=(ids != 0).long()).logits
+    torch.testing.assert_close(logits[:1], model(ids[:1, :8]).logits)
+    assert logits.shape == (2, 3)
