@@ -122,11 +122,10 @@ def check_arguments(q, k, v, log_decay, bonus, initial_state, cu_seqlens):
         )
         num_documents = len(cu_seqlens) - 1
         if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            bounds = cu_seqlens.tolist()
             require(
-                cu_seqlens[0] == 0
-                and cu_seqlens[-1] == time
-                and bool((cu_seqlens.diff() >= 0).all()),
-                f"cu_seqlens grows from 0 to T = {time}, got {cu_seqlens.tolist()[:8]}.",
+                bounds[0] == 0 and bounds[-1] == time and bounds == sorted(bounds),
+                f"cu_seqlens grows from 0 to T = {time}, got {bounds[:8]}.",
             )
     if initial_state is not None:
         expected = [num_documents, heads, key_dim, v.shape[-1]]
@@ -234,7 +233,7 @@ def linear_recurrence_chunked(
         is_vector = log_decay is not None and log_decay.ndim == 4
         chunk_length = CHUNK_LENGTH_VECTOR_DECAY if is_vector else CHUNK_LENGTH
         if cu_seqlens is not None:
-            # A chunk belongs to one document: short documents in wide chunks would be mostly padding.
+            # A chunk belongs to one document: short ones in wide chunks would be mostly padding.
             mean_length = q.shape[1] / (len(cu_seqlens) - 1)
             chunk_length = min(chunk_length, 1 << max(0, int(mean_length - 1)).bit_length())
 
@@ -273,7 +272,7 @@ class _Decay(NamedTuple):
 
 
 def _decay_factors(log_decay_NHCK, strict):
-    """_Decay of a chunk from its log decays [..., H, C, 1 or K]; strict: query i reads j < i only."""
+    """_Decay of a chunk from its log decays [..., H, C, 1 or K]; strict: i reads j < i only."""
     cum_NHCK = log_decay_NHCK.cumsum(-2)
     read_NHCK = cum_NHCK - log_decay_NHCK if strict else cum_NHCK
     last_NH1K = cum_NHCK[..., -1:, :]

@@ -60,8 +60,8 @@ class ZooConfig(PreTrainedConfig):
 
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    # The cache layer and the attention pattern of each block; accelerate reads these names to refuse
-    # splitting a sequence over devices, which would restart a recurrent state in silence.
+    # The cache layer and the attention pattern of each block; accelerate reads these names to
+    # refuse splitting a sequence over devices, which would restart a recurrent state in silence.
     layer_type: ClassVar[str] = StateLayer._layer_type
     # Settings worth testing beside the default: name -> fields.
     variants: ClassVar[dict[str, dict]] = {}
@@ -438,10 +438,9 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         if has_labels and self.training and self.loss_chunk_size is not None:
             loss = self._chunked_loss(hidden_BTD, labels, shift_labels, num_items_in_batch)
         else:
-            kept = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
-            logits = self.lm_head(hidden_BTD[:, kept])
+            if isinstance(logits_to_keep, int):
+                logits_to_keep = slice(-logits_to_keep, None)
+            logits = self.lm_head(hidden_BTD[:, logits_to_keep])
         if has_labels and loss is None:
             loss = self.loss_function(
                 logits=logits,

@@ -1,9 +1,9 @@
 """RetNet: a Transformer whose attention is a retention.
 
 Sun et al. 2023, "Retentive Network: A Successor to Transformer for Large Language Models",
-https://arxiv.org/abs/2307.08621. The default follows the authors' code, torchscale's `RetNetDecoder`;
-its weights load through `zoo convert torchscale-retnet`. Per head, with decay gamma and position n
-inside the document (eq. 5 and section 2.3):
+https://arxiv.org/abs/2307.08621. The default follows the authors' code, torchscale's
+`RetNetDecoder`; its weights load through `zoo convert torchscale-retnet`. Per head, with decay gamma
+and position n inside the document (eq. 5 and section 2.3):
 
     q_n, k_n rotated by n theta;  S_n = gamma S_{n-1} + k_n v_n^T
     o_n = q_n^T S_n / sqrt(s_n),   s_n = sum_{i <= n} gamma^i       (section 2.1, normalisation)
@@ -11,13 +11,13 @@ inside the document (eq. 5 and section 2.3):
 
 Where the code departs from the paper, this follows the code: the norm of a head is a root mean
 square without mean, bias or weight, where the paper says GroupNorm; theta runs from 1 to exactly
-1/10000, where RoPE stops one step short; the scale of scores sits on the keys. The code also divides
-scores by their absolute row sum, outside of the gradient, in its parallel mode only. The head norm
-cancels that factor but for its epsilon, and the recurrent mode has none, so there is none here: every
-way of running this model equals the authors' recurrent mode.
+1/10000, where RoPE stops one step short; the scale of scores sits on the keys. The code also
+divides scores by their absolute row sum, outside of the gradient, in its parallel mode only. The
+head norm cancels that factor but for its epsilon, and the recurrent mode has none, so there is none
+here: every way of running this model equals the authors' recurrent mode.
 
-flash-linear-attention's RetNet is another model (`RetNetConfig.variants["fla"]`): rotation of halves
-with RoPE's angles, no normalisation by s_n, a learned weight in the head norm, SwiGLU.
+flash-linear-attention's RetNet is another model (`RetNetConfig.variants["fla"]`): rotation of
+halves with RoPE's angles, no normalisation by s_n, a learned weight in the head norm, SwiGLU.
 """
 
 import math
@@ -127,7 +127,8 @@ class RetNetConfig(ZooConfig):
             )
         if groups < 1 or heads % groups:
             raise ValueError(
-                f"num_attention_heads is a multiple of num_key_value_heads, got {heads} and {groups}."
+                "num_attention_heads is a multiple of num_key_value_heads, "
+                f"got {heads} and {groups}."
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(

@@ -1,9 +1,9 @@
 """The door: a padded or packed batch becomes one packed stream with document boundaries.
 
-Padding exists only here. `Sequence.open` looks at a batch once, before the first block; `pack` takes
-the padding out and `unpack` puts it back after the last. Between them a mixer sees either a dense
-batch (one document per row, `cu_seqlens` None) or a packed stream (one row, `cu_seqlens` given),
-never a mask.
+Padding exists only here. `Sequence.open` looks at a batch once, before the first block; `pack`
+takes the padding out and `unpack` puts it back after the last. Between them a mixer sees either a
+dense batch (one document per row, `cu_seqlens` None) or a packed stream (one row, `cu_seqlens`
+given), never a mask.
 
 A document starts at a row's first token and wherever `position_ids` restarts, `seq_idx` changes or
 `cu_seq_lens_q` says so. The first document of a row continues the row's state, unless its position
@@ -65,7 +65,7 @@ class Sequence:
             position_ids: [B or 1, T]; a position that does not grow starts a new document.
             cu_seq_lens_q: [N + 1] document boundaries, for B = 1.
             seq_idx: [B, T], the index of each token's document.
-            clock_before: [B], tokens of its document that each row's state has seen; None: no state.
+            clock_before: [B], tokens of its document each row's state has seen; None: no state.
 
         Raises:
             ValueError: shapes that do not fit; no tokens.
@@ -209,7 +209,7 @@ class Sequence:
         )
 
     def pack(self, x_BTD):
-        """Takes the padding out: [B, T, ...] to [1, total, ...]. A dense batch is returned as is."""
+        """Takes the padding out: [B, T, ...] to [1, total, ...]. A dense batch stays as it is."""
         if self.token_index is None:
             return x_BTD
         return x_BTD.flatten(0, 1).index_select(0, self.token_index)[None]

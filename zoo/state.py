@@ -1,10 +1,10 @@
 """The recurrent state: named tensors per layer, inside a transformers cache.
 
-A mixer declares its tensors (`StateSpec`); the decoder hands it a `State` with them as attributes and
-takes the new ones back. Between two forward passes they lie in a `StateLayer`, which
-`DynamicCache(config=...)` builds by itself, so that `generate`, beams and offloading work through
-transformers' own code. A state holds what the model knows of the tokens so far; its size does not
-depend on how many there were.
+A mixer declares its tensors (`StateSpec`); the decoder hands it a `State` with them as attributes
+and takes the new ones back. Between two forward passes they lie in a `StateLayer`, which
+`DynamicCache(config=...)` builds by itself, so that `generate` and beams work through transformers'
+own code. A state holds what the model knows of the tokens so far; its size does not depend on how
+many there were.
 """
 
 import copy
@@ -140,7 +140,8 @@ class StateLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         """Not a key-value cache: the decoder reads and writes the state itself."""
         raise TypeError(
-            "this cache layer holds a recurrent state, not keys and values; use it with a zoo model."
+            "this cache layer holds a recurrent state, not keys and values; "
+            "use it with a zoo model."
         )
 
     def read(self, sequence, specs):
