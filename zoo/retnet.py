@@ -2,8 +2,8 @@
 
 Sun et al. 2023, "Retentive Network: A Successor to Transformer for Large Language Models",
 https://arxiv.org/abs/2307.08621. The default follows the authors' code, torchscale's
-`RetNetDecoder`; its weights load through `zoo convert torchscale-retnet`. Per head, with decay gamma
-and position n inside the document (eq. 5 and section 2.3):
+`RetNetDecoder`; its weights load through `zoo convert torchscale-retnet`. Per head, with decay
+gamma and position n inside the document (eq. 5 and section 2.3):
 
     q_n, k_n rotated by n theta;  S_n = gamma S_{n-1} + k_n v_n^T
     o_n = q_n^T S_n / sqrt(s_n),   s_n = sum_{i <= n} gamma^i       (section 2.1, normalisation)

@@ -1,0 +1,63 @@
+# make demo    train a small RetNet on this Python's own source, export it, load it elsewhere
+# make test    lint, then every test that runs without a GPU (FAST=1 leaves the slow ones out)
+# make check   lint and formatting alone
+# make gpu     the tests that need a GPU, with PYTHON as it is: nothing is installed
+# make clean   remove what was built; runs/, exported/ and .venv/ stay
+#
+# demo, test and check create .venv and install into it by themselves, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Threads for the demo on a CPU. It is too small for more than four, and a container may own fewer
+# cores than it sees, where OpenMP spins instead of working.
+THREADS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
+# One thread per test process: two processes with two threads each are slower on two cores.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 -q
+
+# A .venv that came along with a copied or moved folder still runs the code of the old place.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): reinstall
+endif
+
+.PHONY: demo test check gpu clean reinstall
+
+demo: $(STAMP)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch \
+		--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		recipes/pretrain.py recipes/retnet_demo.toml
+	@$(BIN)/zoo export runs/retnet_demo exported/retnet_demo
+	@$(BIN)/python recipes/try_export.py exported/retnet_demo
+
+test: check
+	@$(PYTEST) -m "not slow and not gpu"
+ifndef FAST
+	@$(PYTEST) -m "slow and not gpu"
+endif
+
+check: $(STAMP)
+	@$(BIN)/python -m ruff check --quiet --output-format concise .
+	@$(BIN)/python -m ruff format --check --quiet --output-format concise .
+
+gpu:
+	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { \
+		echo "make gpu: the torch of $(PYTHON) sees no GPU" >&2; exit 1; }
+	@$(PYTHON) -m pytest tests -m gpu -q || { \
+		[ $$? -eq 5 ] && echo "There are no GPU tests yet."; }
+	@if [ -f kernels/bench/run.py ]; then PYTHONPATH=. $(PYTHON) kernels/bench/run.py; \
+	else echo "There are no kernel benchmarks yet."; fi
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "longzoo needs Python 3.10 or newer, $(PYTHON) is not: make PYTHON=python3.11" >&2; exit 1; }
+	@if [ -f $(STAMP) ] && [ "$$(cat $(STAMP))" != "$(CURDIR)" ]; then rm -rf .venv; fi
+	@echo "Installing into .venv (once; a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation -e '.[train,test]'
+	@echo "$(CURDIR)" > $(STAMP)

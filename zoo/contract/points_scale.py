@@ -1,0 +1,169 @@
+"""Points 7 and 8: what a long sequence costs, and training and compiling it."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from .compare import BOUNDS, gradients, loss_of, relative, relative_gradients
+from .points_sequence import cut
+from .subject import cache_tensors
+
+BOUND = BOUNDS[torch.float64]
+SEGMENT = 4096
+# Growth of the peak over a prefill that is noise of the allocator, or 1% of the process.
+MEMORY_NOISE = 4 << 20
+CURVE_POINTS = 10
+
+
+def constant_state(subject, checks, num_tokens):
+    """Point 7: the state has one size, and memory does not grow with the tokens.
+
+    Args:
+        num_tokens: length of the long prefill.
+    """
+    model = subject.model(torch.float32)
+    lengths = (1, 65, 700)
+    with checks.case("state"), torch.no_grad():
+        # The first piece may be shorter than whatever a state keeps, so all begin with one token.
+        cache, sizes, done = None, [], 0
+        for length in lengths:
+            ids = subject.ids(1, length - done)
+            cache = subject.run(model, ids, cache=cache)[1]
+            done = length
+            sizes.append(sum(x.nbytes for x in cache_tensors(cache).values()))
+        growth = max(sizes) - min(sizes)
+        checks.below(f"bytes more after {lengths[-1]} tokens than after 1", growth, 0)
+        if hasattr(model, "state_size"):
+            clocks = sum(x.nbytes for k, x in cache_tensors(cache).items() if k.endswith(".clock"))
+            difference = abs(sizes[-1] - clocks - model.state_size())
+            checks.below("bytes of the live cache - state_size()", difference, 0)
+        else:
+            checks.not_run("bytes of the live cache = state_size()", "the model has no state_size")
+    with checks.case(f"prefill of {num_tokens:,} tokens"), torch.no_grad():
+        _prefill(subject, checks, model, num_tokens)
+
+
+def _prefill(subject, checks, model, num_tokens):
+    # A fixed segment, reused: what grows is the model's, not the input's.
+    segment = min(SEGMENT, -(-num_tokens // 16))
+    settings = {"logits_to_keep": 1} if subject.accepts("logits_to_keep") else {}
+    cache, done, curve, started = None, 0, [], time.perf_counter()
+    while done < num_tokens:
+        length = min(segment, num_tokens - done)
+        reset_peak_memory()
+        ids = subject.ids(1, length, seed=done)
+        output = subject.forward(model, ids, cache, use_cache=True, **settings)
+        cache = subject.cache_of(output)
+        done += length
+        curve.append((done, peak_memory()))
+    seconds = time.perf_counter() - started
+    # The first quarter warms the allocator up.
+    warm = max(1, len(curve) // 4)
+    early, late = (max(bytes_ for _, bytes_ in part) for part in (curve[:warm], curve[-warm:]))
+    checks.below(
+        "growth of peak memory, MiB", _mib(late - early), _mib(max(MEMORY_NOISE, early // 100))
+    )
+    finite = torch.isfinite(output.logits).all().item()
+    checks.holds("logits at the end are finite", finite)
+    shown = [curve[0], *curve[:: max(1, len(curve) // CURVE_POINTS)][1:], curve[-1]]
+    checks.note(
+        f"prefill in segments of {segment}, {seconds:.1f} s, {num_tokens / seconds:,.0f} tokens/s; "
+        "peak memory of the process in each segment:\n"
+        + "\n".join(f"{tokens:>12,} tokens {_mib(bytes_):>10.1f} MiB" for tokens, bytes_ in shown)
+    )
+
+
+def _mib(num_bytes):
+    return num_bytes / 2**20
+
+
+def reset_peak_memory():
+    """Starts a new measurement of the peak, where the system allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        # Without it the peak is that of the whole process so far, which still shows growth.
+        pass
+
+
+def peak_memory():
+    """Bytes of physical memory this process held at most since `reset_peak_memory`."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) << 10
+    except (OSError, IndexError):
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak << 10
+
+
+def training_and_compiling(subject, checks):
+    """Point 8: checkpointing and compiling change nothing."""
+    ids = subject.ids(2, 131)
+    with checks.case("gradient checkpointing"):
+        model, other = subject.model(), subject.model()
+        other.gradient_checkpointing_enable()
+        # Models checkpoint in training mode only, and dropout would hide the comparison.
+        for each in (model.train(), other.train()):
+            without_dropout(each)
+        found, expected = (
+            gradients(each, loss_of(subject.forward(each, ids).logits)) for each in (other, model)
+        )
+        checks.below("gradients", relative_gradients(found, expected), BOUND)
+        with checks.case("with a carried state"):
+            found, expected = (
+                gradients(each, loss_of(subject.run(each, ids, cut(131, (7, 64, 1, 59)))[0]))
+                for each in (other, model)
+            )
+            checks.below("gradients", relative_gradients(found, expected), BOUND)
+    checks.not_run("segment replay = full backpropagation", "comes in a later version")
+    model = subject.model()
+    with checks.case("torch.compile, full graph"):
+        _compiled(subject, checks, model, ids)
+    if not torch.cuda.is_available():
+        checks.not_run("torch.compile, inductor", "no GPU")
+
+
+def without_dropout(model):
+    """Turns every dropout of a model in training mode off."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def _compiled(subject, checks, model, ids):
+    def compiled(function, backend="eager"):
+        torch._dynamo.reset()
+        return torch.compile(function, fullgraph=True, backend=backend)
+
+    def prefill(ids):
+        return subject.forward(model, ids, use_cache=True)
+
+    def step(ids, cache, mask):
+        return subject.forward(model, ids, cache, mask)
+
+    with torch.no_grad():
+        with checks.case("prefill"):
+            expected, found = prefill(ids), compiled(prefill)(ids)
+            checks.below("logits", relative(found.logits, expected.logits), BOUND)
+        with checks.case("a decoding step"):
+            caches = [subject.run(model, ids)[1] for _ in range(2)]
+            compiled_step, mask = compiled(step), ids.new_ones(2, ids.shape[1] + 1)
+            for name in ("first", "second"):
+                expected = step(ids[:, :1], caches[0], mask).logits
+                found = compiled_step(ids[:, :1], caches[1], mask).logits
+                checks.below(f"{name}: logits", relative(found, expected), BOUND)
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    with checks.case("training"):
+        expected, found = (
+            gradients(model, loss_of(run(ids).logits))
+            for run in (
+                lambda ids: subject.forward(model, ids),
+                compiled(lambda ids: subject.forward(model, ids), "aot_eager"),
+            )
+        )
+        checks.below("gradients", relative_gradients(found, expected), BOUND)
+    torch._dynamo.reset()

@@ -1,0 +1,379 @@
+"""Points 1 to 4: pieces, padding, packing and causality change nothing."""
+
+import itertools
+
+import torch
+
+from .compare import (
+    BOUNDS,
+    NAMES,
+    gradients,
+    loss_of,
+    loss_weight,
+    relative,
+    relative_gradients,
+    relative_states,
+)
+from .report import NotApplicable
+from .subject import cache_tensors, generator, state_tensors
+
+# Around the chunk length of a chunked operator, and prime beyond it.
+LENGTHS = (1, 63, 64, 65, 131)
+# Lengths of pieces, repeated until the sequence ends.
+PIECES = {
+    "token by token": (1,),
+    "in pieces of 13": (13,),
+    "in pieces of 7, 64, 1, 3": (7, 64, 1, 3),
+    "in pieces of 97": (97,),
+}
+
+
+def cut(length, sizes):
+    """Sizes of the pieces of a sequence of this length: the given ones, over and over."""
+    pieces = []
+    for size in itertools.cycle(sizes):
+        pieces.append(min(size, length - sum(pieces)))
+        if sum(pieces) == length:
+            return pieces
+
+
+def whole_equals_pieces(subject, checks):
+    """Point 1: logits, state and gradients do not depend on how a sequence is cut."""
+    for dtype, bound in BOUNDS.items():
+        model = subject.model(dtype)
+        with checks.case(f"without a cache = with one, {NAMES[dtype]}"):
+            ids = subject.ids(2, LENGTHS[-1])
+            without = subject.forward(model, ids).logits
+            checks.below("logits", relative(without, subject.run(model, ids)[0]), bound)
+        for name, sizes in PIECES.items():
+            with checks.case(f"{name}, {NAMES[dtype]}"):
+                _compare_pieces(subject, checks, model, sizes, bound)
+    _on_a_gpu(subject, checks)
+
+
+def _compare_pieces(subject, checks, model, sizes, bound):
+    worst_logits, worst_state = 0.0, 0.0
+    with torch.no_grad():
+        for length in LENGTHS:
+            ids = subject.ids(2, length)
+            whole, whole_cache = subject.run(model, ids)
+            logits, cache = subject.run(model, ids, cut(length, sizes))
+            worst_logits = max(worst_logits, relative(logits, whole))
+            state, whole_state = cache_tensors(cache), cache_tensors(whole_cache)
+            worst_state = max(worst_state, relative_states(state, whole_state))
+    checks.below("logits", worst_logits, bound)
+    checks.below("state", worst_state, bound)
+    found, expected = (
+        _gradients_of_run(subject, model, subject.ids(2, LENGTHS[-1]), pieces)
+        for pieces in (cut(LENGTHS[-1], sizes), None)
+    )
+    checks.below("gradients", relative_gradients(found, expected), bound)
+
+
+def _gradients_of_run(subject, model, ids, pieces):
+    logits, cache = subject.run(model, ids, pieces)
+    return gradients(model, loss_of(logits, cache_tensors(cache)))
+
+
+def _on_a_gpu(subject, checks):
+    if not torch.cuda.is_available():
+        checks.not_run("on a GPU = on the CPU", "no GPU")
+        return
+    with checks.case("on a GPU = on the CPU"), torch.no_grad():
+        ids = subject.ids(2, LENGTHS[-1])
+        expected = subject.run(subject.model(), ids)[0]
+        model = subject.model().to("cuda")
+        for name, sizes in PIECES.items():
+            logits = subject.run(model, ids.cuda(), cut(LENGTHS[-1], sizes))[0].cpu()
+            checks.below(f"{name}, fp64: logits", relative(logits, expected), 1e-9)
+
+
+def padded_rows(width, with_start=True):
+    """A mask [B, T] with each kind of padding in a row of its own, and all of them in one row.
+
+    Args:
+        width: number of columns T.
+        with_start: False: for a continuation, where rows may also have no token at all.
+    """
+    mask = torch.ones(6, width, dtype=torch.long)
+    mask[1, : width // 5] = 0
+    mask[2, -(width // 3) :] = 0
+    mask[3, torch.rand(width, generator=generator(3)) < 0.4] = 0
+    mask[4, torch.rand(width, generator=generator(4)) < 0.4] = 0
+    mask[4, : width // 4] = 0
+    mask[4, -(width // 4) :] = 0
+    mask[5] = 0
+    if with_start:
+        mask[5, width // 2] = 1
+    return mask
+
+
+PADDING = {1: "left", 2: "right", 3: "interior", 4: "left, right and interior", 5: "all but one"}
+
+
+def padded_schedules():
+    """Ways to feed a padded batch: name -> the mask of each piece."""
+    start = padded_rows(71)
+    one = torch.ones(6, 1, dtype=torch.long)
+    masked_rows = one.clone()
+    masked_rows[[1, 3, 5]] = 0
+    return {
+        "at once": [start],
+        "then token by token": [start] + 5 * [one],
+        "then in pieces": [start, one.expand(6, 9), one.expand(6, 2)],
+        "then single tokens, masked in some rows": [start, masked_rows, one, masked_rows, one],
+        "then padded pieces": [start, padded_rows(11, False), one.expand(6, 3), padded_rows(70)],
+    }
+
+
+def positions_of(mask):
+    """position_ids that count the tokens of each row, as `generate` makes them."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def padding_changes_nothing(subject, checks):
+    """Point 2: a padded batch is its rows alone, and so is what continues from it."""
+    subject.require("attention_mask")
+    for dtype, bound in BOUNDS.items():
+        model = subject.model(dtype)
+        for name, masks in padded_schedules().items():
+            with checks.case(f"{name}, {NAMES[dtype]}"), torch.no_grad():
+                _compare_rows(subject, checks, model, masks, bound)
+    model, bound = subject.model(), BOUNDS[torch.float64]
+    with checks.case("attention_mask without position_ids"), torch.no_grad():
+        for name in ("at once", "then padded pieces"):
+            _compare_rows(subject, checks, model, padded_schedules()[name], bound, False, name)
+    with checks.case("a row that begins in the second piece"), torch.no_grad():
+        masks = [torch.tensor([[1, 1, 1], [0, 0, 0]]), torch.ones(2, 5, dtype=torch.long)]
+        _compare_rows(subject, checks, model, masks, bound)
+    with checks.case("other ids under the mask"), torch.no_grad():
+        mask = padded_rows(71)
+        outputs = []
+        for seed in (0, 1):
+            ids = torch.where(
+                mask == 1, subject.ids(*mask.shape), subject.ids(*mask.shape, seed=seed)
+            )
+            outputs.append(subject.run(model, ids, None, None, mask, positions_of(mask))[0])
+        visible = mask.bool()
+        same = torch.equal(outputs[0][visible], outputs[1][visible])
+        checks.holds("logits, bit for bit", same)
+    with checks.case("gradients of a padded batch"):
+        mask = padded_rows(71)
+        ids = subject.ids(*mask.shape)
+        logits, _ = subject.run(model, ids, None, None, mask, positions_of(mask))
+        weight = loss_weight(logits.shape, logits)
+        found = gradients(model, (logits * weight)[mask.bool()].sum())
+        loss = 0
+        for row, visible in enumerate(mask.bool()):
+            logits, _ = subject.run(model, ids[row, visible][None])
+            loss = loss + (logits[0] * weight[row, visible]).sum()
+        checks.below("", relative_gradients(found, gradients(model, loss)), bound)
+
+
+def _compare_rows(subject, checks, model, masks, bound, with_positions=True, name=""):
+    mask = torch.cat(masks, dim=1)
+    ids = subject.ids(*mask.shape)
+    positions = positions_of(mask) if with_positions else None
+    logits, cache, start = [], None, 0
+    for piece in masks:
+        end = start + piece.shape[1]
+        piece_positions = None if positions is None else positions[:, start:end]
+        piece_logits, cache = subject.run(
+            model, ids[:, start:end], None, cache, mask[:, :end], piece_positions
+        )
+        logits.append(piece_logits)
+        start = end
+    logits = torch.cat(logits, dim=1)
+    visible, worst_logits, worst_state = mask.bool(), {}, 0.0
+    try:
+        state = state_tensors(cache)
+        state_reason = None
+    except NotApplicable as reason:
+        state_reason = str(reason)
+    for row in range(len(ids)):
+        alone, alone_cache = subject.run(model, ids[row, visible[row]][None])
+        worst_logits[row] = relative(logits[row, visible[row]], alone[0])
+        if state_reason is None:
+            alone_state = state_tensors(alone_cache)
+            of_row = {k: x[row : row + 1] if x.ndim else x for k, x in state.items()}
+            worst_state = max(worst_state, relative_states(of_row, alone_state))
+    if len(worst_logits) == len(PADDING) + 1 and len(masks) == 1 and with_positions:
+        for row, padding in PADDING.items():
+            checks.below(f"{padding} padding: logits", worst_logits[row], bound)
+    prefix = f"{name}: " if name else ""
+    checks.below(f"{prefix}logits", max(worst_logits.values()), bound)
+    if state_reason is None:
+        checks.below(f"{prefix}state of each row", worst_state, bound)
+    else:
+        checks.not_run(f"{prefix}state of each row", state_reason)
+
+
+# Documents of one token, first, side by side and before the last, and one longer than a chunk.
+DOCUMENTS = (1, 37, 1, 1, 65, 2, 1, 24)
+
+
+class Packed:
+    """Documents laid end to end in one row, and what they give when run alone."""
+
+    def __init__(self, subject, model, lengths=DOCUMENTS):
+        self.lengths = lengths
+        self.ids = subject.ids(1, sum(lengths))
+        self.documents = self.ids.split(lengths, dim=1)
+        self.positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        self.seq_idx = torch.repeat_interleave(torch.tensor(lengths))[None]
+        self.cu_seq_lens_q = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        runs = [subject.run(model, ids) for ids in self.documents]
+        self.logits = torch.cat([logits for logits, _ in runs], dim=1)
+        self.gradients = gradients(model, loss_of(self.logits))
+        self.last_cache = runs[-1][1]
+
+
+def packing_changes_nothing(subject, checks):
+    """Point 3: packed documents are the documents alone."""
+    subject.require("position_ids")
+    for dtype, bound in BOUNDS.items():
+        model = subject.model(dtype)
+        packed = Packed(subject, model)
+        ways = {
+            "position_ids alone": {"positions": packed.positions},
+            "cu_seq_lens_q alone": {"cu_seq_lens_q": packed.cu_seq_lens_q},
+            "cu_seq_lens_q and position_ids": {
+                "cu_seq_lens_q": packed.cu_seq_lens_q,
+                "positions": packed.positions,
+            },
+            "seq_idx alone": {"seq_idx": packed.seq_idx},
+        }
+        for name, inputs in ways.items():
+            with checks.case(f"{name}, {NAMES[dtype]}"):
+                # As in training, where nothing asks for a cache.
+                logits = subject.forward(model, packed.ids, **inputs).logits
+                checks.below("logits", relative(logits, packed.logits), bound)
+                found = gradients(model, loss_of(logits))
+                checks.below("gradients", relative_gradients(found, packed.gradients), bound)
+                _compare_last_document(subject, checks, model, packed, inputs, bound)
+    model, bound = subject.model(), BOUNDS[torch.float64]
+    packed = Packed(subject, model)
+    with checks.case("pieces that cut documents"):
+        for name, sizes in PIECES.items():
+            logits, cache = subject.run(
+                model, packed.ids, cut(sum(DOCUMENTS), sizes), positions=packed.positions
+            )
+            checks.below(f"{name}: logits", relative(logits, packed.logits), bound)
+            found = gradients(model, loss_of(logits))
+            checks.below(f"{name}: gradients", relative_gradients(found, packed.gradients), bound)
+            checks.below(f"{name}: state", _last_state_error(cache, packed), bound)
+    with checks.case("cu_seq_lens_q, cut inside a document"), torch.no_grad():
+        subject.require("cu_seq_lens_q")
+        _cut_cu_seqlens(subject, checks, model, packed, bound)
+    with checks.case("packed and padded"), torch.no_grad():
+        _packed_and_padded(subject, checks, model, bound)
+    with checks.case("one document's logits, another's embeddings"):
+        embeds = model.get_input_embeddings()(packed.ids).detach().requires_grad_()
+        logits = subject.forward(
+            model, None, inputs_embeds=embeds, positions=packed.positions
+        ).logits
+        start, end = packed.cu_seq_lens_q[4:6].tolist()
+        (grad,) = torch.autograd.grad(logits[0, start:end].square().sum(), embeds)
+        outside = torch.cat([grad[0, :start], grad[0, end:]]).abs().max().item()
+        checks.below("gradient between them", outside, 0)
+
+
+def _compare_last_document(subject, checks, model, packed, inputs, bound):
+    """What is left in the cache after the stream is the state of its last document."""
+    with torch.no_grad():
+        output = subject.forward(model, packed.ids, use_cache=True, **inputs)
+        cache = subject.cache_of(output)
+        try:
+            error = _last_state_error(cache, packed)
+        except NotApplicable as reason:
+            checks.not_run("state", str(reason))
+            return
+        checks.below("state", error, bound)
+        more = subject.ids(1, 5, seed=2)
+        expected, _ = subject.run(model, torch.cat([packed.documents[-1], more], dim=1))
+        logits, _ = subject.run(model, more, cache=cache)
+        checks.below("logits of a continuation", relative(logits, expected[:, -5:]), bound)
+
+
+def _last_state_error(cache, packed):
+    return relative_states(state_tensors(cache), state_tensors(packed.last_cache))
+
+
+def _cut_cu_seqlens(subject, checks, model, packed, bound):
+    # 20 and 75 lie inside documents; a piece that begins with a new document says so by position.
+    total, logits, cache = sum(DOCUMENTS), [], None
+    for start, end in itertools.pairwise([0, 20, 75, total]):
+        inside = [n for n in packed.cu_seq_lens_q.tolist() if start < n < end]
+        output = subject.forward(
+            model,
+            packed.ids[:, start:end],
+            cache,
+            cu_seq_lens_q=torch.tensor([start, *inside, end]) - start,
+            use_cache=True,
+        )
+        cache = subject.cache_of(output)
+        logits.append(output.logits)
+    checks.below("logits", relative(torch.cat(logits, dim=1), packed.logits), bound)
+    checks.below("state", _last_state_error(cache, packed), bound)
+
+
+def _packed_and_padded(subject, checks, model, bound):
+    """Each row holds several documents, with padding before, between, inside and after them."""
+    rows = ((9, 1, 30), (40,), (1, 1, 5, 66))
+    width = 90
+    ids = subject.ids(len(rows), width)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    positions = torch.zeros(len(rows), width, dtype=torch.long)
+    for row, lengths in enumerate(rows):
+        columns = torch.randperm(width, generator=generator(row))[: sum(lengths)].sort().values
+        mask[row, columns] = 1
+        positions[row, columns] = torch.cat([torch.arange(n) for n in lengths])
+    for name, sizes in {"at once": (width,), "in pieces of 7, 64, 1, 3": (7, 64, 1, 3)}.items():
+        pieces = cut(width, sizes)
+        logits, _ = subject.run(model, ids, pieces, None, mask, positions)
+        worst = 0.0
+        for row, lengths in enumerate(rows):
+            visible = mask[row].bool()
+            alone = [
+                subject.run(model, x)[0] for x in ids[row, visible][None].split(lengths, dim=1)
+            ]
+            worst = max(worst, relative(logits[row, visible], torch.cat(alone, dim=1)[0]))
+        checks.below(f"{name}: logits", worst, bound)
+
+
+def no_future_leaks(subject, checks):
+    """Point 4: a token changes nothing before it, and reaches as far as the paper promises."""
+    model = subject.model()
+    length = LENGTHS[-1]
+    ids = subject.ids(1, length)
+    with torch.no_grad():
+        for name, run in {
+            "whole": lambda x: subject.forward(model, x).logits,
+            "in pieces of 7, 64, 1, 3": lambda x: subject.run(model, x, cut(length, (7, 64, 1, 3)))[
+                0
+            ],
+        }.items():
+            with checks.case(f"another token, {name}"):
+                before = run(ids)
+                changed_early, unchanged_late = 0, 0
+                places = (1, 62, 63, 64, 65, length - 2)
+                for place in places:
+                    other = ids.clone()
+                    other[0, place] = ids[0, place] % (subject.vocab_size - 1) + 1
+                    after = run(other)
+                    same = (after == before).all(-1)[0]
+                    changed_early += (~same[:place]).sum().item()
+                    unchanged_late += same[place].item() + same[-1].item()
+                checks.below("earlier logits that changed", changed_early, 0)
+                checks.below("own and last logits that did not", unchanged_late, 0)
+    with checks.case("receptive field"):
+        subject.require("inputs_embeds")
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = subject.forward(model, None, inputs_embeds=embeds).logits
+        (grad,) = torch.autograd.grad(logits[0, -1].square().sum(), embeds)
+        reach = grad[0].abs().amax(-1)
+        # An architecture that sees a window over all its layers says how many tokens that is.
+        promised = getattr(model, "receptive_field", None) or length
+        seen = reach[-promised:] > 0
+        checks.below("promised tokens without influence", (~seen).sum().item(), 0)
+        checks.below("tokens beyond it with influence", (reach[:-promised] > 0).sum().item(), 0)

@@ -1,0 +1,170 @@
+"""What a run of the contract found: one line per check, as a table, as JSON, as an exit code."""
+
+import contextlib
+import itertools
+import math
+from dataclasses import asdict, dataclass, field
+
+PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+
+
+class NotApplicable(Exception):
+    """The subject cannot be asked this; the message says why. Recorded as not run, not as passed."""
+
+
+@dataclass
+class Check:
+    """One comparison: a figure, the bound it must keep, and the verdict.
+
+    Attributes:
+        point: number of the contract's point.
+        name: what was compared.
+        measured: the figure, or None if there is none.
+        bound: the largest figure that passes, or a description of what was expected.
+        verdict: "passed", "failed" or "not run".
+        reason: why a check was not run, or what went wrong.
+    """
+
+    point: int
+    name: str
+    measured: float | str | None
+    bound: float | str | None
+    verdict: str
+    reason: str = ""
+
+
+class Checks:
+    """Collects the checks of one point."""
+
+    def __init__(self, point):
+        self.point = point
+        self.found: list[Check] = []
+        self.notes: list[str] = []
+        self._case = ""
+
+    def _add(self, name, measured, bound, verdict, reason=""):
+        name = ": ".join(part for part in (self._case, name) if part)
+        self.found.append(Check(self.point, name, measured, bound, verdict, reason))
+
+    def below(self, name, measured, bound):
+        """The figure is at most the bound; a NaN is not."""
+        self._add(name, float(measured), bound, PASSED if measured <= bound else FAILED)
+
+    def holds(self, name, condition, measured="no", expected="yes"):
+        """A condition; `measured` is what to print when it does not hold."""
+        verdict = PASSED if condition else FAILED
+        self._add(name, expected if condition else measured, expected, verdict)
+
+    def not_run(self, name, reason):
+        """A check that could not be made here."""
+        self._add(name, None, None, NOT_RUN, reason)
+
+    def note(self, text):
+        """Something to print under the table, such as a curve."""
+        self.notes.append(text)
+
+    @contextlib.contextmanager
+    def case(self, name):
+        """Prefixes the checks made inside with a name; an exception becomes a failed check."""
+        outer, self._case = self._case, ": ".join(part for part in (self._case, name) if part)
+        try:
+            yield
+        except NotApplicable as error:
+            self._case, case = outer, name
+            self._add(case, None, None, NOT_RUN, str(error))
+        except Exception as error:
+            # A model of somebody else may raise anything; it must not end the other checks.
+            self._case, case = outer, name
+            self._add(case, None, None, FAILED, f"{type(error).__name__}: {first_line(error)}")
+        finally:
+            self._case = outer
+
+
+def first_line(error):
+    """The first line of an exception's message that says something, shortened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else "without a message"
+
+
+@dataclass
+class Report:
+    """The checks of a run, point by point.
+
+    Attributes:
+        subject: name of the model and variant.
+        titles: the points that were asked for, number to title.
+        checks: all checks in order.
+        notes: text to print under a point, by its number.
+        seconds: time each point took.
+        versions: of the libraries.
+    """
+
+    subject: str
+    titles: dict[int, str] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    notes: dict[int, list[str]] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def failed(self, point=None):
+        """The checks that failed, of one point or of all."""
+        return [
+            check
+            for check in self.checks
+            if check.verdict == FAILED and point in (None, check.point)
+        ]
+
+    def verdict(self, point):
+        """ "failed" if any check failed, else "passed" if any was made, else "not run"."""
+        verdicts = {check.verdict for check in self.checks if check.point == point}
+        return next((verdict for verdict in (FAILED, PASSED) if verdict in verdicts), NOT_RUN)
+
+    def count(self, verdict):
+        """How many checks have this verdict."""
+        return sum(check.verdict == verdict for check in self.checks)
+
+    def as_dict(self):
+        """Everything, for JSON."""
+        return asdict(self) | {"verdicts": {n: self.verdict(n) for n in self.titles}}
+
+    def table(self):
+        """Everything, for people."""
+        rows = [
+            (check.name, show(check.measured), show(check.bound), check.verdict, check.reason)
+            for check in self.checks
+        ]
+        header = ("checked", "measured", "bound", "verdict")
+        widths = [max(map(len, column)) for column in zip(*(row[:4] for row in rows), header)]
+
+        def line(cells):
+            name, measured, bound, verdict = cells
+            text = f"    {name:<{widths[0]}}  {measured:>{widths[1]}}  {bound:>{widths[2]}}"
+            return f"{text}  {verdict}"
+
+        lines = [self.subject, line(header)]
+        numbered = zip(self.checks, rows)
+        for point, group in itertools.groupby(numbered, key=lambda pair: pair[0].point):
+            lines.append(
+                f"{point:>2}  {self.titles[point]}: {self.verdict(point)}"
+                f" ({self.seconds[point]:.1f} s)"
+            )
+            for _, (*cells, reason) in group:
+                lines.append(line(cells) + (f" ({reason})" if reason else ""))
+            for note in self.notes.get(point, ()):
+                lines.extend(f"      {text}" for text in note.splitlines())
+        lines.append(
+            f"{self.count(PASSED)} checks passed, {self.count(FAILED)} failed, "
+            f"{self.count(NOT_RUN)} not run, in {sum(self.seconds.values()):.0f} s"
+        )
+        return "\n".join(lines)
+
+
+def show(figure):
+    """A figure for the table."""
+    if figure is None:
+        return "-"
+    if isinstance(figure, str):
+        return figure
+    if math.isfinite(figure) and figure == int(figure):
+        return str(int(figure))
+    return f"{figure:.3g}" if 0.01 <= abs(figure) < 1e4 else f"{figure:.1e}"

@@ -1,0 +1,285 @@
+"""The model under test, seen only through what every Hugging Face causal LM offers.
+
+A subject is a name in `zoo.MODELS`, a folder that `AutoModelForCausalLM` loads, or a class. Models
+of the zoo and classes are built tiny; a folder is taken with its own size and weights.
+"""
+
+import copy
+import importlib
+import inspect
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from zoo import MODELS
+
+from .report import NotApplicable
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
+# For models of others, as far as their config has the field. Mamba-2 needs
+# num_heads * head_dim = expand * hidden_size.
+TINY_ELSEWHERE = TINY | {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_heads": 8,
+    "expand": 2,
+    "state_size": 16,
+    "n_groups": 1,
+    "chunk_size": 16,
+    "max_position_embeddings": 4096,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state", "mems")
+
+
+class Subject:
+    """A model that can be built again and again with the same weights.
+
+    Args:
+        name: what the report calls it.
+        build: seed -> a freshly initialised model.
+        pretrained: a model whose weights are to be tested as they are; None: initialised ones,
+            moved away from the special values of an initialisation.
+        initialization: the statistics the paper's initialisation has, for point 10: parameter name
+            pattern (as in fnmatch) -> (mean, standard deviation, "normal", "uniform" or
+            "constant"). None: what the class says in `expected_initialization(config)`, if it does.
+    """
+
+    def __init__(self, name, build, pretrained=None, initialization=None):
+        self.name = name
+        self.build = build
+        self.pretrained = pretrained
+        self._weights = pretrained if pretrained is not None else with_all_parts_active(build(0))
+        self.config = self._weights.config
+        self.vocab_size = self.config.get_text_config().vocab_size
+        cls = type(self._weights)
+        if initialization is None and hasattr(cls, "expected_initialization"):
+            initialization = cls.expected_initialization(self.config)
+        self.initialization = initialization
+        self.arguments = set(inspect.signature(cls.forward).parameters)
+        self.arguments |= set(inspect.signature(type(self._weights.base_model).forward).parameters)
+        self.cache_argument = next((x for x in CACHE_ARGUMENTS if x in self.arguments), None)
+
+    def model(self, dtype=torch.float64, seed=0):
+        """The model in eval mode; another seed gives other weights."""
+        if seed == 0:
+            model = copy.deepcopy(self._weights)
+        else:
+            model = with_all_parts_active(self.build(seed))
+        model = model.to(dtype).eval()
+        # Generation of a fixed length: what a checkpoint prefers is not what is tested here.
+        model.generation_config = type(model.generation_config)(pad_token_id=0)
+        return model
+
+    def ids(self, *shape, seed=0):
+        """Random token ids; 0 is left out, it pads."""
+        return torch.randint(1, self.vocab_size, shape, generator=generator(seed))
+
+    def accepts(self, argument):
+        """Whether the model's forward names this argument."""
+        return argument in self.arguments
+
+    def require(self, argument):
+        """Raises NotApplicable if the model's forward has no such argument."""
+        if not self.accepts(argument):
+            raise NotApplicable(f"its forward has no argument {argument}")
+
+    def forward(self, model, input_ids=None, cache=None, mask=None, positions=None, **inputs):
+        """One forward pass, in the names this model uses.
+
+        Args:
+            model: one of `model()`.
+            input_ids: [B, T].
+            cache: the cache to continue from.
+            mask: attention_mask.
+            positions: position_ids; left out if the model has no such argument.
+            inputs: passed on; an argument the model does not name raises NotApplicable.
+        """
+        if input_ids is not None:
+            inputs["input_ids"] = input_ids
+        if cache is not None:
+            inputs[self.cache_argument] = cache
+        if mask is not None:
+            inputs["attention_mask"] = mask
+        if positions is not None and self.accepts("position_ids"):
+            inputs["position_ids"] = positions
+        for name in inputs:
+            self.require(name)
+        inputs.setdefault("use_cache", cache is not None)
+        return model(**inputs)
+
+    def cache_of(self, output):
+        """The cache in a model's output."""
+        cache = None if self.cache_argument is None else getattr(output, self.cache_argument, None)
+        if cache is None:
+            raise NotApplicable("its output holds no cache")
+        return cache
+
+    def run(self, model, ids, sizes=None, cache=None, mask=None, positions=None, **inputs):
+        """Feeds a sequence in pieces of the given sizes, each continuing from the one before.
+
+        Args:
+            sizes: lengths of the pieces; None: everything at once.
+            mask: [B, past + T]; each piece gets the columns up to its end.
+            positions: [B, T]; each piece gets its own columns. So do the tensors in `inputs`.
+
+        Returns:
+            (logits of all positions, the cache at the end).
+        """
+        start, logits = 0, []
+        past = 0 if mask is None else mask.shape[1] - ids.shape[1]
+        for size in sizes or [ids.shape[1]]:
+            end = start + size
+            output = self.forward(
+                model,
+                ids[:, start:end],
+                cache,
+                None if mask is None else mask[:, : past + end],
+                None if positions is None else positions[:, start:end],
+                use_cache=True,
+                **{name: x[:, start:end] for name, x in inputs.items()},
+            )
+            cache = self.cache_of(output)
+            logits.append(output.logits)
+            start = end
+        return torch.cat(logits, dim=1), cache
+
+
+def with_all_parts_active(model):
+    """Adds noise to all weights, so that no part is hidden by an initialisation at 0 or 1."""
+    noise = generator(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            fan_in = weight[0].numel() if weight.ndim > 1 else 100
+            weight += torch.randn(weight.shape, generator=noise) * 0.5 * fan_in**-0.5
+    return model
+
+
+def generator(seed):
+    """A random generator of its own, so that no check depends on those before it."""
+    return torch.Generator().manual_seed(seed)
+
+
+def cache_tensors(cache):
+    """Every tensor a live cache holds, by its path; of any class of cache."""
+    found, seen = {}, set()
+
+    def visit(path, value):
+        if isinstance(value, torch.Tensor):
+            found[path] = value
+        elif isinstance(value, (dict, list, tuple)) or hasattr(value, "__dict__"):
+            if id(value) in seen or isinstance(value, (type, nn.Module, PretrainedConfig)):
+                return
+            seen.add(id(value))
+            if isinstance(value, (list, tuple)):
+                value = dict(enumerate(value))
+            elif not isinstance(value, dict):
+                value = vars(value)
+            for name, child in value.items():
+                visit(f"{path}.{name}" if path else str(name), child)
+
+    visit("", cache)
+    return found
+
+
+def state_tensors(cache):
+    """The tensors of a cache that has one state per row, of a size that no length enters.
+
+    Raises:
+        NotApplicable: the cache holds keys and values, one per column.
+    """
+    tensors = cache_tensors(cache)
+    if any(path.endswith((".keys", ".values")) for path in tensors):
+        raise NotApplicable("its cache grows with the columns, padding included")
+    return tensors
+
+
+def variants_of(name):
+    """The settings of a zoo model that are worth checking: name -> fields of its config."""
+    return getattr(MODELS[name].config, "variants", None) or {"default": {}}
+
+
+def zoo_subject(name, variant=None, initialization=None):
+    """A model of the zoo, tiny.
+
+    Args:
+        name: its name in `zoo.MODELS`.
+        variant: one of its config's `variants`; None: the first.
+        initialization: as in `Subject`.
+
+    Raises:
+        ValueError: no such variant.
+    """
+    architecture, variants = MODELS[name], variants_of(name)
+    variant = variant or next(iter(variants))
+    if variant not in variants:
+        raise ValueError(f"{name} has the variants {', '.join(variants)}, got {variant!r}.")
+
+    def build(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return architecture.causal_lm(architecture.config(**{**TINY, **variants[variant]}))
+
+    return Subject(f"{name}, {variant}", build, initialization=initialization)
+
+
+def class_subject(path):
+    """A class `package.module:ClassName`, with its config's defaults made small."""
+    module, _, name = path.partition(":")
+    cls = getattr(importlib.import_module(module), name)
+    defaults = cls.config_class()
+
+    def build(seed):
+        tiny = {k: v for k, v in TINY_ELSEWHERE.items() if hasattr(defaults, k)}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(cls.config_class(**tiny))
+
+    return Subject(path, build)
+
+
+def folder_subject(folder, trust_remote_code=False):
+    """A checkpoint in a folder, with its own weights."""
+    pretrained = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+    def build(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return type(pretrained)(copy.deepcopy(pretrained.config))
+
+    return Subject(str(folder), build, pretrained)
+
+
+def find_subject(model, variant=None, trust_remote_code=False):
+    """The subject a command line names.
+
+    Args:
+        model: a name in `zoo.MODELS`, a folder, or `package.module:ClassName`.
+        variant: for a model of the zoo.
+        trust_remote_code: whether code that lies in the folder may be run.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if model in MODELS:
+        return zoo_subject(model, variant)
+    if variant is not None:
+        raise ValueError(f"only models of the zoo have variants, got {model!r} with {variant!r}.")
+    if (Path(model) / "config.json").is_file():
+        return folder_subject(model, trust_remote_code)
+    if ":" in model:
+        return class_subject(model)
+    raise ValueError(
+        f"expected a model of the zoo ({', '.join(MODELS)}), a folder with a config.json or "
+        f"package.module:ClassName, got {model!r}."
+    )

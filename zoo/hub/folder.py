@@ -1,0 +1,341 @@
+"""Model folders: reading weights and configs with checks, writing a folder whole or not at all."""
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, GenerationConfig
+
+from .. import MODELS
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# Names of a training run's other files, which share a weight file's extension.
+NOT_WEIGHTS = ("training_args", "training_state", "optimizer", "scheduler", "scaler", "rng_state")
+PICKLES = (".bin", ".pt", ".pth")
+
+
+def one_line(error):
+    """An exception's message on one line, for a message of our own."""
+    # @strict puts the message of a validator on a second line, after a sentence about itself.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, StrictDataclassError):
+        lines = [line.removeprefix("ValueError: ").removeprefix("TypeError: ") for line in lines[1:]]
+    return " ".join(lines)
+
+
+def some(names, limit=4):
+    """The first few of many names, for a message."""
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(str, names[:limit])) + rest
+
+
+def read_json(path):
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: the file is missing, unreadable, or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; expected it beside the weights.") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {one_line(error)}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def find_weights(src):
+    """The weight files of a folder, in order of preference safetensors, then pickles.
+
+    Args:
+        src: a folder, or a weight file, or the index of a sharded one.
+
+    Returns:
+        Paths that together hold every tensor.
+
+    Raises:
+        ValueError: there are none, or it is not clear which.
+    """
+    src = Path(src)
+    if src.is_file():
+        return _shards(src) if src.name.endswith(".index.json") else [src]
+    if not src.is_dir():
+        raise ValueError(f"{src}: no such folder or file.")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (src / f"{name}.index.json").is_file():
+            return _shards(src / f"{name}.index.json")
+        if (src / name).is_file():
+            return [src / name]
+        # A format's weights may have any name, as long as there is one file of them.
+        endings = (".safetensors",) if name.endswith(".safetensors") else PICKLES
+        files = [p for p in sorted(src.iterdir()) if p.suffix in endings and p.is_file()]
+        files = [p for p in files if not p.name.startswith(NOT_WEIGHTS)]
+        if len(files) > 1:
+            raise ValueError(
+                f"{src} holds several weight files ({some(p.name for p in files)}) and no index; "
+                "pass the file you mean."
+            )
+        if files:
+            return files
+    raise ValueError(
+        f"{src}: expected weights (.safetensors, .bin, .pt or .pth), found none; "
+        "pass the folder or the file that holds them."
+    )
+
+
+def _shards(index):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: expected an index with a weight_map, got none.")
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} names the shard {name!r}, which is outside of its folder.")
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index.parent / name} is missing; {index.name} names it as a shard.")
+    return [index.parent / name for name in names]
+
+
+def read_tensors(src):
+    """Every tensor of a checkpoint by name. Code in pickled files is never run.
+
+    Args:
+        src: as `find_weights`.
+
+    Raises:
+        ValueError: nothing to read, damaged files, or something that is not a tensor.
+    """
+    tensors = {}
+    for path in find_weights(src):
+        found = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            raise ValueError(f"{path} holds {some(twice)}, which another shard holds too.")
+        tensors |= found
+    return tensors
+
+
+def _load_safetensors(path):
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({one_line(error)}); "
+            "it is damaged or not fully downloaded: get it again."
+        ) from None
+
+
+def _load_pickle(path):
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError, KeyError):
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors, and a pickle that runs code is not "
+            "opened; save its state_dict() alone, best as safetensors."
+        ) from None
+    # Trainers put the weights beside other things.
+    for name in ("model", "state_dict", "module"):
+        if isinstance(tensors, dict) and isinstance(tensors.get(name), dict):
+            tensors = tensors[name]
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(tensors).__name__}.")
+    others = sorted(str(name) for name, x in tensors.items() if not torch.is_tensor(x))
+    if others:
+        raise ValueError(f"{path}: expected tensors only, but {some(others)} is something else.")
+    return dict(tensors)
+
+
+def read_config(folder):
+    """The architecture and config of one of our checkpoints.
+
+    Args:
+        folder: holds config.json.
+
+    Returns:
+        (the `zoo.Architecture`, its config).
+
+    Raises:
+        ValueError: not a config of ours.
+    """
+    path = Path(folder) / "config.json"
+    fields = read_json(path)
+    by_type = {a.config.model_type: a for a in MODELS.values()}
+    model_type = fields.get("model_type")
+    if model_type not in by_type:
+        raise ValueError(
+            f"{path}: expected model_type {' or '.join(map(repr, by_type))}, got {model_type!r}; "
+            "a foreign checkpoint goes through `zoo convert` first (`zoo convert --list`)."
+        )
+    architecture = by_type[model_type]
+    wanted = architecture.causal_lm.__name__
+    classes = fields.get("architectures") or [wanted]
+    if wanted not in classes:
+        raise ValueError(f"{path}: expected a language model ({wanted}), got {some(classes)}.")
+    try:
+        return architecture, architecture.config.from_dict(fields)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
+
+
+def build_model(architecture, config, tensors, source):
+    """The language model around given weights, without a copy of them.
+
+    Args:
+        architecture: a `zoo.Architecture`.
+        config: its config.
+        tensors: weights by our names. Of tied weights the embedding is enough.
+        source: where they come from, for messages.
+
+    Returns:
+        A model whose parameters are the tensors, in the one dtype that holds all of them exactly.
+        Constants of the mathematics have no values: save it, do not run it.
+
+    Raises:
+        ValueError: names or shapes that do not fit the config.
+    """
+    with torch.device("meta"):
+        model = architecture.causal_lm(config)
+    expected = model.state_dict()
+    tied = model._tied_weights_keys if config.tie_word_embeddings else {}
+    tensors = dict(tensors)
+    for alias, original in tied.items():
+        copy = tensors.pop(alias, None)
+        if copy is not None and original in tensors and not torch.equal(copy, tensors[original]):
+            raise ValueError(
+                f"{source}: the config ties {alias} to {original}, but the two differ; "
+                "set tie_word_embeddings to false."
+            )
+        del expected[alias]
+    problems = []
+    missing, unknown = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
+    if missing:
+        problems.append(f"no {some(missing)}")
+    if unknown:
+        problems.append(f"no place for {some(unknown)}")
+    for name in sorted(expected.keys() & tensors):
+        if tensors[name].shape != expected[name].shape:
+            shapes = [list(x.shape) for x in (expected[name], tensors[name])]
+            problems.append(f"{name} is {shapes[0]} by the config, {shapes[1]} in the file")
+        elif not tensors[name].is_floating_point():
+            problems.append(f"{name} is {tensors[name].dtype}, not a float (quantised?)")
+    if problems:
+        raise ValueError(f"{source}: weights and config do not fit: {some(problems, 3)}.")
+    dtype = None
+    for x in tensors.values():
+        dtype = x.dtype if dtype is None else torch.promote_types(dtype, x.dtype)
+    tensors = {name: x.to(dtype) for name, x in tensors.items()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+def carry_files(src, dst, names):
+    """Copies those of the named files that a folder has. Returns their names."""
+    found = [name for name in names if (Path(src) / name).is_file()]
+    for name in found:
+        shutil.copyfile(Path(src) / name, Path(dst) / name)
+    return found
+
+
+def load_tokenizer(folder):
+    """The tokenizer in a folder.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each kind of tokenizer has its own ways to fail
+        raise ValueError(
+            f"the tokenizer does not load ({type(error).__name__}: {one_line(error)[:200]}); "
+            "replace or remove its files."
+        ) from None
+
+
+def check_tokenizer(tokenizer, vocab_size):
+    """Raises a ValueError if a tokenizer has ids that the model does not know."""
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {size} ids, the model's vocab_size is {vocab_size}; "
+            "use the tokenizer the model was trained with."
+        )
+
+
+def read_generation_config(folder):
+    """What generation_config.json in a folder says, or None if there is none.
+
+    Raises:
+        ValueError: it is damaged or contradicts itself.
+    """
+    if not (Path(folder) / "generation_config.json").is_file():
+        return None
+    fields = read_json(Path(folder) / "generation_config.json")
+    try:
+        config = GenerationConfig.from_dict(fields)
+        config.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder}/generation_config.json: {one_line(error)}") from None
+    return config
+
+
+@contextmanager
+def new_folder(path, overwrite=False):
+    """A folder that appears at `path` complete, or, if the block fails, not at all.
+
+    Args:
+        path: where; its parents are made.
+        overwrite: replace a model folder that is there. Any other folder is left alone.
+
+    Yields:
+        An empty folder beside `path` to fill.
+
+    Raises:
+        ValueError: something is in the way.
+    """
+    path = Path(path).absolute()
+    if path.is_file():
+        raise ValueError(f"{path} is a file; expected a new folder's name.")
+    occupied = path.is_dir() and any(path.iterdir())
+    if occupied and not overwrite:
+        raise ValueError(
+            f"{path} exists and is not empty; choose another name, or pass --overwrite."
+        )
+    if occupied and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} holds no model (no config.json), so --overwrite does not delete it; "
+            "choose another name."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        new = work / "new"
+        new.mkdir()
+        yield new
+        if path.is_dir():
+            os.replace(path, work / "old")
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
