@@ -168,3 +168,22 @@ def test_classifier(architecture, tmp_path):
     logits = model(ids, attention_mask=(ids != 0).long()).logits
     torch.testing.assert_close(logits[:1], model(ids[:1, :8]).logits)
     assert logits.shape == (2, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@architectures
+def test_fused_loss_is_the_loss(architecture):
+    pytest.importorskip("liger_kernel")
+    model = build(architecture).train().cuda()
+    ids = IDS.cuda()
+    expected = model(ids, labels=ids).loss
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.loss_chunk_size = 4
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-5)

@@ -331,7 +331,10 @@ class ZooModel(ZooPreTrainedModel):
             cache.layers = DynamicCache(config=self.config).layers
             cache.layer_class_to_replicate = None
         layers = cache.layers
-        if len(layers) != len(self.layers) or not isinstance(layers[0], StateLayer):
+        # By name: code exported into another folder brings a class of its own, and the one that was
+        # imported last is the one DynamicCache builds.
+        known = getattr(layers[0], "_layer_type", None) in self.config.layer_types
+        if len(layers) != len(self.layers) or not known:
             raise ValueError(
                 f"past_key_values: expected a cache of {len(self.layers)} recurrent state layers, "
                 f"got {len(layers)} of type {type(layers[0]).__name__}; "
@@ -376,13 +379,35 @@ def _unpack(sequence, x_BTD, num_pending):
     return x_BTD[:, num_pending:] if num_pending else x_BTD
 
 
+def _fused_linear_cross_entropy(head, hidden_TD):
+    """Liger's projection and cross entropy in one, where it is installed, else None.
+
+    On a CUDA device only, and only for a plain linear head with its whole weight at hand: it goes
+    around the module, and so around adapters, hooks and sharding.
+    """
+    if (
+        not hidden_TD.is_cuda
+        or type(head) is not nn.Linear
+        or type(head.weight) is not nn.Parameter
+    ):
+        return None
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyLoss(
+        ignore_index=LOSS_IGNORES, reduction="sum", accum_dtype=torch.float32
+    )
+
+
 class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
     """The decoder with a projection onto the vocabulary.
 
     Attributes:
         loss_chunk_size: if set, a training step computes its loss over that many tokens at a time
-            and returns no logits, so that [B, T, vocab_size] never exists. How to run, not part of
-            the model: set it on the instance.
+            and returns no logits, so that [B, T, vocab_size] never exists (on CUDA with
+            liger-kernel installed, in that library's own chunks). How to run, not part of the
+            model: set it on the instance.
     """
 
     model_class: type[ZooModel]
@@ -460,14 +485,16 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         if shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=LOSS_IGNORES)
         target_T = shift_labels.flatten().to(hidden_BTD.device)
-        total = hidden_BTD.new_zeros((), dtype=torch.float32)
-        for hidden_TD, target in zip(
-            hidden_BTD.flatten(0, 1).split(self.loss_chunk_size),
-            target_T.split(self.loss_chunk_size),
-            strict=True,
-        ):
-            # Recomputing a chunk's logits in backward is what keeps them from being stored.
-            total = total + checkpoint(self._summed_loss, hidden_TD, target, use_reentrant=False)
+        hidden_TD = hidden_BTD.flatten(0, 1)
+        fused = _fused_linear_cross_entropy(self.lm_head, hidden_TD)
+        if fused is not None:
+            total = fused(self.lm_head.weight, hidden_TD, target_T)
+        else:
+            total = hidden_TD.new_zeros((), dtype=torch.float32)
+            size = self.loss_chunk_size
+            for chunk in zip(hidden_TD.split(size), target_T.split(size), strict=True):
+                # Recomputing a chunk's logits in backward is what keeps them from being stored.
+                total = total + checkpoint(self._summed_loss, *chunk, use_reentrant=False)
         if num_items_in_batch is None:
             num_items_in_batch = (target_T != LOSS_IGNORES).sum()
         elif torch.is_tensor(num_items_in_batch):
