@@ -19,6 +19,8 @@ MODELLING = sorted(
     if path.name not in ("__init__.py", "cli.py")
 )
 LIBRARIES = {"torch", "transformers", "huggingface_hub", "safetensors", "triton"}
+# Faster where it is installed; imported inside a function, behind a try.
+LIBRARIES |= {"liger_kernel"}
 modelling_file = pytest.mark.parametrize(
     "path", MODELLING, ids=lambda p: f"{p.parent.name}/{p.name}"
 )

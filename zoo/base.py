@@ -35,7 +35,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .sequence import Sequence
-from .state import Inputs, State, StateLayer, state_size
+from .state import LAYERS, Inputs, State, StateLayer, new_cache, state_size
 
 LOSS_IGNORES = -100
 
@@ -95,10 +95,10 @@ class ZooConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}.")
-        if self.hidden_size % self.num_attention_heads:
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
-                f"hidden_size is a multiple of num_attention_heads, got {self.hidden_size} and "
-                f"{self.num_attention_heads}; change one of them."
+                f"pad_token_id is below vocab_size {self.vocab_size}, got {self.pad_token_id}; "
+                "change one of them, or leave pad_token_id out."
             )
 
     def validate_layer_type(self):
@@ -280,7 +280,7 @@ class ZooModel(ZooPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = new_cache(self.config)
         inputs = Inputs(inputs_embeds, attention_mask, position_ids)
         num_pending = 0
         if past_key_values is not None:
@@ -326,20 +326,25 @@ class ZooModel(ZooPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD))
 
     def _check_cache(self, cache, embeds_BTD):
-        if not cache.layers:
-            # DynamicCache() without a config makes its layers as it goes; ours are known.
-            cache.layers = DynamicCache(config=self.config).layers
-            cache.layer_class_to_replicate = None
-        layers = cache.layers
-        # By name: code exported into another folder brings a class of its own, and the one that was
-        # imported last is the one DynamicCache builds.
-        known = getattr(layers[0], "_layer_type", None) in self.config.layer_types
-        if len(layers) != len(self.layers) or not known:
+        expected = [LAYERS[layer_type] for layer_type in self.config.layer_types]
+        types = [type(layer) for layer in cache.layers]
+        if types != expected and not any(layer.get_seq_length() for layer in cache.layers):
+            # An empty cache made without a config; or, where several exported folders are loaded,
+            # one with the layers of the folder that was imported last.
+            names = [getattr(layer, "_layer_type", None) for layer in cache.layers]
+            if names in ([], self.config.layer_types):
+                recording = any(layer.record_past for layer in cache.layers)
+                cache.layers, cache.layer_class_to_replicate = new_cache(self.config).layers, None
+                if recording:
+                    cache.activate_past_recording()
+                types = expected
+        if types != expected:
             raise ValueError(
-                f"past_key_values: expected a cache of {len(self.layers)} recurrent state layers, "
-                f"got {len(layers)} of type {type(layers[0]).__name__}; "
+                f"past_key_values: expected a cache of {len(expected)} recurrent state layers of "
+                f"this model, got {len(types)} of type {types[0].__name__}; "
                 "make one with DynamicCache(config=model.config)."
             )
+        layers = cache.layers
         if layers[0].clock is not None and len(layers[0].clock) != embeds_BTD.shape[0]:
             raise ValueError(
                 f"past_key_values holds the state of {len(layers[0].clock)} rows, got a batch of "

@@ -289,9 +289,20 @@ class SlidingStateLayer(StateLayer):
     _layer_type = "zoo_sliding_attention"
 
 
+LAYERS = {layer._layer_type: layer for layer in (StateLayer, SlidingStateLayer)}
 # A state has the same shape at every step: a static cache holds it as it is.
-for _layer in (StateLayer, SlidingStateLayer):
-    STATIC_LAYER_TYPE_MAPPING[_layer._layer_type] = _layer
+STATIC_LAYER_TYPE_MAPPING.update(LAYERS)
+
+
+def new_cache(config):
+    """An empty cache for a model with this config.
+
+    As `DynamicCache(config=config)`, but with this module's own layers: where several exported
+    folders are loaded, each brings its own, and transformers knows the last one.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [LAYERS[layer_type]() for layer_type in config.layer_types]
+    return cache
 
 
 def state_size(specs_by_layer, dtype=torch.float32):
@@ -376,7 +387,7 @@ def load_state(path, config, device="cpu"):
                 f"{path}: expected a state written by zoo ({FORMAT!r}), got format "
                 f"{metadata.get('format')!r}; write it with zoo.state.save_state."
             )
-        cache = DynamicCache(config=config)
+        cache = new_cache(config)
         lengths = json.loads(metadata["lengths"])
         if len(lengths) != len(cache.layers):
             raise ValueError(

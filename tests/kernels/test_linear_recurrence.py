@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from goldens import load_golden
+from goldens import golden_tensors
 
 from zoo.kernels.linear_recurrence import (
     linear_recurrence,
@@ -187,7 +187,7 @@ def test_extremes_stay_finite(decay):
 
 def test_official_retention():
     """flash-linear-attention's naive retention, and torchscale's through the normaliser."""
-    golden, _ = load_golden("ops-retention")
+    golden = golden_tensors("ops-retention")
     log_gamma = golden["raw_log_gamma"]
     inputs = [golden[f"raw_{name}"].requires_grad_() for name in ("q", "k", "v", "s0")]
     q, k, v, s0 = inputs

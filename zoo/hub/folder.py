@@ -38,7 +38,9 @@ def one_line(error):
     # @strict puts the message of a validator on a second line, after a sentence about itself.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, StrictDataclassError):
-        lines = [line.removeprefix("ValueError: ").removeprefix("TypeError: ") for line in lines[1:]]
+        lines = [
+            line.removeprefix("ValueError: ").removeprefix("TypeError: ") for line in lines[1:]
+        ]
     return " ".join(lines)
 
 
@@ -164,6 +166,9 @@ def _load_pickle(path):
     others = sorted(str(name) for name, x in tensors.items() if not torch.is_tensor(x))
     if others:
         raise ValueError(f"{path}: expected tensors only, but {some(others)} is something else.")
+    # A pickle may hold views of one storage, which safetensors cannot.
+    for name in list(tensors):
+        tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
     return dict(tensors)
 
 
@@ -199,6 +204,14 @@ def read_config(folder):
         raise ValueError(f"{path}: {one_line(error)}") from None
 
 
+def settings(config):
+    """The fields of one of our configs that say what the model is, by name, in order."""
+    own = set().union(*(vars(c).get("__annotations__", {}) for c in type(config).__mro__[:2]))
+    own.discard("layer_types")  # one and the same for every layer
+    values = config.to_dict()
+    return {n: values[n] for n in type(config).__dataclass_fields__ if n in own & set(values)}
+
+
 def build_model(architecture, config, tensors, source):
     """The language model around given weights, without a copy of them.
 
@@ -215,6 +228,12 @@ def build_model(architecture, config, tensors, source):
     Raises:
         ValueError: names or shapes that do not fit the config.
     """
+    padding = config.pad_token_id
+    if padding is not None and not 0 <= padding < config.vocab_size:
+        raise ValueError(
+            f"{source}: pad_token_id is below vocab_size = {config.vocab_size}, got {padding}; "
+            "correct config.json, or set it to null."
+        )
     with torch.device("meta"):
         model = architecture.causal_lm(config)
     expected = model.state_dict()
@@ -334,6 +353,9 @@ def new_folder(path, overwrite=False):
         new = work / "new"
         new.mkdir()
         yield new
+        for file in new.iterdir():
+            # safetensors writes for the owner alone; the folder was made as the user's umask says.
+            file.chmod(new.stat().st_mode & 0o666)
         if path.is_dir():
             os.replace(path, work / "old")
         os.replace(new, path)

@@ -1,8 +1,8 @@
 """Foreign checkpoints become ours, exactly: `zoo convert FORMAT SRC DST`.
 
-One file per format. It says which config fields it understands, and where each of our weights comes
-from. Whatever is left over, on either side, is an error: a weight that nobody took or a setting that
-nobody read would be a different model.
+One file per format. It says which config fields it understands, and where each of our weights
+comes from. Whatever is left over, on either side, is an error: with a weight that nobody took, or a
+setting that nobody read, it would be a different model.
 """
 
 import difflib

@@ -5,6 +5,7 @@ learned weight in the head norm, SwiGLU. Our `RetNetConfig` has these as options
 """
 
 import math
+from numbers import Real
 
 from ...retnet import RetNetConfig
 from .format import Format
@@ -36,20 +37,22 @@ def read_config(fields, names):
     fields.drop("it acts in training only", *TRAINING)
     fields.drop("there is no limit", "max_position_embeddings")
 
-    hidden_size = fields.take("hidden_size")
+    hidden_size = fields.take("hidden_size", kind=int)
     num_heads = fields.take("num_heads")
     num_groups = fields.take("num_kv_heads", None)
     return RetNetConfig(
         vocab_size=fields.take("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=mlp_width(
-            hidden_size, fields.take("hidden_ratio", 2), fields.take("intermediate_size", None)
+            hidden_size,
+            fields.take("hidden_ratio", 2, kind=Real | None),
+            fields.take("intermediate_size", None),
         ),
         num_hidden_layers=fields.take("num_hidden_layers"),
         num_attention_heads=num_heads,
         num_key_value_heads=num_groups or num_heads,
-        key_size=expanded(hidden_size, "expand_k", fields.take("expand_k", 1.0)),
-        value_size=expanded(hidden_size, "expand_v", fields.take("expand_v", 2.0)),
+        key_size=expanded(hidden_size, "expand_k", fields.take("expand_k", 1.0, kind=Real)),
+        value_size=expanded(hidden_size, "expand_v", fields.take("expand_v", 2.0, kind=Real)),
         rms_norm_eps=fields.take("norm_eps", 1e-6),
         rotation="half",
         normalize_retention=False,

@@ -26,16 +26,23 @@ class Fields:
         self.unread = set(values)
         self.notes = []
 
-    def take(self, name, default=REQUIRED):
+    def take(self, name, default=REQUIRED, kind=object):
         """The value of a field; `default` where the format has one.
 
+        Args:
+            name: of the field.
+            default: if it is missing.
+            kind: a type to insist on, where the value is computed with.
+
         Raises:
-            ValueError: the field is missing and has no default.
+            ValueError: the field is missing and has no default, or is not of its kind.
         """
         self.unread.discard(name)
         value = self.values.get(name, default)
         if value is REQUIRED:
             raise ValueError(f"config.json has no {name}, which this format needs.")
+        if not isinstance(value, kind):
+            raise ValueError(f"config.json has {name} = {value!r}, which is not of the right type.")
         return value
 
     def refuse(self, name, reason):
@@ -45,11 +52,11 @@ class Fields:
             raise ValueError(f"config.json has {name} = {value!r}: {reason}.")
 
     def drop(self, reason, *names):
-        """Leaves out fields that do not change what the model computes; noted where they are set."""
-        for name in names:
-            value = self.take(name, None)
-            if value:
-                self.notes.append(f"left out {name} = {value!r}: {reason}")
+        """Leaves out fields that do not change what the model computes, and notes the set ones."""
+        values = {name: self.take(name, None) for name in names}
+        listed = ", ".join(f"{name} = {value!r}" for name, value in values.items() if value)
+        if listed:
+            self.notes.append(f"left out {listed}: {reason}")
 
     def finish(self):
         """Raises a ValueError for fields nobody read that are set and could change the function."""

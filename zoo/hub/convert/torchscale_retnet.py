@@ -5,8 +5,6 @@ Both have the same weights; the port puts `model.` before the names, calls the o
 `decoder.`.
 """
 
-import torch
-
 from ...retnet import RetNetConfig, Rotation, log_decay
 from .format import Format
 
@@ -103,7 +101,9 @@ def read_config(fields, names):
 def read_weights(weights, config):
     """Pairs of our name and torchscale's tensor."""
     embedding = "embed_tokens.weight"
-    prefixes = [name.removesuffix(embedding) for name in weights.tensors if name.endswith(embedding)]
+    prefixes = [
+        name.removesuffix(embedding) for name in weights.tensors if name.endswith(embedding)
+    ]
     prefix = prefixes[0] if prefixes else ""
 
     # Every second angle is a repetition: one for each channel of a pair.
@@ -130,14 +130,13 @@ def read_weights(weights, config):
 
 def layer_names(config):
     """Our name and torchscale's of each weight of a layer."""
-    for ours, theirs in {"gate_proj": "g_proj"}.items():
-        yield f"mixer.{ours}.weight", f"retention.{theirs}.weight"
+    yield "mixer.gate_proj.weight", "retention.g_proj.weight"
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         yield f"mixer.{name}.weight", f"retention.{name}.weight"
     yield "mixer_norm.weight", "retention_layer_norm.weight"
     yield "mlp_norm.weight", "final_layer_norm.weight"
     if config.gated_mlp:
-        # torchscale activates fc1 and multiplies by what it calls gate: for us, the other way round.
+        # torchscale activates fc1 and multiplies by its `gate`: for us, gate is the activated one.
         yield "mlp.gate_proj.weight", "ffn.fc1.weight"
         yield "mlp.up_proj.weight", "ffn.gate.weight"
         yield "mlp.down_proj.weight", "ffn.fc2.weight"

@@ -1,0 +1,161 @@
+"""The `zoo` command: what it prints, and one line for whatever goes wrong."""
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+
+import zoo
+from zoo.cli import main
+
+GOLDENS = Path(__file__).resolve().parent.parent / "parity" / "goldens"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder that the two commands wrote."""
+    folder = tmp_path_factory.mktemp("cli")
+    ours, out = folder / "ours", folder / "tiny"
+    assert main(["convert", "fla-retnet", str(GOLDENS / "retnet-fla"), str(ours)]) == 0
+    assert main(["export", str(ours), str(out), "--license", "mit"]) == 0
+    return out
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(
+        re.search(rf"(?m)^ +{name} ", text) for name in "contract convert export info push".split()
+    )
+
+
+def test_convert_lists_formats(capsys):
+    assert main(["convert", "--list"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["torchscale-retnet", "fla-retnet"]
+
+
+def test_convert_reports(tmp_path, capsys):
+    source = GOLDENS / "retnet-torchscale"
+    assert main(["convert", "torchscale-retnet", str(source), str(tmp_path / "ours")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "168,512 parameters in 33 tensors, float32, exactly as in" in lines[0]
+    assert any("left out recurrent_chunk_size = 16" in line for line in lines[1:])
+    assert max(map(len, lines[1:])) <= 100
+
+
+def test_export_carries_the_license_of_the_weights(exported):
+    assert "\nlicense: mit\n" in (exported / "README.md").read_text()
+    assert "Apache License" in (exported / "LICENSE").read_text()
+
+
+@pytest.mark.parametrize("subject", ["name", "folder"])
+def test_info(subject, exported, capsys):
+    assert main(["info", "retnet" if subject == "name" else str(exported)]) == 0
+    text = capsys.readouterr().out
+    if subject == "name":
+        with torch.device("meta"):
+            model = zoo.RetNetForCausalLM(zoo.RetNetConfig())
+    else:
+        model = zoo.RetNetForCausalLM.from_pretrained(exported)
+        assert "rotation = 'half'" in text
+    assert f"parameters {sum(p.numel() for p in model.parameters()):,}\n" in text
+    assert f"state {model.state_size():,} bytes" in text
+    assert "  deepnorm: deepnorm = True, pre_norm = False" in text
+
+
+def test_contract_gets_its_own_arguments(monkeypatch):
+    seen = []
+
+    def contract_main(argv):
+        seen.append(argv)
+        return 7
+
+    monkeypatch.setitem(sys.modules, "zoo.contract", SimpleNamespace(main=contract_main))
+    assert main(["contract", "retnet", "--help"]) == 7
+    assert seen == [["retnet", "--help"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "retnte"], "did you mean retnet?"),
+        (["convert", "fla_retnet", "a", "b"], "did you mean fla-retnet?"),
+        (["convert", "fla-retnet", "nowhere", "b"], "nowhere: no such folder or file."),
+        (["export", "nowhere", "out"], "nowhere: no such folder; expected a checkpoint."),
+        (["push", "nowhere", "me/tiny"], "config.json is missing"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"zoo: error: .+\n", captured.err) and message in captured.err
+
+
+def test_errors_of_others_are_one_line_too(capsys, monkeypatch):
+    def describe(model):
+        raise OSError("first line\n\n  second line")
+
+    monkeypatch.setattr("zoo.hub.info.describe", describe)
+    assert main(["info", "retnet"]) == 2
+    assert capsys.readouterr().err == "zoo: error: first line second line\n"
+
+
+class FakeHub:
+    """Stands in for HfApi and writes down what it is asked."""
+
+    def __init__(self):
+        self.calls = []
+        self.error = None
+
+    def create_repo(self, repo_id, **options):
+        self.calls.append(("create_repo", repo_id, options))
+        if self.error:
+            raise self.error
+        return FakeUrl(f"https://hub.example/{repo_id}")
+
+    def upload_folder(self, **options):
+        self.calls.append(("upload_folder", options))
+
+
+class FakeUrl(str):
+    @property
+    def repo_id(self):
+        return self.removeprefix("https://hub.example/")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = FakeHub()
+    monkeypatch.setattr("zoo.hub.push.HfApi", lambda: hub)
+    monkeypatch.setattr("zoo.hub.push.get_token", lambda: "token")
+    return hub
+
+
+def test_push(exported, hub, capsys):
+    assert main(["push", str(exported), "me/tiny", "--private"]) == 0
+    (_, repo_id, created), (_, uploaded) = hub.calls
+    assert (repo_id, created) == ("me/tiny", {"private": True, "exist_ok": True})
+    assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/tiny", exported)
+    assert capsys.readouterr().out == "https://hub.example/me/tiny\n"
+
+
+def test_push_needs_a_token_an_export_and_permission(exported, hub, monkeypatch, capsys):
+    response = SimpleNamespace(headers={}, request=None)
+    hub.error = HfHubHTTPError("Forbidden:\nno write access", response=response)
+    assert main(["push", str(exported), "them/tiny"]) == 2
+    assert "the Hub refused them/tiny: Forbidden: no write access" in capsys.readouterr().err
+    assert main(["push", str(GOLDENS / "retnet-fla"), "me/tiny"]) == 2
+    assert "is not an exported folder" in capsys.readouterr().err
+    monkeypatch.setattr("zoo.hub.push.get_token", lambda: None)
+    assert main(["push", str(exported), "me/tiny"]) == 2
+    assert "run `hf auth login` or set HF_TOKEN" in capsys.readouterr().err
+    assert len(hub.calls) == 1

@@ -1,0 +1,133 @@
+"""`zoo contract | convert | export | info | push`."""
+
+import argparse
+import sys
+import textwrap
+
+# What takes long to import is imported by the command that needs it: `zoo --help` does not wait.
+
+
+def main(argv=None):
+    """Runs the command line.
+
+    Args:
+        argv: arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit status: 0, or 2 after an error, which is printed as one line.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if argv[:1] == ["contract"]:
+            # Its arguments are its own, --help too.
+            from .contract import main as contract_main
+
+            return contract_main(argv[1:])
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"zoo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="zoo", description="The model zoo's tools.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    commands.add_parser(
+        "contract", help="check that every way of running a model gives the same numbers"
+    )
+
+    command = commands.add_parser("convert", help="turn a foreign checkpoint into one of ours")
+    command.add_argument("format", nargs="?", metavar="FORMAT", help="what SRC is; see --list")
+    command.add_argument(
+        "src", nargs="?", metavar="SRC", help="folder with config.json and weights, or weight file"
+    )
+    command.add_argument("dst", nargs="?", metavar="DST", help="folder to write")
+    command.add_argument("--list", action="store_true", help="name the formats and stop")
+    command.add_argument("--overwrite", action="store_true", help="replace a model in DST")
+    command.set_defaults(run=_convert, parser=command)
+
+    command = commands.add_parser(
+        "export", help="write a checkpoint as a folder that loads without zoo"
+    )
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model or a run")
+    command.add_argument("out", metavar="OUT", help="folder to write")
+    command.add_argument("--overwrite", action="store_true", help="replace a model in OUT")
+    command.add_argument(
+        "--license", default="apache-2.0", metavar="ID", help="of the weights (%(default)s)"
+    )
+    command.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (%(default)s)"
+    )
+    command.set_defaults(run=_export)
+
+    command = commands.add_parser("info", help="say what a model is: config, parameters, state")
+    command.add_argument("model", metavar="MODEL", help="an architecture's name, or a folder")
+    command.set_defaults(run=_info)
+
+    command = commands.add_parser("push", help="upload an exported folder to the Hugging Face Hub")
+    command.add_argument("exported", metavar="EXPORTED", help="folder that `zoo export` wrote")
+    command.add_argument("repo_id", metavar="REPO_ID", help="user/name on the Hub")
+    command.add_argument("--private", action="store_true", help="if the repository is new")
+    command.add_argument("--message", help="of the commit")
+    command.set_defaults(run=_push)
+    return parser
+
+
+def _convert(arguments):
+    from .hub.convert import FORMATS, convert
+
+    if arguments.list:
+        for name, chosen in FORMATS.items():
+            print(f"{name}  {chosen.title}")
+        return 0
+    if arguments.dst is None:
+        arguments.parser.error("expected FORMAT SRC DST, or --list")
+    _hide_progress_bars()
+    report = convert(arguments.format, arguments.src, arguments.dst, arguments.overwrite)
+    dtype = str(report.dtype).removeprefix("torch.")
+    print(
+        f"{arguments.dst}: {report.num_parameters:,} parameters in {report.num_tensors} tensors, "
+        f"{dtype}, exactly as in {arguments.src}"
+    )
+    for note in report.notes:
+        print(textwrap.fill(note, 100, initial_indent="  ", subsequent_indent="    "))
+    return 0
+
+
+def _export(arguments):
+    from .hub.export import export
+
+    _hide_progress_bars()
+    exported = export(
+        arguments.checkpoint,
+        arguments.out,
+        arguments.overwrite,
+        arguments.license,
+        arguments.max_shard_size,
+    )
+    print(f"{arguments.out}: {exported.num_parameters:,} parameters, {', '.join(exported.code)}")
+    if not exported.has_tokenizer:
+        print("  without a tokenizer: the checkpoint has none")
+    return 0
+
+
+def _info(arguments):
+    from .hub.info import describe
+
+    print(describe(arguments.model))
+    return 0
+
+
+def _push(arguments):
+    from .hub.push import push
+
+    print(push(arguments.exported, arguments.repo_id, arguments.private, arguments.message))
+    return 0
+
+
+def _hide_progress_bars():
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

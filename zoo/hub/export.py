@@ -1,0 +1,198 @@
+"""A checkpoint becomes a folder that loads anywhere: `zoo export CHECKPOINT OUT`.
+
+Beside weights, config and tokenizer it holds the architecture's own source files, so that
+`from_pretrained(OUT, trust_remote_code=True)` needs torch and transformers only. Where `zoo` is
+imported, its classes are used instead.
+"""
+
+import ast
+import inspect
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import GenerationConfig
+
+from .card import Subject, render_card
+from .folder import (
+    TOKENIZER_FILES,
+    build_model,
+    carry_files,
+    check_tokenizer,
+    load_tokenizer,
+    new_folder,
+    read_config,
+    read_generation_config,
+    read_json,
+    read_tensors,
+)
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+AUTO_CLASSES = {
+    "AutoConfig": "config",
+    "AutoModel": "model",
+    "AutoModelForCausalLM": "causal_lm",
+    "AutoModelForSequenceClassification": "sequence_classifier",
+}
+
+
+class Exported(NamedTuple):
+    """What an export wrote: parameters, the code's files, whether there is a tokenizer."""
+
+    num_parameters: int
+    code: list[str]
+    has_tokenizer: bool
+
+
+def export(checkpoint, out, overwrite=False, license="apache-2.0", max_shard_size="5GB"):
+    """Writes a checkpoint as a folder for the Hugging Face Hub.
+
+    Args:
+        checkpoint: a folder that `save_pretrained` or a training run wrote; of a run without a
+            final model, the newest checkpoint.
+        out: the folder to write.
+        overwrite: replace a model that is there.
+        license: of the weights, the Hub's name for it. The code's own is in LICENSE.
+        max_shard_size: a file of weights is at most this large.
+
+    Returns:
+        An `Exported`.
+
+    Raises:
+        ValueError: not a checkpoint of ours, damaged files, a tokenizer of another model, or
+            something in the way at `out`.
+    """
+    checkpoint = find_checkpoint(checkpoint)
+    if checkpoint.resolve().is_relative_to(Path(out).resolve()):
+        raise ValueError(f"{out} contains the checkpoint itself; choose a folder beside it.")
+    architecture, config = read_config(checkpoint)
+    tokenizer = None
+    if any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
+        try:
+            tokenizer = load_tokenizer(checkpoint)
+            check_tokenizer(tokenizer, config.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint}: {error}") from None
+    model = build_model(architecture, config, read_tensors(checkpoint), checkpoint)
+    model.generation_config = _generation_config(checkpoint, config, tokenizer)
+    # One file for config and model: from two, transformers would load two copies of the config.
+    module = Path(inspect.getfile(architecture.config)).stem
+    model.config.auto_map = {
+        auto: f"{module}.{getattr(architecture, field).__name__}"
+        for auto, field in AUTO_CLASSES.items()
+    }
+    sources = modelling_sources(architecture)
+    with new_folder(out, overwrite) as new:
+        model.save_pretrained(new, max_shard_size=max_shard_size)
+        _leave_out_layer_types(new / "config.json")
+        carry_files(checkpoint, new, TOKENIZER_FILES)
+        for name, source in sources.items():
+            (new / name).write_text(source, encoding="utf-8")
+        (new / "LICENSE").write_text(_license_text(), encoding="utf-8")
+        subject = Subject(
+            name=Path(out).absolute().name,
+            architecture=architecture,
+            config=config,
+            dtype=str(model.dtype).removeprefix("torch."),
+            license=license,
+            has_tokenizer=tokenizer is not None,
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            state_bytes=model.state_size(),
+            run_folder=checkpoint,
+        )
+        (new / "README.md").write_text(render_card(subject), encoding="utf-8")
+    return Exported(subject.num_parameters, sorted(sources), tokenizer is not None)
+
+
+def find_checkpoint(folder):
+    """The folder itself if it holds a model, else its newest `checkpoint-<step>`.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected a checkpoint.")
+    if (folder / "config.json").is_file():
+        return folder
+    steps = {
+        int(match[1]): path
+        for path in folder.iterdir()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        and (path / "config.json").is_file()
+    }
+    if not steps:
+        raise ValueError(
+            f"{folder / 'config.json'} is missing and there is no checkpoint-<step> folder; "
+            "expected a folder that save_pretrained or a training run wrote."
+        )
+    return steps[max(steps)]
+
+
+def modelling_sources(architecture):
+    """The source files an architecture runs on, for one flat folder.
+
+    transformers follows `from .name import ...` between files of a folder, and nothing deeper. So
+    `.kernels.` goes from the imports; all else stays as it is.
+
+    Args:
+        architecture: a `zoo.Architecture`.
+
+    Returns:
+        File name -> source, the architecture's own file first.
+    """
+    sources, waiting = {}, [Path(inspect.getfile(architecture.config))]
+    while waiting:
+        path = waiting.pop()
+        if path.name in sources:
+            continue
+        source = path.read_text(encoding="utf-8")
+        lines = source.splitlines(keepends=True)
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.ImportFrom) or node.level == 0:
+                continue
+            if node.level > 1 or not node.module:
+                raise ValueError(
+                    f"{path}, line {node.lineno}: an exported file imports by "
+                    "`from .module import name` only."
+                )
+            waiting.append(path.parent / f"{node.module.replace('.', '/')}.py")
+            flat = node.module.removeprefix("kernels.")
+            line = lines[node.lineno - 1]
+            lines[node.lineno - 1] = line.replace(f"from .{node.module} ", f"from .{flat} ", 1)
+        sources[path.name] = "".join(lines)
+    return sources
+
+
+def _generation_config(checkpoint, config, tokenizer):
+    """The checkpoint's, or the config's, with the tokenizer's special tokens where it has none."""
+    generation_config = read_generation_config(checkpoint) or GenerationConfig.from_model_config(
+        config
+    )
+    # What is written here is meant: transformers is not to derive it from the config again.
+    generation_config._from_model_config = False
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(generation_config, name) is None:
+            setattr(generation_config, name, getattr(tokenizer, name, None))
+    return generation_config
+
+
+def _leave_out_layer_types(path):
+    """Rewrites config.json without what the config fills in by itself.
+
+    AutoTokenizer, called without trust_remote_code, falls back on transformers' own config class,
+    and that refuses layer types that are not transformers'.
+    """
+    fields = read_json(path)
+    del fields["layer_types"]
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _license_text():
+    """The project's license: in a clone at its root, installed among the distribution's files."""
+    root = ROOT / "LICENSE"
+    if (ROOT / "pyproject.toml").is_file() and root.is_file():
+        return root.read_text(encoding="utf-8")
+    return metadata.distribution("longzoo").read_text("licenses/LICENSE")

@@ -1,0 +1,47 @@
+"""What a model is, in a few lines: `zoo info MODEL`."""
+
+import difflib
+from pathlib import Path
+
+import torch
+
+from .. import MODELS
+from .folder import read_config, settings
+
+
+def describe(model):
+    """A text about an architecture or one of our model folders.
+
+    Args:
+        model: a key of `zoo.MODELS`, for its default config, or a folder.
+
+    Returns:
+        Lines of text.
+
+    Raises:
+        ValueError: neither, or a folder without a config of ours.
+    """
+    if model in MODELS:
+        architecture, config = MODELS[model], MODELS[model].config()
+    elif Path(model).is_dir():
+        architecture, config = read_config(model)
+    else:
+        near = difflib.get_close_matches(model, MODELS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(MODELS)}."
+        raise ValueError(f"{model!r} is neither a folder nor an architecture; {hint}")
+    with torch.device("meta"):
+        network = architecture.causal_lm(config)
+    num_parameters = sum(p.numel() for p in network.parameters())
+    lines = [
+        f"{architecture.name}: {architecture.causal_lm.__name__}, model_type {config.model_type}",
+        f"parameters {num_parameters:,}",
+        f"state {network.state_size():,} bytes per sequence, at any length (float32)",
+        "config",
+        *(f"  {name} = {value!r}" for name, value in settings(config).items()),
+    ]
+    if config.variants:
+        lines.append("variants")
+        for name, fields in config.variants.items():
+            listed = ", ".join(f"{key} = {value!r}" for key, value in fields.items())
+            lines.append(f"  {name}: {listed or 'the defaults'}")
+    return "\n".join(lines)
