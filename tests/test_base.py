@@ -86,6 +86,11 @@ def test_bad_inputs(architecture):
         model(IDS, attention_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"position_ids is \[2, 11\]"):
         model(IDS, position_ids=torch.arange(4)[None])
+    for bounds in ([0, 5], [0, 30], [2, 11], [0, 6, 4, 11]):
+        with pytest.raises(
+            ValueError, match="cu_seq_lens_q grows from 0 to the number of tokens 11"
+        ):
+            model(IDS[:1], cu_seq_lens_q=torch.tensor(bounds))
     with pytest.raises(ValueError, match="one packed row"):
         model(IDS, cu_seq_lens_q=torch.tensor([0, 11]))
 

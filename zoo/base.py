@@ -179,6 +179,12 @@ class ZooPreTrainedModel(PreTrainedModel):
         # transformers decides by class name, and some of ours contain names it has excluded.
         return True
 
+    def _initialize_weights(self, module, is_custom_code=False):
+        # For code outside of it, transformers skips every module whose own parameters are all
+        # loaded, and so each one that has none of its own: a mixer, whose children hold them. It
+        # guards against initialisers that ignore what is loaded already; ours do not.
+        super()._initialize_weights(module, is_custom_code=False)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

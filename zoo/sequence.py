@@ -171,6 +171,12 @@ class Sequence:
             documents = seq_idx.expand(batch, time).flatten()[token_index]
             is_start[1:] |= documents[1:] != documents[:-1]
         if cu_seq_lens_q is not None:
+            bounds = cu_seq_lens_q.tolist()
+            if bounds[0] != 0 or bounds[-1] != time or bounds != sorted(bounds):
+                raise ValueError(
+                    f"cu_seq_lens_q grows from 0 to the number of tokens {time}, "
+                    f"got {bounds[:8]}{'...' if len(bounds) > 8 else ''}."
+                )
             is_column_start = torch.zeros(time + 1, dtype=torch.bool, device=device)
             is_column_start[cu_seq_lens_q.to(device=device, dtype=torch.long)] = True
             # A boundary on padding belongs to the next token that is one.

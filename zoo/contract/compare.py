@@ -1,5 +1,6 @@
 """Distances between results, and the random functional that turns results into a loss."""
 
+import functools
 import math
 
 import torch
@@ -14,6 +15,41 @@ NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
 }
+
+
+class Bounds:
+    """The largest differences that count as equal, for one kind of result.
+
+    No float32 result is more exact than the last bit of the weights. A head norm divides by the
+    size of what may be almost zero, at a document's first token above all, and there that last
+    bit alone can move a gradient by more than 1e-5. So in float32 a bound is 1e-5 or, if that is
+    more, four times what moving all weights by their last bit changes, measured in float64.
+
+    Args:
+        subject: the `Subject`.
+        dtype: what the compared models compute in.
+        result: model -> an object with the compared quantities as attributes.
+    """
+
+    def __init__(self, subject, dtype, result):
+        self.subject, self.dtype, self.result = subject, dtype, result
+
+    @functools.cached_property
+    def _results(self):
+        models = [self.subject.model(), *self.subject.shaken()]
+        return [self.result(model) for model in models]
+
+    def of(self, quantity, distance):
+        """The bound of one attribute, under this distance."""
+        if self.dtype == torch.float64:
+            return BOUNDS[self.dtype]
+        exact, *moved = (getattr(result, quantity) for result in self._results)
+        return max(BOUNDS[self.dtype], 4 * max(distance(x, exact) for x in moved))
+
+
+def worst_of(distance):
+    """The same distance between two lists: the worst of their items."""
+    return lambda found, expected: max(map(distance, found, expected))
 
 
 def relative(found, expected):

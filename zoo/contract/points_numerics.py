@@ -9,7 +9,8 @@ import tempfile
 import torch
 import torch.nn.functional as F
 
-from .compare import NAMES, gradients
+from .compare import NAMES, gradients, loss_of
+from .points_library import aligned
 from .points_sequence import PIECES, cut
 from .report import NotApplicable
 from .subject import cache_tensors
@@ -40,7 +41,7 @@ def low_precision(subject, checks):
                 logits, cache = subject.run(model, ids, cut(131, sizes))
                 ratio = _error(logits, exact) / max(plain, torch.finfo(dtype).tiny)
                 checks.below(f"{way}: error / plain error", ratio, 2)
-            _state_dtypes(checks, cache)
+            _state_dtypes(checks, model, cache)
         with checks.case(f"{name}, autocast"), torch.no_grad():
             model = subject.model(torch.float32)
             exact = subject.forward(subject.model(torch.float64), ids).logits
@@ -48,17 +49,25 @@ def low_precision(subject, checks):
                 plain = _error(_plain_logits(subject, model, ids), exact)
                 logits, cache = subject.run(model, ids, cut(131, (7, 64, 1, 59)))
             checks.below("error / plain error", _error(logits, exact) / plain, 2)
-            _state_dtypes(checks, cache)
+            _state_dtypes(checks, model, cache)
         with checks.case(f"{name}, extremes"), torch.no_grad():
             _extremes(subject, checks, dtype)
     with checks.case("bf16"), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         subject.model(torch.float32).save_pretrained(folder)
         model = subject.model(torch.float32).to(torch.bfloat16)
-        loaded = type(model).from_pretrained(folder, dtype=torch.bfloat16).eval()
-        same = torch.equal(subject.forward(model, ids).logits, subject.forward(loaded, ids).logits)
+        loaded = type(model).from_pretrained(folder, dtype=torch.bfloat16)
+        found = subject.forward(aligned(loaded), ids).logits
+        same = torch.equal(found, subject.forward(model, ids).logits)
         checks.holds("moved = loaded as bf16, bit for bit", same)
-    if not torch.cuda.is_available():
-        checks.not_run("16 bits on a GPU", "no GPU")
+    with checks.case("on a GPU"), torch.no_grad():
+        if not torch.cuda.is_available():
+            raise NotApplicable("no GPU")
+        for dtype in (torch.bfloat16, torch.float16):
+            exact = subject.forward(subject.model(dtype).double(), ids).logits
+            model = subject.model(dtype).to("cuda")
+            plain = _error(_plain_logits(subject, model, ids.cuda()).cpu(), exact)
+            error = _error(subject.forward(model, ids.cuda()).logits.cpu(), exact)
+            checks.below(f"{NAMES[dtype]}: error / plain error", error / plain, 2)
 
 
 def _error(logits, exact):
@@ -96,32 +105,38 @@ def plain_operators(model):
             setattr(module, name, function)
 
 
-def _state_dtypes(checks, cache):
-    """Accumulators are float32; what a state merely remembers may have the model's dtype."""
-    layers = getattr(cache, "layers", ())
-    if not any(hasattr(layer, "tensors") for layer in layers):
-        checks.not_run("state in float32", "its cache does not say what is an accumulator")
+def _state_dtypes(checks, model, cache):
+    """Accumulators, which declare no dtype of their own, are float32."""
+    if not hasattr(model.base_model, "state_specs"):
+        checks.not_run("accumulators in float32", "the model does not declare its state")
         return
-    rounded = sorted(
-        path
-        for path, x in cache_tensors(cache).items()
-        if ".tensors.memory" in path and x.dtype not in (torch.float32, torch.float64)
+    wrong = sum(
+        layer.tensors[name].dtype != (spec.dtype or torch.float32)
+        for layer, specs in zip(cache.layers, model.base_model.state_specs())
+        for name, spec in specs.items()
     )
-    checks.below("accumulators below float32", len(rounded), 0)
+    checks.below("state tensors of another dtype than declared", wrong, 0)
 
 
 def _extremes(subject, checks, dtype):
-    ids = subject.ids(1, 4200)
-    for name, factor in {"4200 tokens": 1, "4200 tokens, weights x 8": 8}.items():
+    # As far as learned positions reach, where there are such.
+    length = min(4200, getattr(subject.config, "max_position_embeddings", None) or 4200)
+    ids = subject.ids(1, length)
+    for name, factor in {f"{length} tokens": 1, f"{length} tokens, weights x 8": 8}.items():
         model = subject.model(torch.float32)
+        # Matrices only: the norms' weights would multiply with all of them.
         for weight in model.parameters():
-            weight *= factor
+            weight *= factor if weight.ndim > 1 else 1
         model = model.to(dtype)
-        for way, sizes in {"whole": (4200,), "in pieces of 1000": (1000,)}.items():
-            logits, cache = subject.run(model, ids, cut(4200, sizes))
+        for way, size in {"whole": length, "in pieces of 1000": 1000}.items():
+            logits, cache = subject.run(model, ids, cut(length, (size,)))
             tensors = [logits, *cache_tensors(cache).values()]
             bad = sum((~torch.isfinite(x)).sum().item() for x in tensors if x.is_floating_point())
             checks.below(f"{name}, {way}: NaN or infinite", bad, 0)
+        with torch.enable_grad():
+            grads = gradients(model, loss_of(subject.forward(model, ids).logits))
+        bad = sum((~torch.isfinite(x)).sum().item() for x in grads.values())
+        checks.below(f"{name}, gradients: NaN or infinite", bad, 0)
 
 
 def initialization(subject, checks):
@@ -142,9 +157,8 @@ def initialization(subject, checks):
         logits = subject.forward(fresh, ids).logits
         targets = subject.ids(*ids.shape, seed=1)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
-        checks.below(
-            "|loss - log(vocab)|, nats", abs(loss - math.log(subject.vocab_size)), LOSS_BOUND
-        )
+        distance = abs(loss - math.log(subject.vocab_size))
+        checks.below("|loss - log(vocab)|, nats", distance, LOSS_BOUND)
     with checks.case("initialisation of the paper"):
         if subject.initialization is None:
             raise NotApplicable("no table of expected statistics was given")
@@ -153,7 +167,7 @@ def initialization(subject, checks):
 
 def _statistics(subject, checks, fresh):
     table = subject.initialization
-    for name, weight in fresh.named_parameters():
+    for name, _ in fresh.named_parameters():
         if not any(fnmatch.fnmatch(name, pattern) for pattern in table):
             checks.holds(name, False, "no entry", "an entry")
     for pattern, (mean, std, distribution) in table.items():

@@ -1,20 +1,23 @@
 """Points 1 to 4: pieces, padding, packing and causality change nothing."""
 
+import functools
 import itertools
+from typing import ClassVar
 
 import torch
 
 from .compare import (
     BOUNDS,
     NAMES,
+    Bounds,
     gradients,
     loss_of,
     loss_weight,
     relative,
     relative_gradients,
     relative_states,
+    worst_of,
 )
-from .report import NotApplicable
 from .subject import cache_tensors, generator, state_tensors
 
 # Around the chunk length of a chunked operator, and prime beyond it.
@@ -45,34 +48,39 @@ def whole_equals_pieces(subject, checks):
             ids = subject.ids(2, LENGTHS[-1])
             without = subject.forward(model, ids).logits
             checks.below("logits", relative(without, subject.run(model, ids)[0]), bound)
+        bounds = Bounds(subject, dtype, lambda model: Runs(subject, model))
         for name, sizes in PIECES.items():
             with checks.case(f"{name}, {NAMES[dtype]}"):
-                _compare_pieces(subject, checks, model, sizes, bound)
+                whole, pieces = Runs(subject, model), Runs(subject, model, sizes)
+                for what, distance in Runs.distances.items():
+                    figure = distance(getattr(pieces, what), getattr(whole, what))
+                    checks.below(what, figure, bounds.of(what, distance))
     _on_a_gpu(subject, checks)
 
 
-def _compare_pieces(subject, checks, model, sizes, bound):
-    worst_logits, worst_state = 0.0, 0.0
-    with torch.no_grad():
+class Runs:
+    """Logits, state and gradients of sequences of several lengths, fed in pieces of these sizes."""
+
+    distances: ClassVar = {
+        "logits": worst_of(relative),
+        "state": worst_of(relative_states),
+        "gradients": relative_gradients,
+    }
+
+    def __init__(self, subject, model, sizes=None):
+        self.model, self.logits, self.state = model, [], []
         for length in LENGTHS:
-            ids = subject.ids(2, length)
-            whole, whole_cache = subject.run(model, ids)
-            logits, cache = subject.run(model, ids, cut(length, sizes))
-            worst_logits = max(worst_logits, relative(logits, whole))
-            state, whole_state = cache_tensors(cache), cache_tensors(whole_cache)
-            worst_state = max(worst_state, relative_states(state, whole_state))
-    checks.below("logits", worst_logits, bound)
-    checks.below("state", worst_state, bound)
-    found, expected = (
-        _gradients_of_run(subject, model, subject.ids(2, LENGTHS[-1]), pieces)
-        for pieces in (cut(LENGTHS[-1], sizes), None)
-    )
-    checks.below("gradients", relative_gradients(found, expected), bound)
+            pieces = None if sizes is None else cut(length, sizes)
+            # The longest comes last, and keeps its graph.
+            with torch.set_grad_enabled(length == LENGTHS[-1]):
+                logits, cache = subject.run(model, subject.ids(2, length), pieces)
+            self.logits.append(logits)
+            self.state.append(cache_tensors(cache))
 
-
-def _gradients_of_run(subject, model, ids, pieces):
-    logits, cache = subject.run(model, ids, pieces)
-    return gradients(model, loss_of(logits, cache_tensors(cache)))
+    @functools.cached_property
+    def gradients(self):
+        """Of a loss over the logits and the final state of the longest sequence."""
+        return gradients(self.model, loss_of(self.logits[-1], self.state[-1]))
 
 
 def _on_a_gpu(subject, checks):
@@ -134,29 +142,40 @@ def positions_of(mask):
 def padding_changes_nothing(subject, checks):
     """Point 2: a padded batch is its rows alone, and so is what continues from it."""
     subject.require("attention_mask")
-    for dtype, bound in BOUNDS.items():
+    for dtype in BOUNDS:
         model = subject.model(dtype)
         for name, masks in padded_schedules().items():
             with checks.case(f"{name}, {NAMES[dtype]}"), torch.no_grad():
-                _compare_rows(subject, checks, model, masks, bound)
+                _compare_rows(subject, checks, model, masks)
     model, bound = subject.model(), BOUNDS[torch.float64]
     with checks.case("attention_mask without position_ids"), torch.no_grad():
         for name in ("at once", "then padded pieces"):
-            _compare_rows(subject, checks, model, padded_schedules()[name], bound, False, name)
+            with checks.case(name):
+                _compare_rows(subject, checks, model, padded_schedules()[name], False)
     with checks.case("a row that begins in the second piece"), torch.no_grad():
         masks = [torch.tensor([[1, 1, 1], [0, 0, 0]]), torch.ones(2, 5, dtype=torch.long)]
-        _compare_rows(subject, checks, model, masks, bound)
+        _compare_rows(subject, checks, model, masks)
     with checks.case("other ids under the mask"), torch.no_grad():
         mask = padded_rows(71)
         outputs = []
         for seed in (0, 1):
-            ids = torch.where(
-                mask == 1, subject.ids(*mask.shape), subject.ids(*mask.shape, seed=seed)
-            )
+            hidden = subject.ids(*mask.shape, seed=seed)
+            ids = torch.where(mask == 1, subject.ids(*mask.shape), hidden)
             outputs.append(subject.run(model, ids, None, None, mask, positions_of(mask))[0])
         visible = mask.bool()
         same = torch.equal(outputs[0][visible], outputs[1][visible])
         checks.holds("logits, bit for bit", same)
+    with checks.case("hidden states of a padded batch"), torch.no_grad():
+        mask = padded_rows(71)
+        ids, worst = subject.ids(*mask.shape), 0.0
+        settings = {"output_hidden_states": True}
+        positions = {"position_ids": positions_of(mask)} if subject.accepts("position_ids") else {}
+        output = model(input_ids=ids, attention_mask=mask, **positions, **settings)
+        for row, visible in enumerate(mask.bool()):
+            alone = model(input_ids=ids[row, visible][None], **settings).hidden_states
+            for found, expected in zip(output.hidden_states, alone, strict=True):
+                worst = max(worst, relative(found[row, visible], expected[0]))
+        checks.below("", worst, bound)
     with checks.case("gradients of a padded batch"):
         mask = padded_rows(71)
         ids = subject.ids(*mask.shape)
@@ -170,42 +189,52 @@ def padding_changes_nothing(subject, checks):
         checks.below("", relative_gradients(found, gradients(model, loss)), bound)
 
 
-def _compare_rows(subject, checks, model, masks, bound, with_positions=True, name=""):
+class Rows:
+    """The rows of a padded batch, each run alone without its padding."""
+
+    def __init__(self, subject, model, ids, visible):
+        rows = [x[mask][None] for x, mask in zip(ids, visible)]
+        runs = [subject.run(model, row) for row in rows]
+        self.logits = [logits[0] for logits, _ in runs]
+        self.caches = [cache for _, cache in runs]
+
+    @property
+    def state(self):
+        return [state_tensors(cache) for cache in self.caches]
+
+
+def _compare_rows(subject, checks, model, masks, with_positions=True):
     mask = torch.cat(masks, dim=1)
-    ids = subject.ids(*mask.shape)
+    ids, visible = subject.ids(*mask.shape), mask.bool()
     positions = positions_of(mask) if with_positions else None
-    logits, cache, start = [], None, 0
+    outputs, cache, start = [], None, 0
     for piece in masks:
         end = start + piece.shape[1]
         piece_positions = None if positions is None else positions[:, start:end]
-        piece_logits, cache = subject.run(
+        logits, cache = subject.run(
             model, ids[:, start:end], None, cache, mask[:, :end], piece_positions
         )
-        logits.append(piece_logits)
+        outputs.append(logits)
         start = end
-    logits = torch.cat(logits, dim=1)
-    visible, worst_logits, worst_state = mask.bool(), {}, 0.0
-    try:
-        state = state_tensors(cache)
-        state_reason = None
-    except NotApplicable as reason:
-        state_reason = str(reason)
-    for row in range(len(ids)):
-        alone, alone_cache = subject.run(model, ids[row, visible[row]][None])
-        worst_logits[row] = relative(logits[row, visible[row]], alone[0])
-        if state_reason is None:
-            alone_state = state_tensors(alone_cache)
-            of_row = {k: x[row : row + 1] if x.ndim else x for k, x in state.items()}
-            worst_state = max(worst_state, relative_states(of_row, alone_state))
-    if len(worst_logits) == len(PADDING) + 1 and len(masks) == 1 and with_positions:
+    logits = torch.cat(outputs, dim=1)
+    alone = Rows(subject, model, ids, visible)
+    bounds = Bounds(subject, model.dtype, lambda other: Rows(subject, other, ids, visible))
+    bound = bounds.of("logits", worst_of(relative))
+    logits = [x[mask] for x, mask in zip(logits, visible)]
+    if len(masks) == 1 and with_positions:
         for row, padding in PADDING.items():
-            checks.below(f"{padding} padding: logits", worst_logits[row], bound)
-    prefix = f"{name}: " if name else ""
-    checks.below(f"{prefix}logits", max(worst_logits.values()), bound)
-    if state_reason is None:
-        checks.below(f"{prefix}state of each row", worst_state, bound)
-    else:
-        checks.not_run(f"{prefix}state of each row", state_reason)
+            checks.below(
+                f"{padding} padding: logits", relative(logits[row], alone.logits[row]), bound
+            )
+    checks.below("logits", worst_of(relative)(logits, alone.logits), bound)
+    with checks.case("state of each row"):
+        batch = state_tensors(cache)
+        state = [
+            {name: x[row : row + 1] if x.ndim else x for name, x in batch.items()}
+            for row in range(len(ids))
+        ]
+        distance = worst_of(relative_states)
+        checks.below("", distance(state, alone.state), bounds.of("state", distance))
 
 
 # Documents of one token, first, side by side and before the last, and one longer than a chunk.
@@ -227,13 +256,19 @@ class Packed:
         self.gradients = gradients(model, loss_of(self.logits))
         self.last_cache = runs[-1][1]
 
+    @property
+    def state(self):
+        """What the last document leaves."""
+        return state_tensors(self.last_cache)
+
 
 def packing_changes_nothing(subject, checks):
     """Point 3: packed documents are the documents alone."""
     subject.require("position_ids")
-    for dtype, bound in BOUNDS.items():
+    for dtype in BOUNDS:
         model = subject.model(dtype)
         packed = Packed(subject, model)
+        bounds = Bounds(subject, dtype, lambda other: Packed(subject, other))
         ways = {
             "position_ids alone": {"positions": packed.positions},
             "cu_seq_lens_q alone": {"cu_seq_lens_q": packed.cu_seq_lens_q},
@@ -247,10 +282,11 @@ def packing_changes_nothing(subject, checks):
             with checks.case(f"{name}, {NAMES[dtype]}"):
                 # As in training, where nothing asks for a cache.
                 logits = subject.forward(model, packed.ids, **inputs).logits
+                bound = bounds.of("logits", relative)
                 checks.below("logits", relative(logits, packed.logits), bound)
-                found = gradients(model, loss_of(logits))
-                checks.below("gradients", relative_gradients(found, packed.gradients), bound)
-                _compare_last_document(subject, checks, model, packed, inputs, bound)
+                found = relative_gradients(gradients(model, loss_of(logits)), packed.gradients)
+                checks.below("gradients", found, bounds.of("gradients", relative_gradients))
+                _compare_last_document(subject, checks, model, packed, inputs, bounds)
     model, bound = subject.model(), BOUNDS[torch.float64]
     packed = Packed(subject, model)
     with checks.case("pieces that cut documents"):
@@ -261,7 +297,9 @@ def packing_changes_nothing(subject, checks):
             checks.below(f"{name}: logits", relative(logits, packed.logits), bound)
             found = gradients(model, loss_of(logits))
             checks.below(f"{name}: gradients", relative_gradients(found, packed.gradients), bound)
-            checks.below(f"{name}: state", _last_state_error(cache, packed), bound)
+            checks.below(
+                f"{name}: state", relative_states(state_tensors(cache), packed.state), bound
+            )
     with checks.case("cu_seq_lens_q, cut inside a document"), torch.no_grad():
         subject.require("cu_seq_lens_q")
         _cut_cu_seqlens(subject, checks, model, packed, bound)
@@ -269,34 +307,26 @@ def packing_changes_nothing(subject, checks):
         _packed_and_padded(subject, checks, model, bound)
     with checks.case("one document's logits, another's embeddings"):
         embeds = model.get_input_embeddings()(packed.ids).detach().requires_grad_()
-        logits = subject.forward(
-            model, None, inputs_embeds=embeds, positions=packed.positions
-        ).logits
+        inputs = {"inputs_embeds": embeds, "positions": packed.positions}
+        logits = subject.forward(model, **inputs).logits
         start, end = packed.cu_seq_lens_q[4:6].tolist()
         (grad,) = torch.autograd.grad(logits[0, start:end].square().sum(), embeds)
         outside = torch.cat([grad[0, :start], grad[0, end:]]).abs().max().item()
         checks.below("gradient between them", outside, 0)
 
 
-def _compare_last_document(subject, checks, model, packed, inputs, bound):
+def _compare_last_document(subject, checks, model, packed, inputs, bounds):
     """What is left in the cache after the stream is the state of its last document."""
-    with torch.no_grad():
+    with torch.no_grad(), checks.case("state"):
         output = subject.forward(model, packed.ids, use_cache=True, **inputs)
         cache = subject.cache_of(output)
-        try:
-            error = _last_state_error(cache, packed)
-        except NotApplicable as reason:
-            checks.not_run("state", str(reason))
-            return
-        checks.below("state", error, bound)
+        error = relative_states(state_tensors(cache), packed.state)
+        checks.below("", error, bounds.of("state", relative_states))
         more = subject.ids(1, 5, seed=2)
         expected, _ = subject.run(model, torch.cat([packed.documents[-1], more], dim=1))
         logits, _ = subject.run(model, more, cache=cache)
-        checks.below("logits of a continuation", relative(logits, expected[:, -5:]), bound)
-
-
-def _last_state_error(cache, packed):
-    return relative_states(state_tensors(cache), state_tensors(packed.last_cache))
+        error = relative(logits, expected[:, -5:])
+        checks.below("logits of a continuation", error, bounds.of("logits", relative))
 
 
 def _cut_cu_seqlens(subject, checks, model, packed, bound):
@@ -314,7 +344,7 @@ def _cut_cu_seqlens(subject, checks, model, packed, bound):
         cache = subject.cache_of(output)
         logits.append(output.logits)
     checks.below("logits", relative(torch.cat(logits, dim=1), packed.logits), bound)
-    checks.below("state", _last_state_error(cache, packed), bound)
+    checks.below("state", relative_states(state_tensors(cache), packed.state), bound)
 
 
 def _packed_and_padded(subject, checks, model, bound):
@@ -334,9 +364,8 @@ def _packed_and_padded(subject, checks, model, bound):
         worst = 0.0
         for row, lengths in enumerate(rows):
             visible = mask[row].bool()
-            alone = [
-                subject.run(model, x)[0] for x in ids[row, visible][None].split(lengths, dim=1)
-            ]
+            documents = ids[row, visible][None].split(lengths, dim=1)
+            alone = [subject.run(model, document)[0] for document in documents]
             worst = max(worst, relative(logits[row, visible], torch.cat(alone, dim=1)[0]))
         checks.below(f"{name}: logits", worst, bound)
 

@@ -9,7 +9,7 @@ PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 
 
 class NotApplicable(Exception):
-    """The subject cannot be asked this; the message says why. Recorded as not run, not as passed."""
+    """The subject cannot be asked this; the message says why. Recorded as not run."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Checks:
         self._case = ""
 
     def _add(self, name, measured, bound, verdict, reason=""):
-        name = ": ".join(part for part in (self._case, name) if part)
+        name = ": ".join(part for part in (self._case, name) if part) or "the whole point"
         self.found.append(Check(self.point, name, measured, bound, verdict, reason))
 
     def below(self, name, measured, bound):
@@ -125,7 +125,12 @@ class Report:
 
     def as_dict(self):
         """Everything, for JSON."""
-        return asdict(self) | {"verdicts": {n: self.verdict(n) for n in self.titles}}
+        content = asdict(self) | {"verdicts": {n: self.verdict(n) for n in self.titles}}
+        for check in content["checks"]:
+            # JSON has no infinity and no NaN.
+            if isinstance(check["measured"], float) and not math.isfinite(check["measured"]):
+                check["measured"] = str(check["measured"])
+        return content
 
     def table(self):
         """Everything, for people."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from zoo import MODELS
 
@@ -81,6 +81,16 @@ class Subject:
         model.generation_config = type(model.generation_config)(pad_token_id=0)
         return model
 
+    def shaken(self):
+        """Three float64 models whose weights all differ from `model()` by a float32's last bit."""
+        for seed in range(3):
+            model, noise = self.model(), generator(seed)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    random = torch.randn(weight.shape, generator=noise, dtype=weight.dtype)
+                    weight *= 1 + 2**-24 * random
+            yield model
+
     def ids(self, *shape, seed=0):
         """Random token ids; 0 is left out, it pads."""
         return torch.randint(1, self.vocab_size, shape, generator=generator(seed))
@@ -118,9 +128,17 @@ class Subject:
         inputs.setdefault("use_cache", cache is not None)
         return model(**inputs)
 
-    def cache_of(self, output):
-        """The cache in a model's output."""
+    def empty_cache(self, model):
+        """A cache before any token, made as `generate` makes it."""
+        if self.cache_argument not in ("past_key_values", "cache_params"):
+            raise NotApplicable("its forward takes no Cache")
+        return DynamicCache(config=model.config)
+
+    def cache_of(self, output, given=None):
+        """The cache in a model's output, or the given one if that was brought up to date."""
         cache = None if self.cache_argument is None else getattr(output, self.cache_argument, None)
+        if cache is None and given is not None and cache_tensors(given):
+            cache = given
         if cache is None:
             raise NotApplicable("its output holds no cache")
         return cache
@@ -149,7 +167,7 @@ class Subject:
                 use_cache=True,
                 **{name: x[:, start:end] for name, x in inputs.items()},
             )
-            cache = self.cache_of(output)
+            cache = self.cache_of(output, cache)
             logits.append(output.logits)
             start = end
         return torch.cat(logits, dim=1), cache

@@ -1,0 +1,39 @@
+"""Every model and variant of the zoo keeps every point of the contract."""
+
+import functools
+
+import paper_initialization
+import pytest
+
+from zoo import MODELS
+from zoo.contract import NOT_RUN, POINTS, run, variants_of, zoo_subject
+
+CASES = [(name, variant) for name in MODELS for variant in variants_of(name)]
+# What a run on a CPU may leave out.
+MAY_BE_NOT_RUN = ("no GPU", "comes in a later version")
+
+
+@functools.cache
+def subject_of(name, variant):
+    subject = zoo_subject(name, variant)
+    subject.initialization = paper_initialization.TABLES[name](subject.config)
+    return subject
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_contract(name, variant, point):
+    report = run(subject_of(name, variant), [point], num_tokens=20_000)
+    assert report.verdict(point) == "passed", "\n" + report.table()
+    # A model of the zoo can be asked everything.
+    left_out = [check for check in report.checks if check.verdict == NOT_RUN]
+    unexplained = [x for x in left_out if not x.reason.startswith(MAY_BE_NOT_RUN)]
+    assert unexplained == [], "\n" + report.table()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_million_tokens(name):
+    report = run(subject_of(name, None), [7], num_tokens=1_000_000)
+    print(report.table())
+    assert report.verdict(7) == "passed", "\n" + report.table()
