@@ -1,0 +1,98 @@
+"""From a recipe to a tokenizer and a model, fresh or from a checkpoint."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+import zoo
+from recipe import UsageError, nearest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SPECIAL_TOKENS = ("pad", "bos", "eos")
+logging.disable_progress_bar()  # a bar for every file written would break the run's own line
+
+
+def load_tokenizer(name):
+    """A tokenizer from a folder, a folder of the repository, or the Hub.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    folders = [path for path in (Path(name), REPOSITORY / name) if path.is_dir()]
+    try:
+        return AutoTokenizer.from_pretrained(folders[0] if folders else name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"no tokenizer at {name}: {reason}") from None
+
+
+def build_config(recipe, tokenizer):
+    """The config of the recipe's model; vocabulary and special tokens default to the tokenizer's.
+
+    Raises:
+        UsageError: no such architecture, a field it does not have, a vocabulary too small.
+    """
+    if recipe.architecture not in zoo.MODELS:
+        raise UsageError(
+            f"unknown architecture {recipe.architecture!r}: "
+            f"{nearest(recipe.architecture, zoo.MODELS)}"
+        )
+    architecture = zoo.MODELS[recipe.architecture]
+    types = {field.name: field.type for field in dataclasses.fields(architecture.config)}
+    model = dict(recipe.model)
+    for key, value in model.items():
+        if key not in types:
+            raise UsageError(
+                f"unknown key {'model.' + key!r} for {recipe.architecture}: {nearest(key, types)}"
+            )
+        if types[key] is float and type(value) is int:  # TOML's 0 is not its 0.0
+            model[key] = float(value)
+    vocab_size = model.setdefault("vocab_size", len(tokenizer))
+    if type(vocab_size) is int and vocab_size < len(tokenizer):
+        raise UsageError(
+            f"model.vocab_size must be at least {len(tokenizer)}, the size of the tokenizer "
+            f"{recipe.tokenizer}, got {vocab_size}; leave it out to take the tokenizer's."
+        )
+    special = {
+        f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in SPECIAL_TOKENS
+    }
+    try:
+        return architecture.config(**{**special, **model})
+    except Exception as error:  # a strict config raises errors of huggingface_hub and of its own
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UsageError(f"the model table does not fit {recipe.architecture}: {reason}") from error
+
+
+def build_model(recipe, config, checkpoint=None):
+    """The recipe's model with fresh weights, the same for the same seed, or with a checkpoint's."""
+    set_seed(recipe.seed)
+    model_class = zoo.MODELS[recipe.architecture].causal_lm
+    if checkpoint is None:
+        model = model_class(config)
+    else:
+        model = model_class.from_pretrained(checkpoint, dtype=torch.float32)
+    model.train()
+    if hasattr(model, "loss_chunk_size"):
+        model.loss_chunk_size = recipe.loss_chunk_size or None
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def parameter_groups(model, weight_decay):
+    """AdamW's groups: matrices decay, vectors and scalars (norms, biases, gains) do not.
+
+    Embeddings are matrices and decay too.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

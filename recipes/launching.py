@@ -1,0 +1,119 @@
+"""How a script was started: refuses launches that are not what was asked for, and picks threads."""
+
+import ctypes
+import os
+import signal
+import sys
+
+import psutil
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from recipe import UsageError, nearest
+
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def check_launch(environ, num_processes, command):
+    """Refuses the two ways in which several processes are asked for and something else comes.
+
+    Args:
+        environ: environment variables as the script found them.
+        num_processes: processes that accelerate sees.
+        command: the script and its arguments, for the command in the message.
+
+    Raises:
+        UsageError: one process where more were asked for, or as many separate runs.
+    """
+    several = (
+        "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
+        f"{command}"
+    )
+    sizes = [int(environ[name]) for name in WORLD_SIZES if environ.get(name)]
+    # accelerate sets an address for the processes to meet at, and then starts only one.
+    from_accelerate = "ACCELERATE_USE_CPU" in environ and "MASTER_ADDR" in environ
+    if from_accelerate and not sizes and "LOCAL_RANK" not in environ:
+        raise UsageError(
+            "accelerate was asked for several processes but started one, as it does on a CPU; "
+            f"run: {several} (for one process: --num_processes 1, and unset MASTER_ADDR)"
+        )
+    if sizes and sizes[0] != num_processes:
+        raise UsageError(
+            f"{sizes[0]} processes were started but each trains alone ({num_processes} in its "
+            f"group), all writing one folder; run: {several}"
+        )
+
+
+def check_trackers(names):
+    """Refuses trackers that accelerate would leave out without a word.
+
+    Raises:
+        UsageError: an unknown tracker, or one whose package is not installed.
+    """
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UsageError(f"unknown tracker {name!r}: {nearest(name, LOGGER_TYPE_TO_CLASS)}")
+        if name not in map(str, get_available_trackers()):
+            raise UsageError(f"the tracker {name} is not installed; run: pip install {name}")
+
+
+def precision_of(requested, device):
+    """ "bf16" or "fp32": what was asked for, or what the device computes fastest in.
+
+    Raises:
+        UsageError: bf16 asked of a device without it.
+    """
+    if device.type == "cuda":
+        available = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        # Every CPU can emulate bf16, slowly; these are the ones with instructions for it.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        available = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:
+        available = True
+    if requested == "bf16" and not available:
+        raise UsageError(f'this {device.type} has no bf16; use --precision "fp32" or "auto".')
+    return "bf16" if requested != "fp32" and available else "fp32"
+
+
+def set_cpu_threads(requested, environ):
+    """Sets how many threads this process computes with on a CPU, and returns it.
+
+    0 means OMP_NUM_THREADS if somebody chose it, else every physical core that this process may
+    run on, shared by the processes of this machine. A plain `accelerate launch` exports
+    OMP_NUM_THREADS=1 unasked, which would leave all cores but one idle.
+    """
+    chosen = environ.get("OMP_NUM_THREADS", "")
+    launched = "ACCELERATE_MIXED_PRECISION" in environ or "TORCHELASTIC_RUN_ID" in environ
+    if requested:
+        threads = requested
+    elif chosen.isdigit() and (int(chosen) > 1 or not launched):
+        threads = int(chosen)
+    else:
+        cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = min(cores, len(os.sched_getaffinity(0)))
+        threads = max(1, cores // int(environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(threads)
+    return threads
+
+
+class StopSignals:
+    """Remembers SIGTERM and SIGINT, so that the loop can save and leave between two steps."""
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number, frame):
+        # Launchers pass signals on, so one Ctrl-C comes several times: later ones change nothing.
+        self.received = self.received or signal.Signals(number)
+
+
+def die_with_launcher(environ):
+    """Makes Linux send SIGTERM when `accelerate launch` dies, which passes no signal on itself."""
+    alone = "ACCELERATE_MIXED_PRECISION" in environ and "TORCHELASTIC_RUN_ID" not in environ
+    if alone and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,0 +1,176 @@
+"""What a run leaves to read: metrics.jsonl, run.json, loss.png, lines on the terminal."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object per line, with "kind" ("train" or "held_out") and "step".
+
+    Attributes:
+        lines: what the file holds.
+    """
+
+    def __init__(self, path, until_step):
+        """Opens the file, without lines after `until_step`: what a killed run did after its
+        checkpoint is done again."""
+        self.path = Path(path)
+        self.lines = [line for line in read_metrics(path) if line["step"] <= until_step]
+        beside = self.path.with_name(self.path.name + ".new")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        os.replace(beside, self.path)
+
+    def write(self, **line):
+        """Appends a line, flushed to the operating system so that a kill does not lose it."""
+        self.lines.append(line)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path):
+    """The complete lines of a metrics.jsonl, [] if there is none."""
+    if not Path(path).is_file():
+        return []
+    lines = Path(path).read_text().split("\n")[:-1]  # a line without its end was being written
+    return [json.loads(line) for line in lines]
+
+
+class Progress:
+    """One line about training: redrawn in place on a terminal, else printed now and then."""
+
+    def __init__(self, done, total, every_seconds=10):
+        self.total, self.every_seconds = total, every_seconds
+        self.begin = self.printed = time.monotonic()
+        self.first = done
+        self.bar = None
+        if sys.stdout.isatty():
+            layout = "{percentage:3.0f}% {bar:20} step {n_fmt}/{total_fmt}{postfix}"
+            self.bar = tqdm(total=total, initial=done, bar_format=layout, file=sys.stdout)
+
+    def update(self, step, loss, tokens_per_second):
+        """Shows the state after `step` steps; loss in nats per token."""
+        now = time.monotonic()
+        # Evaluations and checkpoints take their share, so the time left counts them too.
+        left = (now - self.begin) / max(step - self.first, 1) * (self.total - step)
+        figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  ETA {duration(left)}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(figures, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif now - self.printed >= self.every_seconds or step == self.total:
+            self.printed = now
+            self.say(f"step {step}/{self.total}  {figures}")
+
+    def say(self, text):
+        """Prints without disturbing the line."""
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.write(text, file=sys.stdout)
+
+    def close(self):
+        """Leaves the line as it is."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds):
+    """Seconds as 0:42, 12:05 or 3:07:00."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def bits_per_byte(nats, num_bytes):
+    """Code length of text: the summed negative log likelihood in bits, per UTF-8 byte."""
+    return nats / math.log(2) / num_bytes
+
+
+def environment(repository):
+    """Versions and the source's commit, for run.json."""
+    versions = {"python": platform.python_version()}
+    for package in "longzoo torch transformers accelerate datasets numpy tokenizers".split():
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(repository)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        source = {"git_commit": commit.stdout.strip(), "git_changed": bool(changes.stdout.strip())}
+    except FileNotFoundError:
+        return {"versions": versions}
+    return {"versions": versions, **source} if commit.returncode == 0 else {"versions": versions}
+
+
+def write_json(path, value):
+    """Writes a JSON file that is never half there."""
+    beside = Path(path).with_name(Path(path).name + ".new")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+def plot_loss(path, lines, gzip_bits_per_byte, title):
+    """Draws train and held-out bits per byte over training tokens, and gzip's as a line.
+
+    Args:
+        path: the PNG.
+        lines: of metrics.jsonl.
+        gzip_bits_per_byte: of `gzip -9` on the held-out bytes.
+        title: above the plot.
+    """
+    # Without pyplot there is no window system and no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    styles = {
+        "train": {"lw": 1, "alpha": 0.6},
+        "held_out": {"lw": 2, "marker": "o", "ms": 4},
+    }
+    values = []
+    for kind, style in styles.items():
+        chosen = [line for line in lines if line["kind"] == kind]
+        points = [(line["tokens"], line["bits_per_byte"]) for line in chosen]
+        if points:
+            label = f"{kind.replace('_', '-')}, {points[-1][1]:.3f} at the end"
+            axes.plot(*zip(*points), label=label, **style)
+            values += [value for _, value in points]
+    axes.axhline(
+        gzip_bits_per_byte,
+        color="black",
+        ls="--",
+        lw=1,
+        label=f"gzip -9 of the held-out text, {gzip_bits_per_byte:.3f}",
+    )
+    if values:
+        # The first steps would squeeze the rest of the curve into the floor.
+        top = min(max(values), 2 * max(gzip_bits_per_byte, sorted(values)[len(values) // 2]))
+        axes.set_ylim(0.9 * min([*values, gzip_bits_per_byte]), 1.02 * top)
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("bits per byte")
+    axes.xaxis.set_major_formatter(lambda value, _: _si(value))
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    beside = Path(path).with_name(Path(path).name + ".new")
+    figure.savefig(beside, format="png")
+    os.replace(beside, path)
+
+
+def _si(value):
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
