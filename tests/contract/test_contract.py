@@ -2,7 +2,6 @@
 
 import functools
 
-import paper_initialization
 import pytest
 
 from zoo import MODELS
@@ -15,9 +14,7 @@ MAY_BE_NOT_RUN = ("no GPU", "comes in a later version")
 
 @functools.cache
 def subject_of(name, variant):
-    subject = zoo_subject(name, variant)
-    subject.initialization = paper_initialization.TABLES[name](subject.config)
-    return subject
+    return zoo_subject(name, variant)
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from zoo import MODELS
 
+from . import paper_initialization
 from .report import NotApplicable
 
 TINY = {
@@ -52,7 +53,7 @@ class Subject:
             moved away from the special values of an initialisation.
         initialization: the statistics the paper's initialisation has, for point 10: parameter name
             pattern (as in fnmatch) -> (mean, standard deviation, "normal", "uniform" or
-            "constant"). None: what the class says in `expected_initialization(config)`, if it does.
+            "constant"). None: not known.
     """
 
     def __init__(self, name, build, pretrained=None, initialization=None):
@@ -63,8 +64,6 @@ class Subject:
         self.config = self._weights.config
         self.vocab_size = self.config.get_text_config().vocab_size
         cls = type(self._weights)
-        if initialization is None and hasattr(cls, "expected_initialization"):
-            initialization = cls.expected_initialization(self.config)
         self.initialization = initialization
         self.arguments = set(inspect.signature(cls.forward).parameters)
         self.arguments |= set(inspect.signature(type(self._weights.base_model).forward).parameters)
@@ -227,13 +226,12 @@ def variants_of(name):
     return getattr(MODELS[name].config, "variants", None) or {"default": {}}
 
 
-def zoo_subject(name, variant=None, initialization=None):
+def zoo_subject(name, variant=None):
     """A model of the zoo, tiny.
 
     Args:
         name: its name in `zoo.MODELS`.
         variant: one of its config's `variants`; None: the first.
-        initialization: as in `Subject`.
 
     Raises:
         ValueError: no such variant.
@@ -248,7 +246,10 @@ def zoo_subject(name, variant=None, initialization=None):
             torch.manual_seed(seed)
             return architecture.causal_lm(architecture.config(**{**TINY, **variants[variant]}))
 
-    return Subject(f"{name}, {variant}", build, initialization=initialization)
+    subject = Subject(f"{name}, {variant}", build)
+    if name in paper_initialization.TABLES:
+        subject.initialization = paper_initialization.TABLES[name](subject.config)
+    return subject
 
 
 def class_subject(path):

@@ -1,10 +1,13 @@
 """What the papers' code initialises: parameter pattern -> (mean, standard deviation, distribution).
 
+Patterns are fnmatch's; a distribution is "normal", "uniform" or "constant".
+
 Written from the papers and their code, not from ours.
 """
 
 
 def xavier_uniform(fan_in, fan_out, gain):
+    """Glorot and Bengio 2010: variance gain^2 2 / (fan_in + fan_out)."""
     return 0.0, gain * (2 / (fan_in + fan_out)) ** 0.5, "uniform"
 
 
@@ -14,6 +17,7 @@ def linear_default(fan_in):
 
 
 def divided(statistics, divisor):
+    """The statistics of the same weights divided by a number."""
     mean, std, distribution = statistics
     return mean / divisor, std / divisor, distribution
 
@@ -45,4 +49,4 @@ def retnet(config):
     return table
 
 
-TABLES = {"retnet": retnet}
+TABLES = {"retnet": retnet}  # by the name in zoo.MODELS; each takes the config
