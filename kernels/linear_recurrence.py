@@ -16,6 +16,7 @@ Call `linear_recurrence`. `linear_recurrence_reference` is the definition, one s
 Decay only ever appears as exp of a non-positive number, so nothing overflows.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -217,8 +218,9 @@ def linear_recurrence_chunked(
     output_final_state=False,
     cu_seqlens=None,
     chunk_length=None,
+    hand_written_backward=None,
 ):
-    """The recurrence as matrix products over chunks of positions, by autograd, for any device.
+    """The recurrence as matrix products over chunks of positions, for any device.
 
     With c the cumulative log decay inside a chunk, position i of the chunk reads
         o_i = sum_{j <= i} exp(c_i - c_j) (q_i . k_j) v_j  +  exp(c_i) q_i^T S
@@ -227,32 +229,131 @@ def linear_recurrence_chunked(
     Args: as `linear_recurrence`, and
         chunk_length: positions per chunk; None picks it from the decay's form and the documents'
             mean length.
+        hand_written_backward: gradients by formula (`_BlockScan`) instead of by autograd, faster
+            and with less memory; None: wherever there is a formula, which is for no decay or one
+            per head, without bonus.
     """
     dtype = accumulator_dtype(q)
+    is_vector = log_decay is not None and log_decay.ndim == 4
+    if hand_written_backward is None:
+        hand_written_backward = not is_vector and bonus is None
     if chunk_length is None:
-        is_vector = log_decay is not None and log_decay.ndim == 4
         chunk_length = CHUNK_LENGTH_VECTOR_DECAY if is_vector else CHUNK_LENGTH
         if cu_seqlens is not None:
             # A chunk belongs to one document: short ones in wide chunks would be mostly padding.
             mean_length = q.shape[1] / (len(cu_seqlens) - 1)
             chunk_length = min(chunk_length, 1 << max(0, int(mean_length - 1)).bit_length())
 
+    def walk(q, k, v, log_decay, state, layout):
+        if hand_written_backward:
+            return _BlockScan.apply(q, k, v, log_decay, state, layout.counts)
+        return _autograd_walk(q, k, v, log_decay, bonus, state, layout.counts)
+
     # Autocast would round the carried state to 16 bits in the products below.
     with torch.autocast(q.device.type, enabled=False):
         inputs = [q.to(dtype) * scale if scale != 1.0 else q.to(dtype), k.to(dtype), v.to(dtype)]
-        if bonus is not None:
-            bonus = bonus.to(dtype)
-        if log_decay is not None:
-            log_decay = log_decay.to(dtype)
-        state = None if initial_state is None else initial_state.to(dtype)
-        walk = _dense_walk if cu_seqlens is None else _packed_walk
-        o, state = walk(inputs, log_decay, bonus, state, cu_seqlens, chunk_length)
+        bonus, log_decay, state = (
+            None if x is None else x.to(dtype) for x in (bonus, log_decay, initial_state)
+        )
+        time = q.shape[1]
+        if cu_seqlens is not None:
+            o, state = _walk_packed(walk, inputs, log_decay, state, cu_seqlens, chunk_length)
+        elif time <= chunk_length or time % chunk_length == 0:
+            o, state = _walk_dense(walk, inputs, log_decay, state, min(time, chunk_length))
+        else:
+            # What is left over is a walk of its own, with a shorter chunk: all chunks are full.
+            sizes = time - time % chunk_length, time % chunk_length
+            outputs, parts = [], zip(*(x.split(sizes, dim=1) for x in inputs), strict=True)
+            gates = [log_decay] * 2
+            if log_decay is not None and log_decay.ndim > 1:
+                gates = log_decay.split(sizes, dim=1)
+            for size, part, gate in zip(sizes, parts, gates, strict=True):
+                o, state = _walk_dense(walk, part, gate, state, min(size, chunk_length))
+                outputs.append(o)
+            o = torch.cat(outputs, dim=1)
     return o.to(v.dtype), state if output_final_state else None
 
 
 def accumulator_dtype(x):
     """The dtype of states and sums for an input: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+class _Layout(NamedTuple):
+    """Chunks in the order of the walk: step n takes chunk n of every document that has one.
+
+    Documents are ordered longest first, so the ones still running are always a prefix.
+
+    counts: how many documents take part in each step; N chunks in all.
+    split: [B, T, H, X] to [N, H, C, X].
+    join: back.
+    """
+
+    counts: tuple[int, ...]
+    split: Callable[[torch.Tensor], torch.Tensor]
+    join: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _walk_dense(walk, inputs, log_decay, state, chunk_length):
+    """Every row is one document, of a whole number of chunks."""
+    batch, time = inputs[0].shape[:2]
+    num_steps = time // chunk_length
+
+    def split(x_BTHX):
+        x_BNCHX = x_BTHX.unflatten(1, (num_steps, chunk_length))
+        return x_BNCHX.permute(1, 0, 3, 2, 4).flatten(0, 1).contiguous()
+
+    def join(x_NHCX):
+        return x_NHCX.unflatten(0, (num_steps, batch)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+    layout = _Layout((batch,) * num_steps, split, join)
+    o_NHCV, state = walk(*map(split, inputs), _gates(log_decay, split), state, layout)
+    return join(o_NHCV), state
+
+
+def _walk_packed(walk, inputs, log_decay, state, cu_seqlens, chunk_length):
+    """A packed stream of documents of any lengths."""
+    q, _, v = inputs
+    device, time = q.device, q.shape[1]
+    cu_seqlens = cu_seqlens.to(device=device, dtype=torch.long)
+    length_N, order_N = cu_seqlens.diff().sort(descending=True, stable=True)
+    start_N = cu_seqlens[:-1][order_N]
+    num_chunks_N = (-(-length_N // chunk_length)).tolist()
+    counts = tuple(sum(n > step for n in num_chunks_N) for step in range(num_chunks_N[0]))
+
+    # Positions past a document's end read token 0, and are masked.
+    first = [start_N[:n] + step * chunk_length for step, n in enumerate(counts)]
+    end = [(start_N + length_N)[:n] for n in counts]
+    index_NC = torch.cat(first)[:, None] + torch.arange(chunk_length, device=device)
+    inside_NC = index_NC < torch.cat(end)[:, None]
+    index_NC = torch.where(inside_NC, index_NC, 0)
+    place_T = torch.empty(time, dtype=torch.long, device=device)
+    place_T[index_NC[inside_NC]] = inside_NC.flatten().nonzero()[:, 0]
+
+    def split(x_BTHX):
+        x_NCHX = x_BTHX[0].index_select(0, index_NC.flatten()).unflatten(0, index_NC.shape)
+        return torch.where(inside_NC[..., None, None], x_NCHX, 0).transpose(1, 2).contiguous()
+
+    def join(x_NHCX):
+        return x_NHCX.transpose(1, 2).flatten(0, 1).index_select(0, place_T)[None]
+
+    if log_decay is not None and log_decay.ndim == 1:
+        # A document's last chunk may be short, and decays by its own length: masked gates do that.
+        log_decay = log_decay.expand(1, time, -1)
+    if state is None:
+        state = q.new_zeros(len(length_N), q.shape[2], q.shape[3], v.shape[3])
+    else:
+        state = state.index_select(0, order_N)
+    layout = _Layout(counts, split, join)
+    o_NHCV, state = walk(*map(split, inputs), _gates(log_decay, split), state, layout)
+    return join(o_NHCV), state.index_select(0, order_N.argsort())
+
+
+def _gates(log_decay, split):
+    """Log decays in the order of the walk: None, [H], or [N, H, C, 1 or K]."""
+    if log_decay is None or log_decay.ndim == 1:
+        return log_decay
+    return split(log_decay[..., None] if log_decay.ndim == 3 else log_decay)
 
 
 class _Decay(NamedTuple):
@@ -269,6 +370,24 @@ class _Decay(NamedTuple):
     query: torch.Tensor | None
     key: torch.Tensor | None
     state: torch.Tensor | None
+
+
+def _decays(gates, counts, length, like, strict=False):
+    """The `_Decay` of each step, as a list.
+
+    Args:
+        gates: None, [H] or [N, H, C, 1 or K] log decays.
+        counts: as in `_Layout`.
+        length: C.
+        like: a tensor of the dtype and on the device of the result.
+        strict: query i reads j < i only.
+    """
+    if gates is None:
+        visible_CC = _visible(length, strict, like.device).to(like.dtype)
+        return [_Decay(visible_CC, None, None, None)] * len(counts)
+    if gates.ndim == 1:
+        return [_decay_factors(gates[:, None, None].expand(-1, length, 1), strict)] * len(counts)
+    return [_decay_factors(gates_NHCK, strict) for gates_NHCK in gates.split(counts)]
 
 
 def _decay_factors(log_decay_NHCK, strict):
@@ -294,6 +413,22 @@ def _visible(length, strict, device):
     return ones_CC.tril(-1 if strict else 0)
 
 
+def _autograd_walk(q, k, v, gates, bonus, state, counts):
+    """Walks the chunks with operations that autograd differentiates."""
+    decays = _decays(gates, counts, q.shape[2], q, strict=bonus is not None)
+    # One split and one concatenation: slicing inside the loop would make backward quadratic in T.
+    chunks = zip(q.split(counts), k.split(counts), v.split(counts), decays, counts, strict=True)
+    outputs, finished = [], []
+    for q_NHCK, k_NHCK, v_NHCV, decay, count in chunks:
+        if state is not None:
+            finished.append(state[count:])
+            state = state[:count]
+        o_NHCV, state = _chunk(q_NHCK, k_NHCK, v_NHCV, decay, bonus, state)
+        outputs.append(o_NHCV)
+    # Documents leave the walk shortest first.
+    return torch.cat(outputs), torch.cat([state, *finished[::-1]])
+
+
 def _chunk(q_NHCK, k_NHCK, v_NHCV, decay, bonus, state_NHKV):
     """Outputs of one chunk and the state that leaves it. state None: the sequences start here."""
     if decay.scores.ndim == 5:
@@ -304,95 +439,121 @@ def _chunk(q_NHCK, k_NHCK, v_NHCV, decay, bonus, state_NHKV):
         diagonal_NHC = (q_NHCK * bonus[:, None, :] * k_NHCK).sum(-1)
         scores_NHCC = scores_NHCC + torch.diag_embed(diagonal_NHC)
     o_NHCV = scores_NHCC @ v_NHCV
-    if decay.query is None:
-        update_NHKV = k_NHCK.transpose(-1, -2) @ v_NHCV
-    else:
-        update_NHKV = (k_NHCK * decay.key).transpose(-1, -2) @ v_NHCV
+    update_NHKV = _scaled(k_NHCK, decay.key).transpose(-1, -2) @ v_NHCV
     if state_NHKV is None:
         return o_NHCV, update_NHKV
-    if decay.query is None:
-        return o_NHCV + q_NHCK @ state_NHKV, state_NHKV + update_NHKV
-    o_NHCV = o_NHCV + (q_NHCK * decay.query) @ state_NHKV
-    return o_NHCV, decay.state * state_NHKV + update_NHKV
+    o_NHCV = o_NHCV + _scaled(q_NHCK, decay.query) @ state_NHKV
+    return o_NHCV, _scaled(state_NHKV, decay.state) + update_NHKV
 
 
-def _dense_walk(inputs, log_decay, bonus, state, cu_seqlens, chunk_length):
-    """Every row is one document: a chunk is the same slice of time in all rows."""
-    strict = bonus is not None
-    # One split and one concatenation: slicing inside the loop would make backward quadratic in T.
-    chunks = zip(*(x.transpose(1, 2).split(chunk_length, dim=2) for x in inputs), strict=True)
-    if log_decay is not None and log_decay.ndim > 1:
-        log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
-        gates = log_decay.transpose(1, 2).split(chunk_length, dim=2)
-    outputs, decay = [], None
-    for n, (q_BHCK, k_BHCK, v_BHCV) in enumerate(chunks):
-        length = q_BHCK.shape[2]
-        if log_decay is None:
-            if decay is None or decay.scores.shape[-1] != length:
-                visible_CC = _visible(length, strict, q_BHCK.device).to(q_BHCK.dtype)
-                decay = _Decay(visible_CC, None, None, None)
-        elif log_decay.ndim == 1:
-            if decay is None or decay.scores.shape[-1] != length:
-                decay = _decay_factors(log_decay[:, None, None].expand(-1, length, 1), strict)
-        else:
-            decay = _decay_factors(gates[n], strict)
-        o_BHCV, state = _chunk(q_BHCK, k_BHCK, v_BHCV, decay, bonus, state)
-        outputs.append(o_BHCV)
-    return torch.cat(outputs, dim=2).transpose(1, 2), state
+def _scaled(x, factor):
+    return x if factor is None else x * factor
 
 
-def _packed_walk(inputs, log_decay, bonus, state, cu_seqlens, chunk_length):
-    """A packed stream: step n of the walk takes chunk n of every document that is long enough.
+class _BlockScan(torch.autograd.Function):
+    """The walk over chunks with its gradients by formula, for no decay or one decay per head.
 
-    Documents are walked longest first, so the ones still running are always a prefix.
+    With P_ij = exp(c_i - c_j) q_i . k_j and dP_ij = exp(c_i - c_j) do_i . v_j for j <= i, inside a
+    chunk that S enters and that the gradient dS leaves against the direction of time:
+
+        o  = P v      + exp(c) q S
+        dq = dP k     + exp(c) do S^T
+        dv = P^T do   + exp(c_C - c) k dS
+        dk = dP^T q   + exp(c_C - c) v dS^T
+
+    so each is the recurrence once more, with other tensors in the three places. A log decay enters
+    through the cumulative sums alone: its gradient is the sum over later positions of
+    q . dq - k . dk, with the final state as one more position that reads.
     """
-    strict = bonus is not None
-    q, _, v = inputs
-    device, heads, key_dim, value_dim = q.device, q.shape[2], q.shape[3], v.shape[3]
-    cu_seqlens = cu_seqlens.to(device=device, dtype=torch.long)
-    length_N, order_N = cu_seqlens.diff().sort(descending=True, stable=True)
-    start_N = cu_seqlens[:-1][order_N]
-    num_chunks_N = (-(-length_N // chunk_length)).tolist()
-    num_running = [sum(n > step for n in num_chunks_N) for step in range(num_chunks_N[0])]
 
-    # Gather once, in the order of the walk; positions past a document's end read token 0, masked.
-    first = [start_N[:n] + step * chunk_length for step, n in enumerate(num_running)]
-    end = [(start_N + length_N)[:n] for n in num_running]
-    index_NC = torch.cat(first)[:, None] + torch.arange(chunk_length, device=device)
-    inside_NC = index_NC < torch.cat(end)[:, None]
-    index_NC = torch.where(inside_NC, index_NC, 0)
+    @staticmethod
+    def forward(ctx, q_NHCK, k_NHCK, v_NHCV, gates, state, counts):
+        decays = _decays(gates, counts, q_NHCK.shape[2], q_NHCK)
+        o_NHCV = torch.empty_like(v_NHCV)
+        entering, finished, start = [], [], 0
+        for decay, count in zip(decays, counts, strict=True):
+            now = slice(start, start + count)
+            start += count
+            if state is not None:
+                finished.append(state[count:])
+                state = state[:count]
+            entering.append(state)
+            q, k, v = q_NHCK[now], k_NHCK[now], v_NHCV[now]
+            o_NHCV[now] = (q @ k.mT).mul_(decay.scores) @ v
+            update = _scaled(k, decay.key).mT @ v
+            if state is not None:
+                _add_product(o_NHCV[now], q @ state, decay.query)
+                update += _scaled(state, decay.state)
+            state = update
+        final = torch.cat([state, *finished[::-1]])
+        ctx.counts, ctx.num_entering = counts, len(entering)
+        ctx.starts_at_zero = entering[0] is None
+        saved = entering[1:] if ctx.starts_at_zero else entering
+        ctx.save_for_backward(q_NHCK, k_NHCK, v_NHCV, gates, final, *saved)
+        return o_NHCV, final
 
-    def gather(x_BTHX):
-        x_NCHX = x_BTHX[0].index_select(0, index_NC.flatten()).unflatten(0, index_NC.shape)
-        x_NCHX = torch.where(inside_NC[..., None, None], x_NCHX, 0)
-        return x_NCHX.transpose(1, 2).split(num_running)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do_NHCV, dfinal):
+        q_NHCK, k_NHCK, v_NHCV, gates, final, *entering = ctx.saved_tensors
+        if ctx.starts_at_zero:
+            entering = [None, *entering]
+        counts = ctx.counts
+        decays = _decays(gates, counts, q_NHCK.shape[2], q_NHCK)
+        dq_NHCK, dk_NHCK, dv_NHCV = map(torch.empty_like, (q_NHCK, k_NHCK, v_NHCV))
+        start, dstate = q_NHCK.shape[0], dfinal[: counts[-1]]
+        for step in reversed(range(len(counts))):
+            decay, count, state = decays[step], counts[step], entering[step]
+            now = slice(start - count, start)
+            start -= count
+            # Documents whose last chunk this is join with the gradient of their final state.
+            if count > dstate.shape[0]:
+                dstate = torch.cat([dstate, dfinal[dstate.shape[0] : count]])
+            q, k, v, do = q_NHCK[now], k_NHCK[now], v_NHCV[now], do_NHCV[now]
+            p = (q @ k.mT).mul_(decay.scores)
+            dp = (do @ v.mT).mul_(decay.scores)
+            dq_NHCK[now] = dp @ k
+            dk_NHCK[now] = dp.mT @ q
+            dv_NHCV[now] = p.mT @ do
+            _add_product(dk_NHCK[now], v @ dstate.mT, decay.key)
+            _add_product(dv_NHCV[now], k @ dstate, decay.key)
+            if state is not None:
+                _add_product(dq_NHCK[now], do @ state.mT, decay.query)
+                dstate = _scaled(dstate, decay.state) + _scaled(q, decay.query).mT @ do
+        dinitial = None
+        if not ctx.starts_at_zero:
+            dinitial = torch.cat([dstate, dfinal[dstate.shape[0] :]])
+        dgates = None
+        if gates is not None and ctx.needs_input_grad[3]:
+            dcum_NHC = (q_NHCK * dq_NHCK).sum(-1) - (k_NHCK * dk_NHCK).sum(-1)
+            dend_NH = (final * dfinal).sum((-1, -2))
+            dgates = _gate_gradient(dcum_NHC, dend_NH, counts)
+            dgates = dgates.sum((0, 2)) if gates.ndim == 1 else dgates[..., None]
+            dgates = dgates.to(gates.dtype)
+        return dq_NHCK, dk_NHCK, dv_NHCV, dgates, dinitial, None
 
-    if log_decay is not None:
-        if log_decay.ndim == 1:
-            log_decay = log_decay.expand(1, q.shape[1], heads)
-        gates = gather(log_decay[..., None] if log_decay.ndim == 3 else log_decay)
-    if state is not None:
-        state = state[order_N]
+
+def _add_product(out, x, factor):
+    """out += x * factor, in place."""
+    if factor is None:
+        out += x
     else:
-        state = q.new_zeros(len(length_N), heads, key_dim, value_dim)
+        out.addcmul_(x, factor)
 
-    outputs, finished = [], []
-    for step, chunk in enumerate(zip(*map(gather, inputs), strict=True)):
-        running = num_running[step]
-        finished.append(state[running:])
-        if log_decay is None:
-            visible_CC = _visible(chunk_length, strict, device).to(q.dtype)
-            decay = _Decay(visible_CC, None, None, None)
-        else:
-            decay = _decay_factors(gates[step], strict)
-        o_NHCV, state = _chunk(*chunk, decay, bonus, state[:running])
-        outputs.append(o_NHCV)
-    finished.append(state)
 
-    o_NCHV = torch.cat(outputs).transpose(1, 2)
-    place_T = torch.empty(q.shape[1], dtype=torch.long, device=device)
-    place_T[index_NC[inside_NC]] = inside_NC.flatten().nonzero()[:, 0]
-    o_BTHV = o_NCHV.flatten(0, 1).index_select(0, place_T)[None]
-    # Documents left the walk shortest first: put their states back into the stream's order.
-    state_NHKV = torch.cat(finished[::-1])[order_N.argsort()]
-    return o_BTHV, state_NHKV
+def _gate_gradient(dcum_NHC, dend_NH, counts):
+    """Sums over each document's later positions, back through its chunks. In float64: many cancel.
+
+    Args:
+        dcum_NHC: gradients of the cumulative log decays in the order of the walk.
+        dend_NH: that of each document's whole log decay, through its final state.
+        counts: as in `_Layout`.
+    """
+    dcum_NHC, later_NH = dcum_NHC.double(), dend_NH.double()
+    gradients = []
+    for chunk_NHC in reversed(dcum_NHC.split(counts)):
+        sums_NHC = chunk_NHC.flip(-1).cumsum(-1).flip(-1)
+        sums_NHC = sums_NHC + later_NH[: len(chunk_NHC), :, None]
+        later_NH = torch.cat([sums_NHC[..., 0], later_NH[len(chunk_NHC) :]])
+        gradients.append(sums_NHC)
+    return torch.cat(gradients[::-1])

@@ -190,3 +190,19 @@ def test_fused_loss_is_the_loss(architecture):
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+@architectures
+def test_fp16_mixer_with_large_projections(architecture):
+    """A mixer multiplies three projections; fp16 ends at 65,504."""
+    for fields in architecture.config.variants.values():
+        model = build(architecture, **fields).half().eval()
+        mixer, norm = model.model.layers[0].mixer, model.model.layers[0].mixer_norm
+        outputs = []
+        mixer.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+        with torch.no_grad():
+            for p in mixer.parameters():
+                p *= 100 if p.ndim > 1 else 1
+            norm.weight *= 4
+            model(IDS)
+        assert outputs[0].isfinite().all()

@@ -187,6 +187,15 @@ def rotate(x_BTHK, cos_BTHK, sin_BTHK, interleaved):
     return joined.to(x_BTHK.dtype)
 
 
+class HeadRMSNorm(nn.RMSNorm):
+    """The norm of a head, in the dtype of its input, which may be wider than its weight's."""
+
+    def forward(self, x_BTHV):
+        """[B, T, H, V] to the same."""
+        weight = None if self.weight is None else self.weight.to(x_BTHV.dtype)
+        return nn.functional.rms_norm(x_BTHV, self.normalized_shape, weight, self.eps)
+
+
 class Retention(nn.Module):
     """Multi-scale retention, section 2.3: heads that forget at different rates, then a gate."""
 
@@ -202,7 +211,7 @@ class Retention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.value_dim, bias=False)
         self.gate_proj = nn.Linear(config.hidden_size, config.value_size, bias=False)
         self.out_proj = nn.Linear(config.value_size, config.hidden_size, bias=False)
-        self.head_norm = nn.RMSNorm(
+        self.head_norm = HeadRMSNorm(
             self.value_dim, config.rms_norm_eps, elementwise_affine=config.head_norm_weight
         )
         self.log_decay = Constant(lambda: log_decay(config))
@@ -253,14 +262,15 @@ class Retention(nn.Module):
         y_BTHV, state.memory_BHKV = linear_recurrence(
             q_BTHK,
             k_BTHK,
-            v_BTHV,
+            # The output is as large as three projections multiplied: too large for fp16's range.
+            v_BTHV.float() if v_BTHV.dtype == torch.float16 else v_BTHV,
             log_decay_H,
             initial_state=state.memory_BHKV,
             output_final_state=state.is_kept,
             cu_seqlens=sequence.cu_seqlens,
         )
-        y_BTHV = self.head_norm(y_BTHV) * nn.functional.silu(gate_BTHV)
-        return self.out_proj(y_BTHV.flatten(2)), state
+        y_BTHV = self.head_norm(y_BTHV).to(gate_BTHV.dtype)
+        return self.out_proj((y_BTHV * nn.functional.silu(gate_BTHV)).flatten(2)), state
 
 
 class MLP(nn.Module):

@@ -79,10 +79,13 @@ def worst(got, expected):
 def test_chunked_equals_reference(form, bonus, packed, initial):
     positional, keyword = arguments(form, bonus, packed, initial)
     expected = values_and_gradients(linear_recurrence_reference, positional, keyword)
-    for chunk_length in (1, 8, 37, 64, None):
+    backwards = [False] if bonus or form == "BTHK" else [False, True]
+    for chunk_length, by_hand in itertools.product((1, 8, 37, 64, None), backwards):
 
-        def chunked(*args, chunk_length=chunk_length, **kwargs):
-            return linear_recurrence_chunked(*args, chunk_length=chunk_length, **kwargs)
+        def chunked(*args, chunk_length=chunk_length, by_hand=by_hand, **kwargs):
+            return linear_recurrence_chunked(
+                *args, chunk_length=chunk_length, hand_written_backward=by_hand, **kwargs
+            )
 
         # Sums of a few hundred products in float64, in another order.
         assert worst(values_and_gradients(chunked, positional, keyword), expected) < 1e-11
