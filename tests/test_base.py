@@ -199,7 +199,9 @@ def test_fp16_mixer_with_large_projections(architecture):
         model = build(architecture, **fields).half().eval()
         mixer, norm = model.model.layers[0].mixer, model.model.layers[0].mixer_norm
         outputs = []
-        mixer.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+        mixer.register_forward_hook(
+            lambda module, args, output, outputs=outputs: outputs.append(output[0])
+        )
         with torch.no_grad():
             for p in mixer.parameters():
                 p *= 100 if p.ndim > 1 else 1
