@@ -26,8 +26,9 @@ BACKENDS = ("auto", "torch")
 # Positions per chunk. The quadratic part costs C (K + V) per token and the state 2 K V, so wide
 # chunks only pay where heads are wide; below 64 the Python loop over chunks dominates instead.
 CHUNK_LENGTH = 64
-# With a decay per channel the scores need exp(c_i - c_j) for each of the K channels: C*C*K numbers.
-CHUNK_LENGTH_VECTOR_DECAY = 16
+CHUNK_LENGTH_VECTOR_DECAY = 32
+# With a decay per channel, blocks of this many positions take a factor for each pair and channel.
+PAIRWISE_LENGTH = 4
 
 
 def linear_recurrence(
@@ -359,14 +360,14 @@ def _gates(log_decay, split):
 class _Decay(NamedTuple):
     """Factors of one chunk, all exp of non-positive numbers; None where there is no decay.
 
-    scores: from key j to query i, [N, H, C, C] or [H, C, C], 0 where j may not be read;
-        with a decay per channel [N, H, C, C, K].
+    scores: from key j to query i, [N, H, C, C] or [H, C, C], 0 where j may not be read; with a
+        decay per channel the (read, kept) cumulative log decays instead, for `_read_inside`.
     query: from the chunk's start to query i, [N, H, C, 1 or K] or [H, C, 1].
     key: from key j to the chunk's end, same shapes.
     state: over the whole chunk, [N, H, 1 or K, 1] or [H, 1, 1].
     """
 
-    scores: torch.Tensor
+    scores: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
     query: torch.Tensor | None
     key: torch.Tensor | None
     state: torch.Tensor | None
@@ -395,17 +396,44 @@ def _decay_factors(log_decay_NHCK, strict):
     cum_NHCK = log_decay_NHCK.cumsum(-2)
     read_NHCK = cum_NHCK - log_decay_NHCK if strict else cum_NHCK
     last_NH1K = cum_NHCK[..., -1:, :]
-    length = cum_NHCK.shape[-2]
-    visible_CC = _visible(length, strict, cum_NHCK.device)
-    # where() before exp(): above the diagonal the exponent is positive and could overflow.
-    exponent_NHCCK = read_NHCK[..., :, None, :] - cum_NHCK[..., None, :, :]
-    scores = torch.where(visible_CC[..., None], exponent_NHCCK, -torch.inf).exp()
+    if cum_NHCK.shape[-1] == 1:
+        scores = _pair_factors(read_NHCK, cum_NHCK, strict).squeeze(-1)
+    else:
+        scores = read_NHCK, cum_NHCK
     return _Decay(
-        scores.squeeze(-1) if scores.shape[-1] == 1 else scores,
+        scores,
         read_NHCK.exp(),
         (last_NH1K - cum_NHCK).exp(),
         last_NH1K.transpose(-1, -2).exp(),
     )
+
+
+def _pair_factors(read_NHCK, cum_NHCK, strict):
+    """exp(read_i - cum_j) for every pair of positions, [..., C, C, 1 or K], 0 where j is hidden."""
+    visible_CC = _visible(cum_NHCK.shape[-2], strict, cum_NHCK.device)
+    # where() before exp(): above the diagonal the exponent is positive and could overflow.
+    exponent_NHCCK = read_NHCK[..., :, None, :] - cum_NHCK[..., None, :, :]
+    return torch.where(visible_CC[..., None], exponent_NHCCK, -torch.inf).exp()
+
+
+def _read_inside(q_NHCK, k_NHCK, v_NHCV, read_NHCK, cum_NHCK, strict):
+    """What each position reads of its own chunk, with a decay per channel.
+
+    The later half of the chunk reads the earlier one in a single product, as decay splits at the
+    boundary r between them: exp(c_i - c_j) = exp(c_i - c_r) exp(c_r - c_j), both at most 1. Inside
+    the halves likewise, down to blocks so short that one factor per pair and channel is cheaper.
+    """
+    length = q_NHCK.shape[-2]
+    if length <= PAIRWISE_LENGTH or length % 2:
+        factors_NHCCK = _pair_factors(read_NHCK, cum_NHCK, strict)
+        scores_NHCC = torch.einsum("...ik,...ijk,...jk->...ij", q_NHCK, factors_NHCCK, k_NHCK)
+        return scores_NHCC @ v_NHCV
+    halves = [x.unflatten(-2, (2, -1)) for x in (q_NHCK, k_NHCK, v_NHCV, read_NHCK, cum_NHCK)]
+    (_, q), (k, _), (v, _), (_, read), (cum, _) = (x.unbind(-3) for x in halves)
+    boundary = cum[..., -1:, :]
+    scores_NHCC = (q * (read - boundary).exp()) @ (k * (boundary - cum).exp()).mT
+    earlier, later = _read_inside(*halves, strict).unbind(-3)
+    return torch.cat([earlier, later + scores_NHCC @ v], dim=-2)
 
 
 def _visible(length, strict, device):
@@ -431,15 +459,13 @@ def _autograd_walk(q, k, v, gates, bonus, state, counts):
 
 def _chunk(q_NHCK, k_NHCK, v_NHCV, decay, bonus, state_NHKV):
     """Outputs of one chunk and the state that leaves it. state None: the sequences start here."""
-    if decay.scores.ndim == 5:
-        scores_NHCC = torch.einsum("nhik,nhijk,nhjk->nhij", q_NHCK, decay.scores, k_NHCK)
+    if isinstance(decay.scores, tuple):
+        o_NHCV = _read_inside(q_NHCK, k_NHCK, v_NHCV, *decay.scores, bonus is not None)
     else:
-        scores_NHCC = (q_NHCK @ k_NHCK.transpose(-1, -2)) * decay.scores
+        o_NHCV = (q_NHCK @ k_NHCK.mT * decay.scores) @ v_NHCV
     if bonus is not None:
-        diagonal_NHC = (q_NHCK * bonus[:, None, :] * k_NHCK).sum(-1)
-        scores_NHCC = scores_NHCC + torch.diag_embed(diagonal_NHC)
-    o_NHCV = scores_NHCC @ v_NHCV
-    update_NHKV = _scaled(k_NHCK, decay.key).transpose(-1, -2) @ v_NHCV
+        o_NHCV = o_NHCV + (q_NHCK * bonus[:, None, :] * k_NHCK).sum(-1, keepdim=True) * v_NHCV
+    update_NHKV = _scaled(k_NHCK, decay.key).mT @ v_NHCV
     if state_NHKV is None:
         return o_NHCV, update_NHKV
     o_NHCV = o_NHCV + _scaled(q_NHCK, decay.query) @ state_NHKV

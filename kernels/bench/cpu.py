@@ -1,0 +1,139 @@
+"""Times the operators on a CPU beside what transformers runs there, in one process.
+
+    make bench
+
+One thread, CPU time of the process (other jobs on the machine count for little), the two sides in
+turns, medians over the repetitions. Writes kernels/bench/results/cpu.json.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.models.minimax.configuration_minimax import MiniMaxConfig
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+from zoo.kernels.linear_recurrence import linear_recurrence, linear_recurrence_reference
+
+HERE = Path(__file__).resolve().parent
+REPETITIONS = 5
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def minimax_loop(heads, width):
+    """transformers' loop over blocks of MiniMax-Text-01, without the projections around it.
+
+    Returns:
+        (function of q, k, v [B, T, H, D], the log decay of each head).
+    """
+    config = MiniMaxConfig(
+        hidden_size=heads * width,
+        num_attention_heads=heads,
+        head_dim=width,
+        num_hidden_layers=2,
+        layer_types=["linear_attention"] * 2,
+    )
+    layer = MiniMaxLightningAttention(config, 0)
+    for name in ("qkv_proj", "act_fn", "norm", "out_proj"):
+        setattr(layer, name, torch.nn.Identity())
+
+    class Gate(torch.nn.Module):
+        def forward(self, x_BTD):
+            return x_BTD[..., : heads * width]
+
+    layer.output_gate = Gate()
+
+    def run(q, k, v):
+        return layer(torch.cat([q, k, v], dim=-1).flatten(2), None, None)[0]
+
+    return run, -layer.slope_rate.flatten()
+
+
+def lightning(batch, time_, heads, width):
+    """A constant decay per head against MiniMax's loop."""
+    inputs = [normal(batch, time_, heads, width) for _ in range(3)]
+    loop, log_decay = minimax_loop(heads, width)
+    return inputs, lambda *x: linear_recurrence(*x, log_decay)[0], loop
+
+
+def rwkv6(batch, time_, heads, width):
+    """A decay per channel with bonus against the loop over time steps."""
+    inputs = [normal(batch, time_, heads, width) for _ in range(3)]
+    log_decay = -torch.exp(normal(batch, time_, heads, width).detach() - 1)
+    bonus = normal(heads, width).detach()
+    functions = (
+        lambda *x, f=f: f(*x, log_decay, bonus=bonus)[0]
+        for f in (linear_recurrence, linear_recurrence_reference)
+    )
+    return inputs, *functions
+
+
+CASES = {
+    "lightning (1, 4096, 16, 128) beside transformers' MiniMax loop": (lightning, 1, 4096, 16, 128),
+    "RWKV-6 (1, 1024, 12, 64) beside its step loop": (rwkv6, 1, 1024, 12, 64),
+}
+
+
+def seconds(function, inputs):
+    """(forward, forward and backward) CPU seconds of one call."""
+    start = time.process_time()
+    output = function(*inputs)
+    forward = time.process_time()
+    torch.autograd.grad(output, inputs, torch.ones_like(output))
+    return forward - start, time.process_time() - start
+
+
+def measure(case, *shape):
+    """Medians in milliseconds of both sides, and their ratio, for forward and with backward."""
+    inputs, ours, theirs = case(*shape)
+    samples = [(seconds(ours, inputs), seconds(theirs, inputs)) for _ in range(REPETITIONS + 1)][1:]
+    figures = {}
+    for index, name in enumerate(("forward", "forward and backward")):
+        a, b = ([1000 * sample[side][index] for sample in samples] for side in (0, 1))
+        figures[name] = {
+            "ours_ms": round(statistics.median(a), 1),
+            "theirs_ms": round(statistics.median(b), 1),
+            "ratio": round(statistics.median(b) / statistics.median(a), 2),
+            "ours_spread_ms": [round(min(a), 1), round(max(a), 1)],
+            "theirs_spread_ms": [round(min(b), 1), round(max(b), 1)],
+        }
+    return figures
+
+
+def main():
+    """Prints a table and writes the results."""
+    torch.set_num_threads(1)
+    results = {}
+    print(f"{'':88} {'ours':>9} {'theirs':>9} {'ratio':>6}")
+    for name, case in CASES.items():
+        results[name] = measure(*case)
+        for direction, figures in results[name].items():
+            print(
+                f"{name + ': ' + direction:88.88} {figures['ours_ms']:>6.0f} ms "
+                f"{figures['theirs_ms']:>6.0f} ms {figures['ratio']:>5.1f}x"
+            )
+    commit = subprocess.run(
+        ["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    record = {
+        "device": platform.processor() or platform.machine(),
+        "threads": 1,
+        "repetitions": REPETITIONS,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit or None,
+        "results": results,
+    }
+    (HERE / "results" / "cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
