@@ -1,10 +1,11 @@
 # make demo    train a small RetNet on this Python's own source, export it, load it elsewhere
 # make test    lint, then every test that runs without a GPU (FAST=1 leaves the slow ones out)
 # make check   lint and formatting alone
+# make bench   the operators on one core, beside what transformers runs there
 # make gpu     the tests that need a GPU, with PYTHON as it is: nothing is installed
 # make clean   remove what was built; runs/, exported/ and .venv/ stay
 #
-# demo, test and check create .venv and install into it by themselves, once.
+# demo, test, check and bench create .venv and install into it by themselves, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -20,7 +21,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): reinstall
 endif
 
-.PHONY: demo test check gpu clean reinstall
+.PHONY: demo test check bench gpu clean reinstall
 
 demo: $(STAMP)
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch \
@@ -38,6 +39,9 @@ endif
 check: $(STAMP)
 	@$(BIN)/python -m ruff check --quiet --output-format concise .
 	@$(BIN)/python -m ruff format --check --quiet --output-format concise .
+
+bench: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/cpu.py
 
 gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { \

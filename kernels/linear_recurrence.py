@@ -26,7 +26,6 @@ BACKENDS = ("auto", "torch")
 # Positions per chunk. The quadratic part costs C (K + V) per token and the state 2 K V, so wide
 # chunks only pay where heads are wide; below 64 the Python loop over chunks dominates instead.
 CHUNK_LENGTH = 64
-CHUNK_LENGTH_VECTOR_DECAY = 32
 # With a decay per channel, blocks of this many positions take a factor for each pair and channel.
 PAIRWISE_LENGTH = 4
 
@@ -228,18 +227,17 @@ def linear_recurrence_chunked(
     where S is the state that enters the chunk; the loop runs over chunks, all documents at once.
 
     Args: as `linear_recurrence`, and
-        chunk_length: positions per chunk; None picks it from the decay's form and the documents'
-            mean length.
+        chunk_length: positions per chunk; None picks it from the documents' mean length.
         hand_written_backward: gradients by formula (`_BlockScan`) instead of by autograd, faster
             and with less memory; None: wherever there is a formula, which is for no decay or one
             per head, without bonus.
     """
     dtype = accumulator_dtype(q)
-    is_vector = log_decay is not None and log_decay.ndim == 4
     if hand_written_backward is None:
-        hand_written_backward = not is_vector and bonus is None
+        is_per_channel = log_decay is not None and log_decay.ndim == 4
+        hand_written_backward = not is_per_channel and bonus is None
     if chunk_length is None:
-        chunk_length = CHUNK_LENGTH_VECTOR_DECAY if is_vector else CHUNK_LENGTH
+        chunk_length = CHUNK_LENGTH
         if cu_seqlens is not None:
             # A chunk belongs to one document: short ones in wide chunks would be mostly padding.
             mean_length = q.shape[1] / (len(cu_seqlens) - 1)

@@ -1,6 +1,7 @@
 """`zoo contract | convert | export | info | push`."""
 
 import argparse
+import os
 import sys
 import textwrap
 
@@ -25,6 +26,10 @@ def main(argv=None):
             return contract_main(argv[1:])
         arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"zoo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
