@@ -36,8 +36,8 @@ from .linear_recurrence import (
     check_arguments,
 )
 
-# Positions per chunk, a power of two. A token costs C (K + V) in its chunk and K (K + 2 V) / C
-# times that many in the state; heads of 64 are fastest here.
+# Positions per chunk, a power of two. The work per token inside a chunk grows as C (K + V), that of
+# the loop over chunks as K K V / C; for heads of 64 this is the fastest of 16, 32 and 64.
 CHUNK_LENGTH = 32
 
 
@@ -85,11 +85,7 @@ def delta_recurrence(
             f"delta_recurrence: backend is one of {', '.join(BACKENDS)}, got {backend!r}; "
             "this version has the PyTorch path only."
         )
-    try:
-        check_arguments(q, k, v, log_decay, None, initial_state, cu_seqlens)
-    except ValueError as error:
-        message = str(error).replace("linear_recurrence", "delta_recurrence")
-        raise ValueError(message) from None
+    check_arguments("delta_recurrence", q, k, v, log_decay, None, initial_state, cu_seqlens)
     for name, x in (("a", a), ("b", b)):
         if x.shape != q.shape:
             raise ValueError(
@@ -195,14 +191,14 @@ def delta_recurrence_chunked(
         # A chunk belongs to one document: short ones in wide chunks would be mostly padding.
         mean_length = time if cu_seqlens is None else time / (len(cu_seqlens) - 1)
         chunk_length = min(CHUNK_LENGTH, 1 << max(0, int(mean_length - 1)).bit_length())
-    if chunk_length & (chunk_length - 1):
+    if chunk_length.bit_count() != 1:
         raise ValueError(f"delta_recurrence: chunk_length is a power of two, got {chunk_length}.")
 
     # Autocast would round the carried state to 16 bits in the products below.
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v_, a, b = (x.to(dtype) for x in (q, k, v, a, b))
         # The walks carry three tensors; `_walk` takes the second one apart.
-        inputs = [q * scale if scale != 1.0 else q, torch.cat([k, a, b], dim=-1), v_]
+        kab = torch.cat([x.to(dtype) for x in (k, a, b)], dim=-1)
+        inputs = [q.to(dtype) * scale if scale != 1.0 else q.to(dtype), kab, v.to(dtype)]
         if log_decay is not None:
             log_decay = log_decay.to(dtype)
             if log_decay.ndim == 1:
@@ -212,7 +208,7 @@ def delta_recurrence_chunked(
             o, state = _walk_packed(_walk, inputs, log_decay, state, cu_seqlens, chunk_length)
         else:
             if state is None:
-                state = q.new_zeros(batch, heads, q.shape[-1], v.shape[-1])
+                state = inputs[0].new_zeros(batch, heads, q.shape[-1], v.shape[-1])
             # Zeros at the end leave the state as it is: decay 1, nothing written.
             if rest := -time % chunk_length:
                 inputs = [F.pad(x, (0, 0, 0, 0, 0, rest)) for x in inputs]
@@ -223,16 +219,16 @@ def delta_recurrence_chunked(
     return o.to(v.dtype), state if output_final_state else None
 
 
-def _walk(q_NHCK, written_NHCX, v_NHCV, gates, state_NHKV, layout):
+def _walk(q_NHCK, kab_NHCX, v_NHCV, gates, state_NHKV, layout):
     """Outputs of all chunks and the states after the last ones.
 
     Args:
-        written_NHCX: k, a and b side by side.
+        kab_NHCX: k, a and b side by side.
         gates: None or log decays [N, H, C, 1 or K].
         layout: whose counts say how many documents take part in each step of the walk.
     """
-    k_NHCK, a_NHCK, b_NHCK = written_NHCX.chunk(3, dim=-1)
-    scores, a_NHCK, q_NHCK, b_NHCK, k_NHCK, decay_NHK1 = _scores(
+    k_NHCK, a_NHCK, b_NHCK = kab_NHCX.chunk(3, dim=-1)
+    scores, a_NHCK, q_NHCK, b_NHCK, k_NHCK, decay_NHK = _scores(
         a_NHCK, q_NHCK, b_NHCK, k_NHCK, gates
     )
     ab_NHCC, ak_NHCC, qb_NHCC, qk_NHCC = scores
@@ -241,13 +237,7 @@ def _walk(q_NHCK, written_NHCX, v_NHCV, gates, state_NHKV, layout):
     u_NHCV, w_NHCK = right.split([v_NHCV.shape[-1], a_NHCK.shape[-1]], dim=-1)
 
     transition_NHKK = b_NHCK.mT @ w_NHCK
-    if decay_NHK1 is None:
-        identity_KK = torch.eye(w_NHCK.shape[-1], dtype=w_NHCK.dtype, device=w_NHCK.device)
-        transition_NHKK = transition_NHKK + identity_KK
-    else:
-        transition_NHKK = transition_NHKK + torch.diag_embed(
-            decay_NHK1.squeeze(-1).expand(*decay_NHK1.shape[:2], w_NHCK.shape[-1])
-        )
+    transition_NHKK.diagonal(dim1=-2, dim2=-1).add_(1 if decay_NHK is None else decay_NHK)
     update_NHKV = b_NHCK.mT @ u_NHCV + k_NHCK.mT @ v_NHCV
     entering, finished = [], []
     # One split and one concatenation: slicing inside the loop would make backward quadratic in T.
@@ -276,37 +266,37 @@ def _scores(a_NHCK, q_NHCK, b_NHCK, k_NHCK, gates):
         scores: (ab, ak, qb, qk), each [N, H, C, C]; those of a without the diagonal.
         a, q: with the decay since the chunk began, [N, H, C, K].
         b, k: with the decay until the chunk ends.
-        decay: over the chunk, [N, H, 1 or K, 1]; None if there is none.
+        decay: over the chunk, [N, H, 1 or K]; None if there is none.
     """
     length = q_NHCK.shape[2]
+    # [N, H, C, 2, K], so that a block of any size is a matrix of 2 size rows, without a copy.
+    readers = torch.stack([a_NHCK, q_NHCK if gates is None else q_NHCK * gates.exp()], dim=3)
+    writers = torch.stack([b_NHCK, k_NHCK], dim=3)
+    decay = None
     if gates is None:
-        readers = torch.cat([a_NHCK, q_NHCK], dim=2)
-        writers = torch.cat([b_NHCK, k_NHCK], dim=2)
-        scores = (readers @ writers.mT).unflatten(-1, (2, length)).unflatten(2, (2, length))
-        a_rows, q_rows = scores.unbind(2)
-        scores = [
-            *a_rows.transpose(2, 3).tril(-1).unbind(2),
-            *q_rows.transpose(2, 3).tril().unbind(2),
-        ]
-        return scores, a_NHCK, q_NHCK, b_NHCK, k_NHCK, None
-
-    # [N, H, blocks, 2, positions of a block, K] and for scores [N, H, blocks, 2, C', 2, C'].
-    decay = gates.exp()[:, :, :, None, None]
-    writers = torch.stack([b_NHCK, k_NHCK], dim=3)[..., None, :]
-    own = (q_NHCK[:, :, :, None, None] * writers).sum(-1)
-    scores = torch.stack([torch.zeros_like(own), own], dim=3)[..., None, :, :]
-    readers = torch.stack([a_NHCK, q_NHCK * gates.exp()], dim=3)[..., None, :]
-    for size in (1 << n for n in range(length.bit_length() - 1)):
-        early, late = (slice(n, None, 2) for n in (0, 1))
-        meet = readers[:, :, late].flatten(3, 4) @ writers[:, :, early].flatten(3, 4).mT
-        meet = meet.unflatten(-1, (2, size)).unflatten(3, (2, size))
-        above = F.pad(scores[:, :, early], (0, size))
-        below = torch.cat([meet, scores[:, :, late]], dim=-1)
-        scores = torch.cat([above, below], dim=-3)
-        first, second = decay[:, :, early], decay[:, :, late]
-        readers = torch.cat([readers[:, :, early], readers[:, :, late] * first], dim=-2)
-        writers = torch.cat([writers[:, :, early] * second, writers[:, :, late]], dim=-2)
-        decay = first * second
-    scores = [scores[:, :, 0, i, :, j] for i in (0, 1) for j in (0, 1)]
-    factors = [x[:, :, 0, i] for x in (readers, writers) for i in (0, 1)]
-    return scores, *factors, decay[:, :, 0, 0].mT
+        scores = readers.flatten(2, 3) @ writers.flatten(2, 3).mT
+    else:
+        # [N, H, blocks, 2 size, 2 size], and decays [N, H, blocks, K].
+        decay = gates.exp()
+        own = (q_NHCK[:, :, :, None] * writers).sum(-1)
+        scores = torch.stack([torch.zeros_like(own), own], dim=3)
+        for size in (1 << n for n in range(length.bit_length() - 1)):
+            first, second = decay.unflatten(2, (-1, 2)).unbind(3)
+            readers = readers.unflatten(2, (-1, 2, size))
+            writers = writers.unflatten(2, (-1, 2, size))
+            meet = readers[:, :, :, 1].flatten(3, 4) @ writers[:, :, :, 0].flatten(3, 4).mT
+            early, late = scores.unflatten(2, (-1, 2)).unbind(3)
+            scores = torch.cat(
+                [F.pad(early, (0, 2 * size)), torch.cat([meet, late], dim=-1)], dim=-2
+            )
+            one = torch.ones_like(first)
+            since = torch.stack([one, first], dim=3)[:, :, :, :, None, None]
+            until = torch.stack([second, one], dim=3)[:, :, :, :, None, None]
+            readers = (readers * since).flatten(2, 4)
+            writers = (writers * until).flatten(2, 4)
+            decay = first * second
+        decay = decay[:, :, 0]
+    scores = scores.reshape(*q_NHCK.shape[:2], length, 2, length, 2)
+    ab, ak, qb, qk = (scores[:, :, :, i, :, j] for i in (0, 1) for j in (0, 1))
+    scores = ab.tril(-1), ak.tril(-1), qb.tril(), qk.tril()
+    return scores, *readers.unbind(3), *writers.unbind(3), decay

@@ -72,7 +72,7 @@ def linear_recurrence(
             f"linear_recurrence: backend is one of {', '.join(BACKENDS)}, got {backend!r}; "
             "this version has the PyTorch path only."
         )
-    check_arguments(q, k, v, log_decay, bonus, initial_state, cu_seqlens)
+    check_arguments("linear_recurrence", q, k, v, log_decay, bonus, initial_state, cu_seqlens)
     return linear_recurrence_chunked(
         q,
         k,
@@ -86,12 +86,15 @@ def linear_recurrence(
     )
 
 
-def check_arguments(q, k, v, log_decay, bonus, initial_state, cu_seqlens):
-    """Raises a ValueError that says what was expected and what came. See `linear_recurrence`."""
+def check_arguments(operator, q, k, v, log_decay, bonus, initial_state, cu_seqlens):
+    """Raises a ValueError that says what was expected and what came.
+
+    Args: the operator's name for the message; the rest as in `linear_recurrence`.
+    """
 
     def require(condition, message):
         if not condition:
-            raise ValueError(f"linear_recurrence: {message}")
+            raise ValueError(f"{operator}: {message}")
 
     require(q.ndim == 4, f"q is [B, T, H, K], got shape {list(q.shape)}.")
     batch, time, heads, key_dim = q.shape
@@ -108,7 +111,7 @@ def check_arguments(q, k, v, log_decay, bonus, initial_state, cu_seqlens):
             f"log_decay is None, [H], [B, T, H] or [B, T, H, K] = {forms[2]}, "
             f"got {list(log_decay.shape)}.",
         )
-        check_not_positive(log_decay)
+        check_not_positive(operator, log_decay)
     if bonus is not None:
         require(
             list(bonus.shape) == [heads, key_dim],
@@ -136,13 +139,13 @@ def check_arguments(q, k, v, log_decay, bonus, initial_state, cu_seqlens):
         )
 
 
-def check_not_positive(log_decay):
+def check_not_positive(operator, log_decay):
     """Raises a ValueError for a log decay above 0, where the state would grow without bound.
 
     On a GPU the check is an asynchronous device assertion: reading the values would stall the host.
     """
     message = (
-        "linear_recurrence: log_decay is the log of a factor in (0, 1], so at most 0, "
+        f"{operator}: log_decay is the log of a factor in (0, 1], so at most 0, "
         "got a positive value; pass log(decay), not the decay itself."
     )
     if torch.compiler.is_compiling():
