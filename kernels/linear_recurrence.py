@@ -117,20 +117,7 @@ def check_arguments(operator, q, k, v, log_decay, bonus, initial_state, cu_seqle
             list(bonus.shape) == [heads, key_dim],
             f"bonus is [H, K] = {[heads, key_dim]}, got {list(bonus.shape)}.",
         )
-    num_documents = batch
-    if cu_seqlens is not None:
-        require(batch == 1, f"cu_seqlens goes with one packed row, B = 1, got B = {batch}.")
-        require(
-            cu_seqlens.ndim == 1 and len(cu_seqlens) >= 2 and not cu_seqlens.is_floating_point(),
-            f"cu_seqlens is [N + 1] integers, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}.",
-        )
-        num_documents = len(cu_seqlens) - 1
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-            bounds = cu_seqlens.tolist()
-            require(
-                bounds[0] == 0 and bounds[-1] == time and bounds == sorted(bounds),
-                f"cu_seqlens grows from 0 to T = {time}, got {bounds[:8]}.",
-            )
+    num_documents = check_boundaries(operator, cu_seqlens, batch, time)
     if initial_state is not None:
         expected = [num_documents, heads, key_dim, v.shape[-1]]
         require(
@@ -139,14 +126,40 @@ def check_arguments(operator, q, k, v, log_decay, bonus, initial_state, cu_seqle
         )
 
 
-def check_not_positive(operator, log_decay):
+def check_boundaries(operator, cu_seqlens, batch, time):
+    """Checks document boundaries and counts the documents, without them one per row.
+
+    Args: the operator's name for the message; cu_seqlens as in `linear_recurrence`; B; T.
+
+    Raises:
+        ValueError: not boundaries of one packed row of T tokens.
+    """
+    if cu_seqlens is None:
+        return batch
+    message = None
+    if batch != 1:
+        message = f"cu_seqlens goes with one packed row, B = 1, got B = {batch}."
+    elif cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        message = (
+            f"cu_seqlens is [N + 1] integers, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}."
+        )
+    elif cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != time or bounds != sorted(bounds):
+            message = f"cu_seqlens grows from 0 to T = {time}, got {bounds[:8]}."
+    if message:
+        raise ValueError(f"{operator}: {message}")
+    return len(cu_seqlens) - 1
+
+
+def check_not_positive(operator, log_decay, name="log_decay", remedy="log(decay), not the decay"):
     """Raises a ValueError for a log decay above 0, where the state would grow without bound.
 
     On a GPU the check is an asynchronous device assertion: reading the values would stall the host.
     """
     message = (
-        f"{operator}: log_decay is the log of a factor in (0, 1], so at most 0, "
-        "got a positive value; pass log(decay), not the decay itself."
+        f"{operator}: {name} is the log of a factor in (0, 1], so at most 0, "
+        f"got a positive value; pass {remedy} itself."
     )
     if torch.compiler.is_compiling():
         return

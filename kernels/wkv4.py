@@ -21,7 +21,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-BACKENDS = ("auto", "torch")
+from .linear_recurrence import (
+    BACKENDS,
+    accumulator_dtype,
+    check_boundaries,
+    check_not_positive,
+)
 
 # The max of a state that has seen nothing; its den is 0. Finite, as -inf - (-inf) is not a number.
 EMPTY_MAX = -1e38
@@ -92,45 +97,14 @@ def check_arguments(w, u, k, v, initial_state, cu_seqlens):
     require(time > 0, f"there are no tokens (T = 0, k is {list(k.shape)}); pass at least one.")
     for name, x in (("w", w), ("u", u)):
         require(list(x.shape) == [width], f"{name} is [D] = {[width]}, got {list(x.shape)}.")
-    check_not_positive(w)
-    num_documents = batch
-    if cu_seqlens is not None:
-        require(batch == 1, f"cu_seqlens goes with one packed row, B = 1, got B = {batch}.")
-        require(
-            cu_seqlens.ndim == 1 and len(cu_seqlens) >= 2 and not cu_seqlens.is_floating_point(),
-            f"cu_seqlens is [N + 1] integers, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}.",
-        )
-        num_documents = len(cu_seqlens) - 1
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-            bounds = cu_seqlens.tolist()
-            require(
-                bounds[0] == 0 and bounds[-1] == time and bounds == sorted(bounds),
-                f"cu_seqlens grows from 0 to T = {time}, got {bounds[:8]}.",
-            )
+    check_not_positive("wkv4", w, "w", "-exp(time_decay), not time_decay")
+    num_documents = check_boundaries("wkv4", cu_seqlens, batch, time)
     if initial_state is not None:
         expected = [num_documents, 3, width]
         require(
             list(initial_state.shape) == expected,
             f"initial_state is [N, 3, D] = {expected}, got {list(initial_state.shape)}.",
         )
-
-
-def check_not_positive(w):
-    """Raises a ValueError for a log decay above 0, where old tokens would grow without bound.
-
-    On a GPU the check is an asynchronous device assertion: reading the values would stall the host.
-    """
-    message = (
-        "wkv4: w is the log of a factor in (0, 1], so at most 0, "
-        "got a positive value; pass -exp(time_decay), not time_decay itself."
-    )
-    if torch.compiler.is_compiling():
-        return
-    if w.device.type == "cpu":
-        if bool((w > 0).any()):
-            raise ValueError(message)
-    elif w.device.type == "cuda":
-        torch._assert_async((w <= 0).all(), message)
 
 
 def wkv4_reference(w, u, k, v, *, initial_state=None, output_final_state=False, cu_seqlens=None):
@@ -211,11 +185,6 @@ def wkv4_chunked(
     if not output_final_state:
         return y, None
     return y, state_N3D.index_select(0, layout.order.argsort())
-
-
-def accumulator_dtype(x):
-    """The dtype of states and sums for an input: float32, or float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _empty_state(num_documents, like):

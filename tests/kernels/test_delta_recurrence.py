@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from goldens import golden_tensors
+from ladder import values_and_gradients, worst
 
 from zoo.kernels.delta_recurrence import (
     CHUNK_LENGTH,
@@ -68,28 +69,6 @@ def rwkv7_arguments(shape, dtype=torch.float32, decay=None):
     kk = F.normalize(kk, dim=-1)
     log_decay = STRONGEST * w.sigmoid() if decay is None else torch.full_like(w, decay)
     return [x.to(dtype).requires_grad_() for x in (q, k, v, log_decay, -kk, kk * gate.sigmoid())]
-
-
-def values_and_gradients(function, positional, keyword):
-    """Outputs, final states and every gradient for a fixed random cotangent."""
-    o, state = function(*positional, **keyword, output_final_state=True)
-    generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum()
-        for x in (o, state)
-    )
-    leaves = [
-        x for x in (*positional, *keyword.values()) if torch.is_tensor(x) and x.is_floating_point()
-    ]
-    return [o, state, *torch.autograd.grad(loss, leaves)]
-
-
-def worst(got, expected):
-    """Largest difference, relative to each tensor's largest entry if that is above 1."""
-    return max(
-        ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1)).item()
-        for a, b in zip(got, expected, strict=True)
-    )
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from goldens import golden_tensors
+from ladder import values_and_gradients, worst
 
 from zoo.kernels.linear_recurrence import (
     linear_recurrence,
@@ -48,28 +49,6 @@ def arguments(form, bonus, packed, initial, shape=(2, 37, 3, 5, 7), dtype=torch.
         if x is not None:
             x.requires_grad_()
     return positional, keyword | {"cu_seqlens": cu_seqlens, "scale": 0.7}
-
-
-def values_and_gradients(function, positional, keyword):
-    """Outputs, final states and every gradient for a fixed random cotangent."""
-    o, state = function(*positional, **keyword, output_final_state=True)
-    generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum()
-        for x in (o, state)
-    )
-    leaves = [
-        x for x in (*positional, *keyword.values()) if torch.is_tensor(x) and x.is_floating_point()
-    ]
-    return [o, state, *torch.autograd.grad(loss, leaves)]
-
-
-def worst(got, expected):
-    """Largest difference, relative to each tensor's largest entry if that is above 1."""
-    return max(
-        ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1)).item()
-        for a, b in zip(got, expected, strict=True)
-    )
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from goldens import golden_tensors
+from ladder import values_and_gradients
 
 from zoo.kernels.wkv4 import wkv4, wkv4_chunked, wkv4_reference
 
@@ -33,20 +34,6 @@ def arguments(packed, initial, shape=(2, 37, 5), dtype=torch.float64, seed=0):
         "initial_state": state.to(dtype).requires_grad_() if initial else None,
         "cu_seqlens": torch.tensor(CU_SEQLENS) if packed else None,
     }
-
-
-def values_and_gradients(function, positional, keyword):
-    """Outputs, final states and every gradient for a fixed random cotangent."""
-    y, state = function(*positional, **keyword, output_final_state=True)
-    generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum()
-        for x in (y, state)
-    )
-    leaves = [
-        x for x in (*positional, *keyword.values()) if torch.is_tensor(x) and x.is_floating_point()
-    ]
-    return [y, state, *torch.autograd.grad(loss, leaves)]
 
 
 def worst(got, expected):
