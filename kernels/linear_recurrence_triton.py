@@ -1,0 +1,964 @@
+"""Triton kernels of the linear recurrence: no decay, one per head, or one per head and token.
+
+One kernel, `_scan`, serves the output and three gradients, because with c the cumulative log decay
+
+    out_i = sum_{j <= i} exp(c_i - c_j) (x_i . y_j) z_j          reverse: j >= i, exp(c_j - c_i)
+
+is each of them: (x, y, z) = (q, k, v) gives o and (do, v, k) gives dq; reversed, (k, q, do) gives
+dv and (v, do, q) gives dk. A program owns a slice of the columns of z and of out, so no program
+adds to another's result. It walks its segment chunk by chunk with the state sum y z^T in registers:
+what a chunk adds to memory traffic is x, y, z and out, and no state.
+
+The length of a segment is the one knob. A whole document is one launch; where documents and heads
+are few, `_segment_states` first computes what each segment adds to the state, `_combine` turns that
+into the state which enters each, and `_scan` runs over all segments at once.
+
+With `bonus` the state is read before the token (`STRICT`): the reader's exponent is then
+c_i - g_i, and the token itself comes through the bonus.
+
+Log decays below -30, a factor of 1e-13, count as -30: sums of them would lose the others' digits.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch_triton import (
+    LOG2E,
+    Config,
+    dot,
+    dot_add,
+    dot_precision,
+    launch,
+    operator_namespace,
+    target_of,
+)
+from .segments_triton import count_segments, overridden, plan, segment_bounds
+
+# Log decays are at least this: see above.
+LOWEST = tl.constexpr(-30.0)
+
+
+@triton.jit
+def _chunk_decays(
+    decay, token, inside, count, h, H: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr
+):
+    """Base-2 logs of one chunk: (up to each token [C], each token's own [C], of the whole chunk).
+
+    Rows past the end of the segment decay by nothing.
+    """
+    r = tl.arange(0, C)
+    if DECAY == 1:
+        own = tl.maximum(tl.load(decay + h).to(tl.float32), LOWEST) * LOG2E
+        cum = own * tl.minimum(r + 1, count).to(tl.float32)
+        total = own * count.to(tl.float32)
+        own = tl.where(inside, own, 0.0)
+    else:
+        own = tl.load(decay + token * H + h, mask=inside, other=0.0).to(tl.float32)
+        own = tl.maximum(own, LOWEST) * LOG2E
+        cum = tl.cumsum(own, 0)
+        total = tl.sum(own, 0)
+    return cum, own, total
+
+
+@triton.jit
+def _scan(
+    x,
+    y,
+    z,
+    out,
+    weight,
+    row_dot,
+    decay,
+    bonus,
+    entering,
+    leaving,
+    table,
+    stride,
+    scale,
+    num_tokens,
+    T,
+    LENGTH,
+    PER_ROW,
+    H: tl.constexpr,
+    A: tl.constexpr,
+    Z: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    C: tl.constexpr,
+    BZ: tl.constexpr,
+    DECAY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    STRICT: tl.constexpr,
+    BONUS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out of the module docstring for one segment, head and slice of Z.
+
+    x, y: [tokens, H, A]; z, out: [tokens, H, Z].
+    weight, row_dot: [tokens, H, Z] and [slices, tokens, H], or None: row sums of weight * out, from
+        which the gradient of the decay follows; without the bonus.
+    decay: [H] (DECAY 1) or [tokens, H] (2) natural logs, or None (0).
+    bonus: [H, K] or None. BONUS 1: K is A, the weight is inside x . y. 2: K is Z.
+    entering, leaving: states [segments, H, A, Z] float32 or None; TRANSPOSED: [segments, H, Z, A].
+    scale: multiplies out; in reverse the state too, which then is a gradient of the state.
+    COMPUTE: dtype of the factors in a product.
+    """
+    NUM_SLICES: tl.constexpr = (Z + BZ - 1) // BZ
+    i = tl.program_id(0)
+    h = tl.program_id(1)
+    slice = i % NUM_SLICES
+    s = (i // NUM_SLICES).to(tl.int64)
+    start, end = segment_bounds(table, stride, s, T, LENGTH, PER_ROW)
+
+    r = tl.arange(0, C)
+    ra = tl.arange(0, BLOCK_A)
+    rz = slice * BZ + tl.arange(0, BZ)
+    in_a = ra < A
+    in_z = rz < Z
+    if TRANSPOSED:
+        at_state = (s * H + h) * A * Z + rz[None, :] * A + ra[:, None]
+    else:
+        at_state = (s * H + h) * A * Z + ra[:, None] * Z + rz[None, :]
+    in_state = in_a[:, None] & in_z[None, :]
+    if entering is None:
+        state = tl.zeros([BLOCK_A, BZ], tl.float32)
+    else:
+        state = tl.load(entering + at_state, mask=in_state, other=0.0).to(tl.float32)
+    if BONUS == 1:
+        u = tl.load(bonus + h * A + ra, mask=in_a, other=0.0).to(tl.float32)
+    if BONUS == 2:
+        u = tl.load(bonus + h * Z + rz, mask=in_z, other=0.0).to(tl.float32)
+
+    if REVERSE:
+        visible = r[:, None] <= r[None, :]
+    else:
+        visible = r[:, None] >= r[None, :]
+    if STRICT:
+        visible = visible & (r[:, None] != r[None, :])
+    if DECAY == 0:
+        pairs = tl.where(visible, 1.0, 0.0)
+    if DECAY == 1:
+        # Every chunk has the same factors.
+        own = tl.maximum(tl.load(decay + h).to(tl.float32), LOWEST) * LOG2E
+        if REVERSE:
+            distance = r[None, :] - r[:, None]
+        else:
+            distance = r[:, None] - r[None, :]
+        if STRICT:
+            distance -= 1
+        pairs = tl.exp2(tl.where(visible, own * distance.to(tl.float32), float("-inf")))
+
+    num_chunks = tl.cdiv(end - start, C)
+    for n in range(num_chunks):
+        if REVERSE:
+            t = start + (num_chunks - 1 - n) * C
+        else:
+            t = start + n * C
+        token = t + r
+        inside = token < end
+        at_a = (token * H + h)[:, None] * A + ra[None, :]
+        at_z = (token * H + h)[:, None] * Z + rz[None, :]
+        if A == BLOCK_A:
+            mask_a = inside[:, None]
+        else:
+            mask_a = inside[:, None] & in_a[None, :]
+        if Z % BZ == 0:
+            mask_z = inside[:, None]
+        else:
+            mask_z = inside[:, None] & in_z[None, :]
+        bx = tl.load(x + at_a, mask=mask_a, other=0.0).to(COMPUTE)
+        by = tl.load(y + at_a, mask=mask_a, other=0.0).to(COMPUTE)
+        bz = tl.load(z + at_z, mask=mask_z, other=0.0).to(COMPUTE)
+
+        scores = dot(bx, tl.trans(by), PRECISION)
+        result = dot(bx, state.to(COMPUTE), PRECISION)
+        if DECAY > 0:
+            count = tl.minimum(end - t, C).to(tl.int32)
+            cum, own_C, total = _chunk_decays(decay, token, inside, count, h, H, C, DECAY)
+            read = cum - own_C if STRICT else cum
+            if DECAY == 2:
+                if REVERSE:
+                    exponent = read[None, :] - cum[:, None]
+                else:
+                    exponent = read[:, None] - cum[None, :]
+                pairs = tl.exp2(tl.where(visible, exponent, float("-inf")))
+            to_end = tl.exp2(total - cum)
+            from_start = tl.exp2(read)
+            if REVERSE:
+                result *= to_end[:, None]
+                keep = from_start
+            else:
+                result *= from_start[:, None]
+                keep = to_end
+        scores *= pairs
+        if REVERSE:
+            scores *= scale
+        result = dot_add(scores.to(COMPUTE), bz, result, PRECISION)
+        if not REVERSE:
+            result *= scale
+
+        if row_dot is not None:
+            bw = tl.load(weight + at_z, mask=mask_z, other=0.0).to(tl.float32)
+            at_dot = (slice * num_tokens + token) * H + h
+            tl.store(row_dot + at_dot, tl.sum(bw * result, 1), mask=inside)
+        if BONUS > 0:
+            product = bx.to(tl.float32) * by.to(tl.float32)
+            if BONUS == 1:
+                product *= u[None, :]
+            token_BZ = (tl.sum(product, 1) * scale)[:, None] * bz.to(tl.float32)
+            if BONUS == 2:
+                token_BZ *= u[None, :]
+            result += token_BZ
+        tl.store(out + at_z, result.to(out.dtype.element_ty), mask=mask_z)
+
+        if DECAY > 0:
+            state *= tl.exp2(total)
+            if REVERSE:
+                keep *= scale
+            bz = (bz * keep[:, None]).to(COMPUTE)
+        elif REVERSE:
+            bz = (bz * scale).to(COMPUTE)
+        state = dot_add(tl.trans(by), bz, state, PRECISION)
+    if leaving is not None:
+        tl.store(leaving + at_state, state, mask=in_state)
+
+
+@triton.jit
+def _segment_states(
+    y,
+    z,
+    decay,
+    states,
+    decays,
+    table,
+    stride,
+    scale,
+    T,
+    LENGTH,
+    PER_ROW,
+    H: tl.constexpr,
+    A: tl.constexpr,
+    Z: tl.constexpr,
+    C: tl.constexpr,
+    BA: tl.constexpr,
+    BZ: tl.constexpr,
+    DECAY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    STRICT: tl.constexpr,
+    SKIP_OUTERMOST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What a segment adds to the state that passes through it, and its whole log decay.
+
+    Forward: sum_j exp(c_end - c_j) y_j z_j^T. Reverse, a gradient that flows to the segment's
+    start: scale sum_i exp(c_i) y_i z_i^T.
+
+    states: [segments, H, A, Z] float32. decays: [segments, H] base-2 logs, or None without decay.
+    SKIP_OUTERMOST: leave out a document's last segment (first in reverse): nobody reads it.
+    """
+    NUM_A: tl.constexpr = (A + BA - 1) // BA
+    NUM_Z: tl.constexpr = (Z + BZ - 1) // BZ
+    i = tl.program_id(0)
+    h = tl.program_id(1)
+    tile = i % (NUM_A * NUM_Z)
+    s = (i // (NUM_A * NUM_Z)).to(tl.int64)
+    start, end = segment_bounds(table, stride, s, T, LENGTH, PER_ROW)
+    if SKIP_OUTERMOST:
+        if table is None:
+            if REVERSE:
+                is_outermost = s % PER_ROW == 0
+            else:
+                is_outermost = s % PER_ROW == PER_ROW - 1
+        else:
+            if REVERSE:
+                is_outermost = start == tl.load(table + 2 * stride + s)
+            else:
+                is_outermost = end == tl.load(table + 3 * stride + s)
+        if is_outermost:
+            return
+
+    r = tl.arange(0, C)
+    ra = (tile // NUM_Z) * BA + tl.arange(0, BA)
+    rz = (tile % NUM_Z) * BZ + tl.arange(0, BZ)
+    in_a = ra < A
+    in_z = rz < Z
+    state = tl.zeros([BA, BZ], tl.float32)
+    passed = 0.0
+    num_chunks = tl.cdiv(end - start, C)
+    for n in range(num_chunks):
+        if REVERSE:
+            t = start + (num_chunks - 1 - n) * C
+        else:
+            t = start + n * C
+        token = t + r
+        inside = token < end
+        if A % BA == 0:
+            mask_a = inside[:, None]
+        else:
+            mask_a = inside[:, None] & in_a[None, :]
+        if Z % BZ == 0:
+            mask_z = inside[:, None]
+        else:
+            mask_z = inside[:, None] & in_z[None, :]
+        at_a = (token * H + h)[:, None] * A + ra[None, :]
+        at_z = (token * H + h)[:, None] * Z + rz[None, :]
+        by = tl.load(y + at_a, mask=mask_a, other=0.0).to(COMPUTE)
+        bz = tl.load(z + at_z, mask=mask_z, other=0.0).to(COMPUTE)
+        if DECAY > 0:
+            count = tl.minimum(end - t, C).to(tl.int32)
+            cum, own_C, total = _chunk_decays(decay, token, inside, count, h, H, C, DECAY)
+            if REVERSE:
+                keep = tl.exp2(cum - own_C if STRICT else cum) * scale
+            else:
+                keep = tl.exp2(total - cum)
+            bz = (bz * keep[:, None]).to(COMPUTE)
+            state *= tl.exp2(total)
+            passed += total
+        elif REVERSE:
+            bz = (bz * scale).to(COMPUTE)
+        state = dot_add(tl.trans(by), bz, state, PRECISION)
+    at_state = (s * H + h) * A * Z + ra[:, None] * Z + rz[None, :]
+    tl.store(states + at_state, state, mask=in_a[:, None] & in_z[None, :])
+    if decays is not None:
+        if tile == 0:
+            tl.store(decays + s * H + h, passed)
+
+
+@triton.jit
+def _combine(
+    states,
+    decays,
+    first,
+    last,
+    offsets,
+    PER_ROW,
+    H: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """In place: what each segment adds becomes the state that enters it.
+
+    states: [segments, H, SIZE]. decays: [segments, H] base-2 logs or None.
+    first, last: [documents, H, SIZE], the state before a document (None: zero), and after it
+        (None: not wanted). In reverse, before is after in time.
+    """
+    BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    i = tl.program_id(0)
+    h = tl.program_id(1)
+    n = (i // BLOCKS).to(tl.int64)
+    r = (i % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    mask = r < SIZE
+    if offsets is None:
+        begin = n * PER_ROW
+        count = PER_ROW
+    else:
+        begin = tl.load(offsets + n)
+        count = tl.load(offsets + n + 1) - begin
+    if first is None:
+        state = tl.zeros([BLOCK], tl.float32)
+    else:
+        state = tl.load(first + (n * H + h) * SIZE + r, mask=mask, other=0.0).to(tl.float32)
+    for j in range(count):
+        if REVERSE:
+            s = begin + count - 1 - j
+        else:
+            s = begin + j
+        at = states + (s * H + h) * SIZE + r
+        # The outermost segment adds nothing that is read, unless the state after it is wanted.
+        is_read = (j < count - 1) | (last is not None)
+        added = tl.load(at, mask=mask & is_read, other=0.0)
+        tl.store(at, state, mask=mask)
+        if decays is not None:
+            state *= tl.exp2(tl.load(decays + s * H + h, mask=is_read, other=0.0))
+        state += added
+    if last is not None:
+        tl.store(last + (n * H + h) * SIZE + r, state, mask=mask)
+
+
+@triton.jit
+def _step(
+    q,
+    k,
+    v,
+    o,
+    decay,
+    bonus,
+    before,
+    after,
+    scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+):
+    """One token of one row and head, a slice of V. DECAY 3: [rows, H, K] natural logs.
+
+    before, after: [rows, H, K, V], which may be the same tensor; before None: zero.
+    """
+    NUM_SLICES: tl.constexpr = (V + BV - 1) // BV
+    i = tl.program_id(0)
+    row = (i // NUM_SLICES).to(tl.int64) * H + tl.program_id(1)
+    rk = tl.arange(0, BLOCK_K)
+    rv = (i % NUM_SLICES) * BV + tl.arange(0, BV)
+    in_k = rk < K
+    in_v = rv < V
+    bq = tl.load(q + row * K + rk, mask=in_k, other=0.0).to(tl.float32)
+    bk = tl.load(k + row * K + rk, mask=in_k, other=0.0).to(tl.float32)
+    bv = tl.load(v + row * V + rv, mask=in_v, other=0.0).to(tl.float32)
+    at = row * K * V + rk[:, None] * V + rv[None, :]
+    mask = in_k[:, None] & in_v[None, :]
+    if before is None:
+        state = tl.zeros([BLOCK_K, BV], tl.float32)
+    else:
+        state = tl.load(before + at, mask=mask, other=0.0).to(tl.float32)
+    token = bk[:, None] * bv[None, :]
+    if bonus is not None:
+        u = tl.load(bonus + tl.program_id(1) * K + rk, mask=in_k, other=0.0).to(tl.float32)
+        read = state + u[:, None] * token
+    if DECAY == 1:
+        state *= tl.exp(tl.load(decay + tl.program_id(1)).to(tl.float32))
+    if DECAY == 2:
+        state *= tl.exp(tl.load(decay + row).to(tl.float32))
+    if DECAY == 3:
+        log = tl.load(decay + row * K + rk, mask=in_k, other=0.0).to(tl.float32)
+        state *= tl.exp(log)[:, None]
+    state += token
+    if bonus is None:
+        read = state
+    result = tl.sum(bq[:, None] * read, 0) * scale
+    tl.store(o + row * V + rv, result.to(o.dtype.element_ty), mask=in_v)
+    if after is not None:
+        tl.store(after + at, state, mask=mask)
+
+
+# (target, bits of the inputs, padded A, with gates per token or a bonus): Config. Chosen by
+# compiling: no spills, and as many programs on a processor as that allows.
+_SCAN = {}
+_STATES = {}
+for _target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+    for _per_token in (False, True):
+        _SCAN[_target, 16, 64, _per_token] = Config(64, 64, 4, 2)
+        _SCAN[_target, 16, 128, _per_token] = Config(64, 32 if _per_token else 64, 4, 2)
+        _SCAN[_target, 16, 256, _per_token] = Config(64, 32, 4, 2)
+        _SCAN[_target, 16, 512, _per_token] = Config(32, 16, 4, 2)
+        _SCAN[_target, 32, 64, _per_token] = Config(32, 32, 4, 2)
+        _SCAN[_target, 32, 128, _per_token] = Config(32, 32, 4, 2)
+        _SCAN[_target, 32, 256, _per_token] = Config(16, 32, 4, 2)
+        _SCAN[_target, 32, 512, _per_token] = Config(16, 16, 4, 2)
+    _STATES[_target, 16] = Config(64, 64, 4, 3)
+    _STATES[_target, 32] = Config(32, 32, 4, 2)
+
+
+def _scan_config(target, dtype, block_a, value_dim, per_token):
+    """The shipped `Config` of `_scan`: see kernels/bench/resources.json for what each takes."""
+    if "scan" in overridden:
+        return overridden["scan"]
+    width = 16 if dtype == torch.bfloat16 else 32
+    chunk, slice, num_warps, num_stages = _SCAN[target, width, max(64, block_a), per_token]
+    return Config(chunk, min(slice, _padded(value_dim)), num_warps, num_stages)
+
+
+def _states_config(target, dtype):
+    if "states" in overridden:
+        return overridden["states"]
+    return _STATES[target, 16 if dtype == torch.bfloat16 else 32]
+
+
+def _padded(size):
+    """The block a dimension takes: a power of two that a tensor core accepts."""
+    return max(16, triton.next_power_of_2(size))
+
+
+_COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float32: tl.float32}
+
+
+class _Call:
+    """What every launch of a call shares: the plan, the decay's form, precision, configurations."""
+
+    def __init__(self, q, v, log_decay, bonus, cu_seqlens, scale, per_token_dot):
+        self.batch, self.time, self.heads, self.key_dim = q.shape
+        self.value_dim = v.shape[-1]
+        self.log_decay, self.bonus, self.scale = log_decay, bonus, scale
+        self.decay = 0 if log_decay is None else 1 if log_decay.ndim == 1 else 2
+        self.dtype, self.device = q.dtype, q.device
+        self.target = target_of(q.device)
+        self.per_token = self.decay == 2 or per_token_dot or bonus is not None
+        # The widest of the four uses sets the number of programs that the plan counts with.
+        config = self._config(self.key_dim, self.value_dim)
+        slices = -(-self.value_dim // config.slice)
+        self.plan = plan(self.batch, self.time, self.heads * slices, cu_seqlens, q.device)
+
+    def _config(self, a, z):
+        return _scan_config(self.target, self.dtype, _padded(a), z, self.per_token)
+
+    def _shared(self):
+        """Arguments that all kernels over segments take."""
+        cut = self.plan
+        return {
+            "table": cut.table,
+            "stride": cut.stride,
+            "scale": self.scale,
+            "T": cut.time,
+            "LENGTH": cut.length,
+            "PER_ROW": cut.per_row,
+            "H": self.heads,
+            "DECAY": self.decay,
+            "STRICT": self.bonus is not None,
+            "COMPUTE": _COMPUTE[self.dtype],
+            "PRECISION": dot_precision(self.dtype, self.target),
+        }
+
+    def scan(self, x, y, z, out, *, reverse, transposed, entering, leaving=None, weight=None):
+        """One use of `_scan`; with `weight`, returns the row sums of weight * out [B, T, H]."""
+        a, z_dim = x.shape[-1], z.shape[-1]
+        config = self._config(a, z_dim)
+        slices = -(-z_dim // config.slice)
+        row_dot = None
+        if weight is not None:
+            row_dot = torch.empty(slices, *x.shape[:3], dtype=torch.float32, device=self.device)
+        bonus = 0 if self.bonus is None else 2 if transposed else 1
+        launch(
+            _scan,
+            (slices * self.plan.num_segments, self.heads),
+            config.num_warps,
+            config.num_stages,
+            x=x,
+            y=y,
+            z=z,
+            out=out,
+            weight=weight,
+            row_dot=row_dot,
+            decay=self.log_decay,
+            bonus=self.bonus,
+            entering=entering,
+            leaving=leaving,
+            num_tokens=self.batch * self.time,
+            A=a,
+            Z=z_dim,
+            BLOCK_A=_padded(a),
+            C=config.chunk,
+            BZ=config.slice,
+            REVERSE=reverse,
+            BONUS=bonus,
+            TRANSPOSED=transposed,
+            **self._shared(),
+        )
+        return None if row_dot is None else row_dot.sum(0)
+
+    def states(self, y, z, *, reverse, first, last):
+        """The state that enters each segment [segments, H, K, V]; fills `last`, if it is given."""
+        a, z_dim = y.shape[-1], z.shape[-1]
+        config = _states_config(self.target, self.dtype)
+        block_a, block_z = (min(config.slice, _padded(x)) for x in (a, z_dim))
+        cut, heads = self.plan, self.heads
+
+        def empty(*shape):
+            return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+        states = empty(cut.num_segments, heads, a, z_dim)
+        decays = empty(cut.num_segments, heads) if self.decay else None
+        launch(
+            _segment_states,
+            (-(-a // block_a) * -(-z_dim // block_z) * cut.num_segments, heads),
+            config.num_warps,
+            config.num_stages,
+            y=y,
+            z=z,
+            decay=self.log_decay,
+            states=states,
+            decays=decays,
+            A=a,
+            Z=z_dim,
+            C=config.chunk,
+            BA=block_a,
+            BZ=block_z,
+            REVERSE=reverse,
+            SKIP_OUTERMOST=last is None,
+            **self._shared(),
+        )
+        launch(
+            _combine,
+            (-(-a * z_dim // 1024) * cut.num_documents, heads),
+            4,
+            1,
+            states=states,
+            decays=decays,
+            first=first,
+            last=last,
+            offsets=cut.offsets,
+            PER_ROW=cut.per_row,
+            H=heads,
+            SIZE=a * z_dim,
+            BLOCK=1024,
+            REVERSE=reverse,
+        )
+        return states
+
+
+def _nothing(like):
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def forward(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state):
+    """Raw forward pass on contiguous tensors of one dtype; no autograd.
+
+    Returns:
+        (o, final state, the state that enters each segment): the last two are empty where they are
+        not asked for, or the document is one segment.
+    """
+    call = _Call(q, v, log_decay, bonus, cu_seqlens, scale, False)
+    o = torch.empty_like(v)
+    final, entering = _nothing(q), _nothing(q)
+    if output_final_state:
+        shape = call.plan.num_documents, call.heads, call.key_dim, call.value_dim
+        final = q.new_empty(shape, dtype=torch.float32)
+    last = final if output_final_state else None
+    if call.plan.is_cut:
+        entering = call.states(k, v, reverse=False, first=initial_state, last=last)
+        call.scan(q, k, v, o, reverse=False, transposed=False, entering=entering)
+    else:
+        call.scan(q, k, v, o, reverse=False, transposed=False, entering=initial_state, leaving=last)
+    return o, final, entering
+
+
+def backward(
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    initial_state,
+    cu_seqlens,
+    final,
+    entering,
+    do,
+    dfinal,
+    scale,
+    decay_gradient,
+    initial_gradient,
+):
+    """Raw backward pass: (dq, dk, dv, dlog_decay, dbonus, dinitial), empty where not asked for."""
+    call = _Call(q, v, log_decay, bonus, cu_seqlens, scale, decay_gradient)
+    dq, dk, dv = map(torch.empty_like, (q, k, v))
+    # An operator may not return one tensor twice.
+    dinitial, dlog_decay, dbonus = _nothing(q), _nothing(q), _nothing(q)
+    if initial_gradient:
+        shape = call.plan.num_documents, call.heads, call.key_dim, call.value_dim
+        dinitial = q.new_empty(shape, dtype=torch.float32)
+    last = leaving = dinitial if initial_gradient else None
+    if call.plan.is_cut:
+        later = call.states(q, do, reverse=True, first=dfinal, last=last)
+        leaving = None
+    else:
+        entering, later = initial_state, dfinal
+    weights = (q, k) if decay_gradient else (None, None)
+    q_dot = call.scan(
+        do, v, k, dq, reverse=False, transposed=True, entering=entering, weight=weights[0]
+    )
+    call.scan(k, q, do, dv, reverse=True, transposed=False, entering=later, leaving=leaving)
+    k_dot = call.scan(
+        v, do, q, dk, reverse=True, transposed=True, entering=later, weight=weights[1]
+    )
+    if decay_gradient:
+        dlog_decay = _decay_gradient(q_dot, k_dot, bonus, final, dfinal, cu_seqlens)
+        if log_decay.ndim == 1:
+            dlog_decay = dlog_decay.sum((0, 1))
+        dlog_decay = dlog_decay.to(log_decay.dtype)
+    if bonus is not None:
+        read_BTH1 = (do.float() * v).sum(-1, keepdim=True) * scale
+        dbonus = (read_BTH1 * q * k).sum((0, 1)).to(bonus.dtype)
+    return dq, dk, dv, dlog_decay, dbonus, dinitial
+
+
+def _decay_gradient(q_dot_BTH, k_dot_BTH, bonus, final, dfinal, cu_seqlens):
+    """Gradient of each log decay [B, T, H]: q . dq - k . dk, over the document's later tokens.
+
+    A read before the token (bonus) does not see the token's own decay. The final state is one more
+    reader. In float64: many cancel.
+    """
+    reads_BTH = q_dot_BTH.double()
+    change_BTH = reads_BTH - k_dot_BTH
+    cum_BTH = change_BTH.cumsum(1)
+    if cu_seqlens is None:
+        end_BTH = cum_BTH[:, -1:]
+    else:
+        bounds = cu_seqlens.long()
+        token_T = torch.arange(change_BTH.shape[1], device=bounds.device)
+        document_T = torch.searchsorted(bounds, token_T, right=True) - 1
+        end_BTH = cum_BTH[:, bounds[document_T + 1] - 1]
+    gradient_BTH = end_BTH - cum_BTH + change_BTH
+    if bonus is not None:
+        gradient_BTH = gradient_BTH - reads_BTH
+    if dfinal is not None:
+        last_NH = (final.double() * dfinal).sum((-1, -2))
+        last_BTH = last_NH[:, None] if cu_seqlens is None else last_NH[document_T][None]
+        gradient_BTH = gradient_BTH + last_BTH
+    return gradient_BTH.float()
+
+
+_NAMESPACE = operator_namespace(__name__)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
+def _forward_operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    bonus: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return forward(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state)
+
+
+@_forward_operator.register_fake
+def _(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state):
+    batch, time, heads, key_dim = q.shape
+    num_documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    state = heads, key_dim, v.shape[-1]
+    per_token = bonus is not None or (log_decay is not None and log_decay.ndim == 3)
+    config = _scan_config(target_of(q.device), q.dtype, _padded(key_dim), v.shape[-1], per_token)
+    slices = -(-v.shape[-1] // config.slice)
+    num_segments = count_segments(batch, time, heads * slices, cu_seqlens, q.device)
+    return (
+        torch.empty_like(v),
+        q.new_empty((num_documents, *state) if output_final_state else 0, dtype=torch.float32),
+        q.new_empty((num_segments, *state) if num_segments else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
+def _backward_operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    bonus: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    final: torch.Tensor,
+    entering: torch.Tensor,
+    do: torch.Tensor,
+    dfinal: torch.Tensor | None,
+    scale: float,
+    decay_gradient: bool,
+    initial_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return backward(
+        q,
+        k,
+        v,
+        log_decay,
+        bonus,
+        initial_state,
+        cu_seqlens,
+        final,
+        entering,
+        do,
+        dfinal,
+        scale,
+        decay_gradient,
+        initial_gradient,
+    )
+
+
+@_backward_operator.register_fake
+def _(
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    initial_state,
+    cu_seqlens,
+    final,
+    entering,
+    do,
+    dfinal,
+    scale,
+    decay_gradient,
+    initial_gradient,
+):
+    batch, _, heads, key_dim = q.shape
+    num_documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    state = (num_documents, heads, key_dim, v.shape[-1]) if initial_gradient else 0
+    return (
+        *map(torch.empty_like, (q, k, v)),
+        torch.empty_like(log_decay) if decay_gradient else _nothing(q),
+        _nothing(q) if bonus is None else torch.empty_like(bonus),
+        q.new_empty(state, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, scale, _ = inputs
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _backward(ctx, do, dfinal, _):
+    q, k, v, log_decay, bonus, initial_state, cu_seqlens, final, entering = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do.contiguous()
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    decay_gradient, initial_gradient = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+    dq, dk, dv, dlog_decay, dbonus, dinitial = _backward_operator(
+        q,
+        k,
+        v,
+        log_decay,
+        bonus,
+        initial_state,
+        cu_seqlens,
+        final,
+        entering,
+        do,
+        dfinal,
+        ctx.scale,
+        decay_gradient,
+        initial_gradient,
+    )
+    return (
+        dq,
+        dk,
+        dv,
+        dlog_decay if decay_gradient else None,
+        None if bonus is None else dbonus,
+        dinitial if initial_gradient else None,
+        None,
+        None,
+        None,
+    )
+
+
+_forward_operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_recurrence_triton(
+    q,
+    k,
+    v,
+    log_decay=None,
+    *,
+    bonus=None,
+    scale=1.0,
+    initial_state=None,
+    output_final_state=False,
+    cu_seqlens=None,
+):
+    """The recurrence on a GPU; arguments and results as `linear_recurrence`, checked by it.
+
+    log_decay is None, [H] or [B, T, H] here. Tensors of different dtypes are computed in the
+    widest, in float32 or narrower.
+    """
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
+    inputs = [x.to(dtype).contiguous() for x in (q, k, v)]
+    if log_decay is not None:
+        log_decay = _narrow(log_decay)
+    if bonus is not None:
+        bonus = _narrow(bonus)
+    if initial_state is not None:
+        initial_state = initial_state.float().contiguous()
+    o, final, _ = _forward_operator(
+        *inputs, log_decay, bonus, initial_state, cu_seqlens, float(scale), output_final_state
+    )
+    return o.to(v.dtype), final if output_final_state else None
+
+
+def _narrow(x):
+    return (x.float() if x.dtype == torch.float64 else x).contiguous()
+
+
+def linear_recurrence_step(
+    q, k, v, log_decay=None, *, bonus=None, scale=1.0, state=None, in_place=False
+):
+    """One token for each row in a single launch, for decoding; no gradients.
+
+    Args:
+        q, k: [B, 1, H, K]; v: [B, 1, H, V].
+        log_decay: None, [H], [B, 1, H] or [B, 1, H, K].
+        bonus, scale: as in `linear_recurrence`.
+        state: [B, H, K, V] float32, contiguous; None is zero.
+        in_place: whether the new state replaces `state`, which a captured CUDA graph needs.
+
+    Returns:
+        (o [B, 1, H, V], the state after the token).
+
+    Raises:
+        ValueError: `in_place` without a contiguous float32 state to replace.
+    """
+    inputs = (x.contiguous() for x in (q, k, v))
+    log_decay, bonus = (None if x is None else _narrow(x) for x in (log_decay, bonus))
+    if not in_place:
+        state = None if state is None else state.float().contiguous()
+        return _step_operator(*inputs, log_decay, bonus, state, float(scale))
+    if state is None or state.dtype != torch.float32 or not state.is_contiguous():
+        got = "None" if state is None else f"{state.dtype} with strides {state.stride()}"
+        raise ValueError(
+            f"linear_recurrence_step: in_place replaces a contiguous float32 state, got {got}; "
+            "pass one, or in_place=False."
+        )
+    return _run_step(*inputs, log_decay, bonus, state, float(scale), state), state
+
+
+def _run_step(q, k, v, log_decay, bonus, before, scale, after):
+    batch, _, heads, key_dim = q.shape
+    value_dim = v.shape[-1]
+    o = torch.empty_like(v)
+    block_k = _padded(key_dim)
+    # A tile of the state that fits into the registers of four warps.
+    slice = min(_padded(value_dim), max(16, 4096 // block_k))
+    forms = {0: 0, 1: 1, 3: 2, 4: 3}
+    launch(
+        _step,
+        (batch * -(-value_dim // slice), heads),
+        4,
+        1,
+        q=q,
+        k=k,
+        v=v,
+        o=o,
+        decay=log_decay,
+        bonus=bonus,
+        before=before,
+        after=after,
+        scale=scale,
+        H=heads,
+        K=key_dim,
+        V=value_dim,
+        BLOCK_K=block_k,
+        BV=slice,
+        DECAY=forms[0 if log_decay is None else log_decay.ndim],
+    )
+    return o
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::step", mutates_args=())
+def _step_operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    bonus: torch.Tensor | None,
+    state: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    after = q.new_empty((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    return _run_step(q, k, v, log_decay, bonus, state, scale, after), after
+
+
+@_step_operator.register_fake
+def _(q, k, v, log_decay, bonus, state, scale):
+    after = q.new_empty((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    return torch.empty_like(v), after

@@ -1,0 +1,154 @@
+"""Cutting documents into segments, so that a few long ones fill a device.
+
+A kernel's program walks one segment; a segment never holds tokens of two documents. Everything
+here is computed from shapes, or on the device: the host waits for nothing.
+"""
+
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch_triton import num_processors
+
+# Segments shorter than this cost more in states than they bring in programs.
+SHORTEST_SEGMENT = 1024
+
+
+class Plan(NamedTuple):
+    """How the documents of a call are cut into segments.
+
+    Segment s covers the tokens from `table[s]` to `table[stride + s]` of the stream of all rows;
+    without a table, rows of `time` tokens are cut into `per_row` segments of `length`.
+
+    Attributes:
+        time: T.
+        length: tokens of a full segment.
+        per_row: segments of each row; 0 with a table.
+        num_segments: with a table an upper bound, the rest are empty.
+        num_documents: N.
+        is_cut: whether a document can have several segments.
+        table: None, [N + 1] document boundaries where documents are segments, or [4, segments]:
+            start, end, and those of the segment's document.
+        stride: from a segment's start to its end in the table.
+        offsets: [N + 1] the first segment of each document; None without a cut table.
+    """
+
+    time: int
+    length: int
+    per_row: int
+    num_segments: int
+    num_documents: int
+    is_cut: bool
+    table: torch.Tensor | None = None
+    stride: int = 1
+    offsets: torch.Tensor | None = None
+
+
+# What measurements and tests choose in place of our tables.
+overridden = {}
+
+
+@contextmanager
+def override(**choices):
+    """Chooses `segment` (tokens), or a kernel's `Config` by its name, for a block of code."""
+    previous = dict(overridden)
+    overridden.update(choices)
+    try:
+        yield
+    finally:
+        overridden.clear()
+        overridden.update(previous)
+
+
+def plan(batch, time, programs_per_document, cu_seqlens, device):
+    """Cuts documents so that the programs fill the device.
+
+    Args:
+        batch, time: B and T.
+        programs_per_document: heads times slices.
+        cu_seqlens: [N + 1] or None.
+        device: that of the call.
+    """
+    length = _segment_length(batch, time, programs_per_document, cu_seqlens, device)
+    if cu_seqlens is None:
+        per_row = -(-time // length)
+        return Plan(time, length, per_row, batch * per_row, batch, per_row > 1)
+    num_documents = len(cu_seqlens) - 1
+    if length >= time:
+        return Plan(time, time, 0, num_documents, num_documents, False, cu_seqlens)
+    table, offsets = segment_table(cu_seqlens, time, length)
+    count = table.shape[1]
+    return Plan(time, length, 0, count, num_documents, True, table, count, offsets)
+
+
+def count_segments(batch, time, programs_per_document, cu_seqlens, device):
+    """How many segments `plan` would make, 0 if every document is one. Arguments as there."""
+    length = _segment_length(batch, time, programs_per_document, cu_seqlens, device)
+    if length >= time:
+        return 0
+    if cu_seqlens is None:
+        return batch * -(-time // length)
+    return time // length + len(cu_seqlens) - 1
+
+
+def _segment_length(batch, time, programs_per_document, cu_seqlens, device):
+    if "segment" in overridden:
+        return min(overridden["segment"], time)
+    # How long documents of a packed stream are, only the device knows: they are cut as if the
+    # stream were one. Those shorter than a segment are walked once all the same.
+    rows = batch if cu_seqlens is None else 1
+    # Two programs run at once on a processor.
+    slots = 2 * num_processors(device)
+    programs = rows * programs_per_document
+    if 10 * programs >= 9 * slots or time <= SHORTEST_SEGMENT:
+        return time
+    segments = -(-4 * slots // programs)
+    return max(SHORTEST_SEGMENT, -(-time // (64 * segments)) * 64)
+
+
+_last_table = None
+
+
+def segment_table(cu_seqlens, time, length):
+    """([4, segments], [N + 1]) as in `Plan`, without reading a value on the host.
+
+    The last table is kept: all layers of a forward pass, and its backward, ask for the same.
+    """
+    global _last_table
+    key = (cu_seqlens, cu_seqlens._version, time, length)
+    # A captured graph must make its own table again whenever it runs.
+    capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not capturing and _last_table is not None:
+        kept = _last_table[0]
+        if kept[0] is cu_seqlens and kept[1:] == key[1:]:
+            return _last_table[1]
+    bounds = cu_seqlens.long()
+    num_segments = time // length + len(bounds) - 1
+    count = (bounds.diff() + length - 1) // length
+    offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    segment = torch.arange(num_segments, device=bounds.device)
+    document = torch.searchsorted(offsets, segment, right=True) - 1
+    # Segments past the last one end where they start.
+    document = document.clamp(max=len(bounds) - 2)
+    first, end = bounds[document], bounds[document + 1]
+    start = torch.minimum(first + (segment - offsets[document]) * length, end)
+    table = torch.stack([start, torch.minimum(start + length, end), first, end])
+    if not capturing:
+        _last_table = key, (table, offsets)
+    return table, offsets
+
+
+@triton.jit
+def segment_bounds(table, stride, s, T, LENGTH, PER_ROW):
+    """First token and end of segment s in the stream of all rows, int64."""
+    if table is None:
+        row = s // PER_ROW
+        start = row * T + (s % PER_ROW) * LENGTH
+        end = tl.minimum(start + LENGTH, (row + 1) * T)
+    else:
+        start = tl.load(table + s).to(tl.int64)
+        end = tl.load(table + stride + s).to(tl.int64)
+    return start, end
