@@ -168,3 +168,13 @@ def dot_add(a, b, sum, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, sum, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x in another dtype, rounded to nearest. The interpreter would cut the digits of a bfloat16."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)

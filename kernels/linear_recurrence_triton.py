@@ -33,6 +33,7 @@ from .launch_triton import (
     dot_precision,
     launch,
     operator_namespace,
+    rounded,
     target_of,
 )
 from .segments_triton import count_segments, overridden, plan, segment_bounds
@@ -175,7 +176,7 @@ def _scan(
         bz = tl.load(z + at_z, mask=mask_z, other=0.0).to(COMPUTE)
 
         scores = dot(bx, tl.trans(by), PRECISION)
-        result = dot(bx, state.to(COMPUTE), PRECISION)
+        result = dot(bx, rounded(state, COMPUTE), PRECISION)
         if DECAY > 0:
             count = tl.minimum(end - t, C).to(tl.int32)
             cum, own_C, total = _chunk_decays(decay, token, inside, count, h, H, C, DECAY)
@@ -197,7 +198,7 @@ def _scan(
         scores *= pairs
         if REVERSE:
             scores *= scale
-        result = dot_add(scores.to(COMPUTE), bz, result, PRECISION)
+        result = dot_add(rounded(scores, COMPUTE), bz, result, PRECISION)
         if not REVERSE:
             result *= scale
 
@@ -213,15 +214,15 @@ def _scan(
             if BONUS == 2:
                 token_BZ *= u[None, :]
             result += token_BZ
-        tl.store(out + at_z, result.to(out.dtype.element_ty), mask=mask_z)
+        tl.store(out + at_z, rounded(result, out.dtype.element_ty), mask=mask_z)
 
         if DECAY > 0:
             state *= tl.exp2(total)
             if REVERSE:
                 keep *= scale
-            bz = (bz * keep[:, None]).to(COMPUTE)
+            bz = rounded(bz * keep[:, None], COMPUTE)
         elif REVERSE:
-            bz = (bz * scale).to(COMPUTE)
+            bz = rounded(bz.to(tl.float32) * scale, COMPUTE)
         state = dot_add(tl.trans(by), bz, state, PRECISION)
     if leaving is not None:
         tl.store(leaving + at_state, state, mask=in_state)
@@ -316,11 +317,11 @@ def _segment_states(
                 keep = tl.exp2(cum - own_C if STRICT else cum) * scale
             else:
                 keep = tl.exp2(total - cum)
-            bz = (bz * keep[:, None]).to(COMPUTE)
+            bz = rounded(bz * keep[:, None], COMPUTE)
             state *= tl.exp2(total)
             passed += total
         elif REVERSE:
-            bz = (bz * scale).to(COMPUTE)
+            bz = rounded(bz.to(tl.float32) * scale, COMPUTE)
         state = dot_add(tl.trans(by), bz, state, PRECISION)
     at_state = (s * H + h) * A * Z + ra[:, None] * Z + rz[None, :]
     tl.store(states + at_state, state, mask=in_a[:, None] & in_z[None, :])
@@ -434,36 +435,42 @@ def _step(
     if bonus is None:
         read = state
     result = tl.sum(bq[:, None] * read, 0) * scale
-    tl.store(o + row * V + rv, result.to(o.dtype.element_ty), mask=in_v)
+    tl.store(o + row * V + rv, rounded(result, o.dtype.element_ty), mask=in_v)
     if after is not None:
         tl.store(after + at, state, mask=mask)
 
 
-# (target, bits of the inputs, padded A, with gates per token or a bonus): Config. Chosen by
-# compiling: no spills, and as many programs on a processor as that allows.
+# (target, bits of the inputs, padded A, variant): Config. Chosen by compiling: no spills, and as
+# many programs on a processor as that allows. A row of four is for the variants in this order.
+_VARIANTS = ("constant", "gates", "dot", "bonus")
 _SCAN = {}
 _STATES = {}
 for _target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-    for _per_token in (False, True):
-        _SCAN[_target, 16, 64, _per_token] = Config(64, 64, 4, 2)
-        _SCAN[_target, 16, 128, _per_token] = Config(64, 32 if _per_token else 64, 4, 2)
-        _SCAN[_target, 16, 256, _per_token] = Config(64, 32, 4, 2)
-        _SCAN[_target, 16, 512, _per_token] = Config(32, 16, 4, 2)
-        _SCAN[_target, 32, 64, _per_token] = Config(32, 32, 4, 2)
-        _SCAN[_target, 32, 128, _per_token] = Config(32, 32, 4, 2)
-        _SCAN[_target, 32, 256, _per_token] = Config(16, 32, 4, 2)
-        _SCAN[_target, 32, 512, _per_token] = Config(16, 16, 4, 2)
+    for _variant in _VARIANTS:
+        _SCAN[_target, 16, 64, _variant] = Config(64, 64, 4, 2)
+        _SCAN[_target, 16, 128, _variant] = Config(64, 64, 4, 2)
+        _SCAN[_target, 16, 256, _variant] = Config(64, 32, 4, 2)
+        _SCAN[_target, 16, 512, _variant] = Config(32, 16, 4, 2)
+        _SCAN[_target, 32, 64, _variant] = Config(32, 32, 4, 2)
+        _SCAN[_target, 32, 128, _variant] = Config(32, 32, 4, 2)
+        _SCAN[_target, 32, 256, _variant] = Config(16, 32, 4, 2)
+        _SCAN[_target, 32, 512, _variant] = Config(16, 16, 4, 2)
     _STATES[_target, 16] = Config(64, 64, 4, 3)
     _STATES[_target, 32] = Config(32, 32, 4, 2)
 
 
-def _scan_config(target, dtype, block_a, value_dim, per_token):
+def _scan_config(target, dtype, a, z, decay, has_bonus, has_dot=False):
     """The shipped `Config` of `_scan`: see kernels/bench/resources.json for what each takes."""
     if "scan" in overridden:
         return overridden["scan"]
-    width = 16 if dtype == torch.bfloat16 else 32
-    chunk, slice, num_warps, num_stages = _SCAN[target, width, max(64, block_a), per_token]
-    return Config(chunk, min(slice, _padded(value_dim)), num_warps, num_stages)
+    variant = "constant" if decay < 2 else "gates"
+    if has_dot:
+        variant = "dot"
+    if has_bonus:
+        variant = "bonus"
+    bits = 16 if dtype == torch.bfloat16 else 32
+    config = _SCAN[target, bits, max(64, _padded(a)), variant]
+    return config._replace(slice=min(config.slice, _padded(z)))
 
 
 def _states_config(target, dtype):
@@ -483,24 +490,24 @@ _COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float3
 class _Call:
     """What every launch of a call shares: the plan, the decay's form, precision, configurations."""
 
-    def __init__(self, q, v, log_decay, bonus, cu_seqlens, scale, per_token_dot):
+    def __init__(self, q, v, log_decay, bonus, cu_seqlens, scale):
         self.batch, self.time, self.heads, self.key_dim = q.shape
         self.value_dim = v.shape[-1]
         self.log_decay, self.bonus, self.scale = log_decay, bonus, scale
         self.decay = 0 if log_decay is None else 1 if log_decay.ndim == 1 else 2
         self.dtype, self.device = q.dtype, q.device
         self.target = target_of(q.device)
-        self.per_token = self.decay == 2 or per_token_dot or bonus is not None
-        # The widest of the four uses sets the number of programs that the plan counts with.
-        config = self._config(self.key_dim, self.value_dim)
-        slices = -(-self.value_dim // config.slice)
+        # Forward and backward must make the same plan.
+        slices = -(-self.value_dim // self._config(self.key_dim, self.value_dim).slice)
         self.plan = plan(self.batch, self.time, self.heads * slices, cu_seqlens, q.device)
 
-    def _config(self, a, z):
-        return _scan_config(self.target, self.dtype, _padded(a), z, self.per_token)
+    def _config(self, a, z, has_dot=False):
+        dtype = torch.float32 if has_dot else self.dtype
+        has_bonus = self.bonus is not None
+        return _scan_config(self.target, dtype, a, z, self.decay, has_bonus, has_dot)
 
-    def _shared(self):
-        """Arguments that all kernels over segments take."""
+    def _shared(self, exact=False):
+        """Arguments that all kernels over segments take; exact: factors in float32."""
         cut = self.plan
         return {
             "table": cut.table,
@@ -512,14 +519,18 @@ class _Call:
             "H": self.heads,
             "DECAY": self.decay,
             "STRICT": self.bonus is not None,
-            "COMPUTE": _COMPUTE[self.dtype],
-            "PRECISION": dot_precision(self.dtype, self.target),
+            "COMPUTE": tl.float32 if exact else _COMPUTE[self.dtype],
+            "PRECISION": dot_precision(torch.float32 if exact else self.dtype, self.target),
         }
 
     def scan(self, x, y, z, out, *, reverse, transposed, entering, leaving=None, weight=None):
-        """One use of `_scan`; with `weight`, returns the row sums of weight * out [B, T, H]."""
+        """One use of `_scan`; with `weight`, returns the row sums of weight * out [B, T, H].
+
+        These cancel in the gradient of a decay, so what they are made of is not rounded to 16 bits:
+        that would leave a tenth of the gradient wrong.
+        """
         a, z_dim = x.shape[-1], z.shape[-1]
-        config = self._config(a, z_dim)
+        config = self._config(a, z_dim, weight is not None)
         slices = -(-z_dim // config.slice)
         row_dot = None
         if weight is not None:
@@ -549,14 +560,14 @@ class _Call:
             REVERSE=reverse,
             BONUS=bonus,
             TRANSPOSED=transposed,
-            **self._shared(),
+            **self._shared(exact=weight is not None),
         )
         return None if row_dot is None else row_dot.sum(0)
 
-    def states(self, y, z, *, reverse, first, last):
+    def states(self, y, z, *, reverse, first, last, exact=False):
         """The state that enters each segment [segments, H, K, V]; fills `last`, if it is given."""
         a, z_dim = y.shape[-1], z.shape[-1]
-        config = _states_config(self.target, self.dtype)
+        config = _states_config(self.target, torch.float32 if exact else self.dtype)
         block_a, block_z = (min(config.slice, _padded(x)) for x in (a, z_dim))
         cut, heads = self.plan, self.heads
 
@@ -582,7 +593,7 @@ class _Call:
             BZ=block_z,
             REVERSE=reverse,
             SKIP_OUTERMOST=last is None,
-            **self._shared(),
+            **self._shared(exact),
         )
         launch(
             _combine,
@@ -614,7 +625,7 @@ def forward(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_
         (o, final state, the state that enters each segment): the last two are empty where they are
         not asked for, or the document is one segment.
     """
-    call = _Call(q, v, log_decay, bonus, cu_seqlens, scale, False)
+    call = _Call(q, v, log_decay, bonus, cu_seqlens, scale)
     o = torch.empty_like(v)
     final, entering = _nothing(q), _nothing(q)
     if output_final_state:
@@ -637,7 +648,6 @@ def backward(
     bonus,
     initial_state,
     cu_seqlens,
-    final,
     entering,
     do,
     dfinal,
@@ -646,27 +656,30 @@ def backward(
     initial_gradient,
 ):
     """Raw backward pass: (dq, dk, dv, dlog_decay, dbonus, dinitial), empty where not asked for."""
-    call = _Call(q, v, log_decay, bonus, cu_seqlens, scale, decay_gradient)
+    call = _Call(q, v, log_decay, bonus, cu_seqlens, scale)
     dq, dk, dv = map(torch.empty_like, (q, k, v))
     # An operator may not return one tensor twice.
     dinitial, dlog_decay, dbonus = _nothing(q), _nothing(q), _nothing(q)
     if initial_gradient:
         shape = call.plan.num_documents, call.heads, call.key_dim, call.value_dim
         dinitial = q.new_empty(shape, dtype=torch.float32)
-    last = leaving = dinitial if initial_gradient else None
+    first = dinitial if initial_gradient else None
+    # The states again, from factors that are not rounded, where a gradient hangs on them.
+    final = torch.empty_like(dfinal) if decay_gradient and dfinal is not None else None
+    exact = {"exact": decay_gradient}
     if call.plan.is_cut:
-        later = call.states(q, do, reverse=True, first=dfinal, last=last)
-        leaving = None
+        later = call.states(q, do, reverse=True, first=dfinal, last=first, **exact)
+        if decay_gradient:
+            entering = call.states(k, v, reverse=False, first=initial_state, last=final, **exact)
+        left = right = None
     else:
-        entering, later = initial_state, dfinal
+        entering, later, left, right = initial_state, dfinal, first, final
+    forward = {"reverse": False, "entering": entering}
+    backward = {"reverse": True, "entering": later}
     weights = (q, k) if decay_gradient else (None, None)
-    q_dot = call.scan(
-        do, v, k, dq, reverse=False, transposed=True, entering=entering, weight=weights[0]
-    )
-    call.scan(k, q, do, dv, reverse=True, transposed=False, entering=later, leaving=leaving)
-    k_dot = call.scan(
-        v, do, q, dk, reverse=True, transposed=True, entering=later, weight=weights[1]
-    )
+    q_dot = call.scan(do, v, k, dq, transposed=True, leaving=right, weight=weights[0], **forward)
+    call.scan(k, q, do, dv, transposed=False, leaving=left, **backward)
+    k_dot = call.scan(v, do, q, dk, transposed=True, weight=weights[1], **backward)
     if decay_gradient:
         dlog_decay = _decay_gradient(q_dot, k_dot, bonus, final, dfinal, cu_seqlens)
         if log_decay.ndim == 1:
@@ -727,8 +740,10 @@ def _(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_
     batch, time, heads, key_dim = q.shape
     num_documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
     state = heads, key_dim, v.shape[-1]
-    per_token = bonus is not None or (log_decay is not None and log_decay.ndim == 3)
-    config = _scan_config(target_of(q.device), q.dtype, _padded(key_dim), v.shape[-1], per_token)
+    decay = 0 if log_decay is None else 1 if log_decay.ndim == 1 else 2
+    config = _scan_config(
+        target_of(q.device), q.dtype, key_dim, v.shape[-1], decay, bonus is not None
+    )
     slices = -(-v.shape[-1] // config.slice)
     num_segments = count_segments(batch, time, heads * slices, cu_seqlens, q.device)
     return (
@@ -747,7 +762,6 @@ def _backward_operator(
     bonus: torch.Tensor | None,
     initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    final: torch.Tensor,
     entering: torch.Tensor,
     do: torch.Tensor,
     dfinal: torch.Tensor | None,
@@ -763,7 +777,6 @@ def _backward_operator(
         bonus,
         initial_state,
         cu_seqlens,
-        final,
         entering,
         do,
         dfinal,
@@ -782,7 +795,6 @@ def _(
     bonus,
     initial_state,
     cu_seqlens,
-    final,
     entering,
     do,
     dfinal,
@@ -805,11 +817,11 @@ def _setup_context(ctx, inputs, output):
     *tensors, scale, _ = inputs
     ctx.scale = scale
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_backward(*tensors, output[2])
 
 
 def _backward(ctx, do, dfinal, _):
-    q, k, v, log_decay, bonus, initial_state, cu_seqlens, final, entering = ctx.saved_tensors
+    q, k, v, log_decay, bonus, initial_state, cu_seqlens, entering = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
     decay_gradient, initial_gradient = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
@@ -821,7 +833,6 @@ def _backward(ctx, do, dfinal, _):
         bonus,
         initial_state,
         cu_seqlens,
-        final,
         entering,
         do,
         dfinal,
