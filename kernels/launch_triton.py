@@ -172,9 +172,19 @@ def dot_add(a, b, sum, PRECISION: tl.constexpr):
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """x in another dtype, rounded to nearest. The interpreter would cut the digits of a bfloat16."""
+    """x in another dtype, rounded to nearest. The interpreter would truncate to a bfloat16."""
     if _INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = bits.to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def log2_of_decay(log_decay, LOWEST: tl.constexpr):
+    """Base-2 logs of decays from natural ones, raised to LOWEST.
+
+    NaN where it is positive, which is no decay: the host does not look at the values.
+    """
+    log_decay = log_decay.to(tl.float32)
+    return tl.where(log_decay <= 0, tl.maximum(log_decay, LOWEST), float("nan")) * LOG2E

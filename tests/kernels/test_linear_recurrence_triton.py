@@ -200,6 +200,16 @@ def test_gates_of_exactly_zero_decay():
     assert distance(got, [x.double() for x in expected]) < FLOAT32
 
 
+@pytest.mark.parametrize("form", ["H", "BTH"])
+def test_a_positive_log_decay_gives_nan(form):
+    """On a GPU the host does not look at values, so the kernels must not hide them."""
+    leaves, _ = arguments(form=form, shape=(1, 3, 1, 16, 16))
+    inputs = [leaves[name].float() for name in ("q", "k", "v")]
+    gates = torch.full_like(leaves["log_decay"], 0.1).float()
+    o, _ = kernels.linear_recurrence_triton(*inputs, gates)
+    assert o[:, 1:].isnan().all()
+
+
 @pytest.mark.parametrize(("documents", "segment"), [(1000, None), (100, 64)])
 def test_many_documents(documents, segment):
     """Documents of one token and one of 200 in the same stream."""
@@ -335,7 +345,7 @@ def test_operators_are_registered_correctly(packed, segment):
             kernels._forward_operator, (*inputs, rest["cu_seqlens"], 0.3, True), test_utils=tests
         )
         inputs = [x.detach() for x in inputs]
-        o, final, entering = kernels.forward(*inputs, rest["cu_seqlens"], 0.3, True)
+        o, final, entering = kernels._forward_operator(*inputs, rest["cu_seqlens"], 0.3, True)
         torch.library.opcheck(
             kernels._backward_operator,
             (*inputs, rest["cu_seqlens"], entering, o, final, 0.3, True, True),

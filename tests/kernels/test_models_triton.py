@@ -1,0 +1,60 @@
+"""Models on the Triton kernels, in the interpreter, against the same models on the PyTorch path."""
+
+import sys
+
+import pytest
+import torch
+
+import zoo
+from zoo.kernels.launch_triton import recording
+
+SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def on_triton(monkeypatch):
+    """Turns backend="auto" into what it is on a GPU."""
+
+    def switch():
+        for name, module in list(sys.modules.items()):
+            if name.startswith("zoo.kernels.") and hasattr(module, "choose_backend"):
+                monkeypatch.setattr(module, "choose_backend", lambda *_: "triton")
+
+    return switch
+
+
+def ways_to_run(model):
+    """Logits, states and gradients of a whole, padded, packed and continued sequence."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 40, (2, 70), generator=generator)
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[0, :30] = 0
+    mask[1, 20:33] = 0
+    restarts = torch.cat([torch.arange(n) for n in (1, 40, 29)]).repeat(2, 1)
+    model.zero_grad()
+    loss = model(ids, labels=ids).loss + model(ids, labels=ids, attention_mask=mask).loss
+    loss.backward()
+    with torch.no_grad():
+        yield model(ids).logits
+        yield model(ids, attention_mask=mask).logits[mask.bool()]
+        yield model(ids, position_ids=restarts).logits
+        cache = model(ids[:, :65], use_cache=True).past_key_values
+        for column in range(65, 70):
+            yield model(ids[:, column : column + 1], past_key_values=cache).logits
+        yield from (x for layer in cache.layers for x in layer.tensors.values())
+    yield from (p.grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_equals_the_pytorch_path(name, on_triton):
+    torch.manual_seed(0)
+    classes = zoo.MODELS[name]
+    model = classes.causal_lm(classes.config(**SIZES)).eval()
+    expected = list(ways_to_run(model))
+    on_triton()
+    with recording() as launches:
+        got = list(ways_to_run(model))
+    assert launches, "the model does not use the kernels"
+    for a, b in zip(got, expected, strict=True):
+        # Two float32 orders of summation, through two layers and a loss.
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max()
