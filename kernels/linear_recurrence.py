@@ -16,12 +16,17 @@ Call `linear_recurrence`. `linear_recurrence_reference` is the definition, one s
 Decay only ever appears as exp of a non-positive number, so nothing overflows.
 """
 
+import functools
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-BACKENDS = ("auto", "torch")
+from .linear_recurrence_channels import channel_scan
+
+BACKENDS = ("auto", "torch", "triton", "fla")
 
 # Positions per chunk. The quadratic part costs C (K + V) per token and the state 2 K V, so wide
 # chunks only pay where heads are wide; below 64 the Python loop over chunks dominates instead.
@@ -58,7 +63,9 @@ def linear_recurrence(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: document boundaries in a packed stream, [N + 1] integers from 0 to T, as in
             FlashAttention; B must be 1. Documents may be empty. None: one document per row.
-        backend: "torch" or "auto" (which is "torch": there are no other kernels in this version).
+        backend: "triton", "fla" (flash-linear-attention, for comparison), "torch", or "auto":
+            "triton" for tensors on a GPU where it is installed and they are not float64, else
+            "torch". What is asked for is done or refused.
 
     Returns:
         (o, final_state): o is [B, T, H, V] in v's dtype; final_state is [N, H, K, V], in float32 or
@@ -67,13 +74,12 @@ def linear_recurrence(
     Raises:
         ValueError: shapes that do not fit, no tokens, a positive log decay, an unknown backend.
     """
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"linear_recurrence: backend is one of {', '.join(BACKENDS)}, got {backend!r}; "
-            "this version has the PyTorch path only."
-        )
-    check_arguments("linear_recurrence", q, k, v, log_decay, bonus, initial_state, cu_seqlens)
-    return linear_recurrence_chunked(
+    backend = choose_backend("linear_recurrence", backend, q)
+    check_arguments(
+        "linear_recurrence", q, k, v, log_decay, bonus, initial_state, cu_seqlens, backend
+    )
+    run = {"torch": linear_recurrence_chunked, "triton": _run_triton, "fla": _run_fla}[backend]
+    return run(
         q,
         k,
         v,
@@ -86,7 +92,87 @@ def linear_recurrence(
     )
 
 
-def check_arguments(operator, q, k, v, log_decay, bonus, initial_state, cu_seqlens):
+def _run_triton(q, k, v, log_decay, **keyword):
+    """The kernels for this form of decay; a step of its own for one token without gradients."""
+    from .linear_recurrence_triton import linear_recurrence_step, linear_recurrence_triton
+
+    inputs = (q, k, v, log_decay, keyword["bonus"], keyword["initial_state"])
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if q.shape[1] == 1 and keyword["cu_seqlens"] is None and not learns:
+        o, state = linear_recurrence_step(
+            q,
+            k,
+            v,
+            log_decay,
+            bonus=keyword["bonus"],
+            scale=keyword["scale"],
+            state=keyword["initial_state"],
+        )
+        return o, state if keyword["output_final_state"] else None
+    if log_decay is not None and log_decay.ndim == 4:
+        from .linear_recurrence_channels_triton import linear_recurrence_channels_triton
+
+        return linear_recurrence_channels_triton(q, k, v, log_decay, **keyword)
+    return linear_recurrence_triton(q, k, v, log_decay, **keyword)
+
+
+def _run_fla(q, k, v, log_decay, **keyword):
+    from .fla_backend import linear_recurrence_fla
+
+    return linear_recurrence_fla(q, k, v, log_decay, **keyword)
+
+
+def choose_backend(operator, backend, x):
+    """Which code runs an operator: "torch", "triton" or "fla".
+
+    Args:
+        operator: its name, for messages.
+        backend: what the caller asked for, one of `BACKENDS`. "auto" is "triton" for tensors on a
+            GPU, where triton is installed and they are not float64, else "torch".
+        x: a tensor of the call.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run this call.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{operator}: backend is one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
+        return "torch"
+    runs = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if backend == "auto":
+        return "triton" if runs and _is_installed("triton") else "torch"
+    if not runs:
+        raise ValueError(
+            f"{operator}: backend {backend!r} takes float32, bfloat16 or float16, got {x.dtype}; "
+            'convert the tensors, or use backend="torch".'
+        )
+    if not _is_installed(backend):
+        raise ValueError(
+            f'{operator}: backend "{backend}" is not installed; pip install longzoo[gpu], '
+            'or use backend="auto".'
+        )
+    interpreted = backend == "triton" and _triton_is_interpreted()
+    if x.device.type != "cuda" and not interpreted:
+        raise ValueError(
+            f"{operator}: backend {backend!r} needs tensors on a GPU, got {x.device.type}; move "
+            'them there, or use backend="auto".'
+        )
+    return backend
+
+
+@functools.cache
+def _is_installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def _triton_is_interpreted():
+    """Whether TRITON_INTERPRET=1 lets the kernels run on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_arguments(
+    operator, q, k, v, log_decay, bonus, initial_state, cu_seqlens, backend="torch"
+):
     """Raises a ValueError that says what was expected and what came.
 
     Args: the operator's name for the message; the rest as in `linear_recurrence`.
@@ -111,7 +197,7 @@ def check_arguments(operator, q, k, v, log_decay, bonus, initial_state, cu_seqle
             f"log_decay is None, [H], [B, T, H] or [B, T, H, K] = {forms[2]}, "
             f"got {list(log_decay.shape)}.",
         )
-        check_not_positive(operator, log_decay)
+        check_not_positive(operator, log_decay, backend=backend)
     if bonus is not None:
         require(
             list(bonus.shape) == [heads, key_dim],
@@ -152,10 +238,13 @@ def check_boundaries(operator, cu_seqlens, batch, time):
     return len(cu_seqlens) - 1
 
 
-def check_not_positive(operator, log_decay, name="log_decay", remedy="log(decay), not the decay"):
+def check_not_positive(
+    operator, log_decay, name="log_decay", remedy="log(decay), not the decay", backend="torch"
+):
     """Raises a ValueError for a log decay above 0, where the state would grow without bound.
 
-    On a GPU the check is an asynchronous device assertion: reading the values would stall the host.
+    On a GPU reading the values would stall the host: the PyTorch path checks by an asynchronous
+    device assertion, and the kernels answer with NaN.
     """
     message = (
         f"{operator}: {name} is the log of a factor in (0, 1], so at most 0, "
@@ -166,7 +255,7 @@ def check_not_positive(operator, log_decay, name="log_decay", remedy="log(decay)
     if log_decay.device.type == "cpu":
         if bool((log_decay > 0).any()):
             raise ValueError(message)
-    elif log_decay.device.type == "cuda":
+    elif log_decay.device.type == "cuda" and backend != "triton":
         torch._assert_async((log_decay <= 0).all(), message)
 
 
@@ -244,14 +333,14 @@ def linear_recurrence_chunked(
 
     Args: as `linear_recurrence`, and
         chunk_length: positions per chunk; None picks it from the documents' mean length.
-        hand_written_backward: gradients by formula (`_BlockScan`) instead of by autograd, faster
-            and with less memory; None: wherever there is a formula, which is for no decay or one
-            per head, without bonus.
+        hand_written_backward: gradients by formula (`_BlockScan`, `channel_scan`) instead of by
+            autograd, faster and with less memory; None: wherever there is a formula, which is for
+            any decay per channel, and without bonus for the others.
     """
     dtype = accumulator_dtype(q)
+    is_per_channel = log_decay is not None and log_decay.ndim == 4
     if hand_written_backward is None:
-        is_per_channel = log_decay is not None and log_decay.ndim == 4
-        hand_written_backward = not is_per_channel and bonus is None
+        hand_written_backward = is_per_channel or bonus is None
     if chunk_length is None:
         chunk_length = CHUNK_LENGTH
         if cu_seqlens is not None:
@@ -260,6 +349,8 @@ def linear_recurrence_chunked(
             chunk_length = min(chunk_length, 1 << max(0, int(mean_length - 1)).bit_length())
 
     def walk(q, k, v, log_decay, state, layout):
+        if hand_written_backward and is_per_channel:
+            return channel_scan(q, k, v, log_decay, bonus, state, layout.counts)
         if hand_written_backward:
             return _BlockScan.apply(q, k, v, log_decay, state, layout.counts)
         return _autograd_walk(q, k, v, log_decay, bonus, state, layout.counts)
