@@ -22,14 +22,16 @@ import torch
 import torch.nn.functional as F
 
 from .linear_recurrence import (
-    BACKENDS,
     accumulator_dtype,
     check_boundaries,
     check_not_positive,
+    choose_backend,
 )
 
 # The max of a state that has seen nothing; its den is 0. Finite, as -inf - (-inf) is not a number.
 EMPTY_MAX = -1e38
+# A log decay of -inf is taken for this one: 0 * -inf, for a chunk's last token, is not a number.
+LOWEST = -1e30
 
 
 def wkv4(
@@ -47,6 +49,7 @@ def wkv4(
 
     Args:
         w: natural log of the decay per step [D], <= 0: `-exp(time_decay)`, not `time_decay` itself.
+            With -inf a token sees itself and the one before.
         u: what is added to the current token's key [D], `time_first`.
         k: keys [B, T, D], any float dtype.
         v: values [B, T, D].
@@ -56,7 +59,8 @@ def wkv4(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: document boundaries in a packed stream, [N + 1] integers from 0 to T, as in
             FlashAttention; B must be 1. Documents may be empty. None: one document per row.
-        backend: "torch" or "auto" (which is "torch": there are no other kernels in this version).
+        backend: "triton", "torch", or "auto": "triton" for tensors on a GPU where it is installed
+            and they are not float64, else "torch". What is asked for is done or refused.
 
     Returns:
         (y, final_state): y is [B, T, D] in v's dtype; final_state is [N, 3, D], in float32 or in
@@ -67,13 +71,15 @@ def wkv4(
     Raises:
         ValueError: shapes that do not fit, no tokens, a positive w, an unknown backend.
     """
-    if backend not in BACKENDS:
+    if backend == "fla":
         raise ValueError(
-            f"wkv4: backend is one of {', '.join(BACKENDS)}, got {backend!r}; "
-            "this version has the PyTorch path only."
+            "wkv4: backend is one of auto, torch, triton, got 'fla', whose RWKV-4 has no packed "
+            'documents; use backend="auto".'
         )
+    backend = choose_backend("wkv4", backend, k)
     check_arguments(w, u, k, v, initial_state, cu_seqlens)
-    return wkv4_chunked(
+    run = _run_triton if backend == "triton" else wkv4_chunked
+    return run(
         w,
         u,
         k,
@@ -82,6 +88,20 @@ def wkv4(
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _run_triton(w, u, k, v, **keyword):
+    """The kernels; a step of its own for one token of each row without gradients."""
+    from .wkv4_triton import wkv4_step, wkv4_triton
+
+    tensors = (w, u, k, v, keyword["initial_state"])
+    is_differentiated = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in tensors
+    )
+    if k.shape[1] > 1 or is_differentiated or keyword["cu_seqlens"] is not None:
+        return wkv4_triton(w, u, k, v, **keyword)
+    y, state = wkv4_step(w, u, k, v, state=keyword["initial_state"])
+    return y, state if keyword["output_final_state"] else None
 
 
 def check_arguments(w, u, k, v, initial_state, cu_seqlens):
@@ -164,7 +184,7 @@ def wkv4_chunked(
         mean_length = k.shape[1] / (1 if cu_seqlens is None else len(cu_seqlens) - 1)
         chunk_length = 1 << max(0, round(math.log2(mean_length) / 2))
     with torch.autocast(k.device.type, enabled=False):
-        inputs = w.to(dtype), u.to(dtype)
+        inputs = w.to(dtype).clamp(min=LOWEST), u.to(dtype)
         if cu_seqlens is None:
             layout = _layout_dense(k, chunk_length)
         else:

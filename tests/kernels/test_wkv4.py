@@ -14,7 +14,9 @@ CU_SEQLENS = [0, 0, 1, 2, 18, 18, 34, 37, 37]
 FUNCTIONS = pytest.mark.parametrize("function", [wkv4_reference, wkv4])
 
 
-def arguments(packed, initial, shape=(2, 37, 5), dtype=torch.float64, seed=0):
+def arguments(
+    packed, initial, shape=(2, 37, 5), dtype=torch.float64, seed=0, cu_seqlens=CU_SEQLENS
+):
     """Random inputs as (positional, keyword) arguments, all leaves that require gradients."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -23,7 +25,7 @@ def arguments(packed, initial, shape=(2, 37, 5), dtype=torch.float64, seed=0):
 
     batch, time, width = shape
     batch = 1 if packed else batch
-    documents = len(CU_SEQLENS) - 1 if packed else batch
+    documents = len(cu_seqlens) - 1 if packed else batch
     # Decays from almost none to e^-20, keys over many powers of e.
     positional = [-normal(width).mul(2).exp(), normal(width)]
     positional += [3 * normal(batch, time, width), normal(batch, time, width)]
@@ -32,7 +34,7 @@ def arguments(packed, initial, shape=(2, 37, 5), dtype=torch.float64, seed=0):
     positional = [x.to(dtype).requires_grad_() for x in positional]
     return positional, {
         "initial_state": state.to(dtype).requires_grad_() if initial else None,
-        "cu_seqlens": torch.tensor(CU_SEQLENS) if packed else None,
+        "cu_seqlens": torch.tensor(cu_seqlens) if packed else None,
     }
 
 
@@ -211,6 +213,35 @@ def test_keys_of_sixty_throughout(key):
 
 
 @FUNCTIONS
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_a_decay_of_zero(function, packed):
+    """With w = -inf a token sees itself and the one before, the first one the initial state."""
+    (_, u, k, v), keyword = arguments(packed, True)
+    state = keyword["initial_state"]
+    w = torch.full((5,), -torch.inf, dtype=torch.float64, requires_grad=True)
+    y, final = function(w, u, k, v, **keyword, output_final_state=True)
+    bounds = [(0, 0, 37), (1, 0, 37)]
+    if packed:
+        bounds = [(0, *pair) for pair in itertools.pairwise(CU_SEQLENS)]
+    for n, (row, start, end) in enumerate(bounds):
+        num, den, top = state[n]
+        for t in range(start, end):
+            now = (u + k[row, t]).exp()
+            expected = (num * top.exp() + now * v[row, t]) / (den * top.exp() + now)
+            assert worst([y[row, t]], [expected]) < 1e-12
+            num, den, top = v[row, t], torch.ones(5), k[row, t]
+        assert worst([final[n]], [torch.stack([num, den.to(num), top])]) < 1e-12
+    leaves = [w, u, k, v, state]
+    gradients = torch.autograd.grad(y.square().sum() + final[:, :2].sum(), leaves)
+    assert gradients[0].eq(0).all()
+    # Any decay this strong is one of zero.
+    almost = torch.full((5,), -1e4, dtype=torch.float64, requires_grad=True)
+    y, final = function(almost, u, k, v, **keyword, output_final_state=True)
+    expected = torch.autograd.grad(y.square().sum() + final[:, :2].sum(), [almost, *leaves[1:]])
+    assert worst(gradients, expected) < 1e-12
+
+
+@FUNCTIONS
 def test_official_kernel(function):
     """The CUDA kernel of RWKV-LM, compiled for the CPU; its gradient is of the raw time_decay."""
     golden = golden_tensors("ops-wkv4")
@@ -259,7 +290,9 @@ def test_official_code_with_a_state(function):
         (lambda a: a.update(v=a["v"][:, :3]), "v has the shape of k"),
         (lambda a: a.update(initial_state=torch.zeros(1, 3, 4)), "initial_state is"),
         (lambda a: a.update(cu_seqlens=torch.tensor([0, 5])), "B = 1"),
-        (lambda a: a.update(backend="triton"), "backend is one of"),
+        (lambda a: a.update(backend="cuda"), "backend is one of"),
+        (lambda a: a.update(backend="fla"), "no packed documents"),
+        (lambda a: a.update(backend="triton", k=a["k"].double()), "takes float32"),
     ],
 )
 def test_bad_arguments(change, message):
