@@ -16,7 +16,6 @@ Call `linear_recurrence`. `linear_recurrence_reference` is the definition, one s
 Decay only ever appears as exp of a non-positive number, so nothing overflows.
 """
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch
 from .linear_recurrence_channels import channel_scan
 
 BACKENDS = ("auto", "torch", "triton", "fla")
+_IS_INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("triton", "fla")}
 
 # Positions per chunk. The quadratic part costs C (K + V) per token and the state 2 K V, so wide
 # chunks only pay where heads are wide; below 64 the Python loop over chunks dominates instead.
@@ -140,13 +140,13 @@ def choose_backend(operator, backend, x):
         return "torch"
     runs = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if backend == "auto":
-        return "triton" if runs and _is_installed("triton") else "torch"
+        return "triton" if runs and _IS_INSTALLED["triton"] else "torch"
     if not runs:
         raise ValueError(
             f"{operator}: backend {backend!r} takes float32, bfloat16 or float16, got {x.dtype}; "
             'convert the tensors, or use backend="torch".'
         )
-    if not _is_installed(backend):
+    if not _IS_INSTALLED[backend]:
         raise ValueError(
             f'{operator}: backend "{backend}" is not installed; pip install longzoo[gpu], '
             'or use backend="auto".'
@@ -158,11 +158,6 @@ def choose_backend(operator, backend, x):
             'them there, or use backend="auto".'
         )
     return backend
-
-
-@functools.cache
-def _is_installed(package):
-    return importlib.util.find_spec(package) is not None
 
 
 def _triton_is_interpreted():
