@@ -497,7 +497,7 @@ def _states_config(dtype):
 
 def _padded(size):
     """The block a dimension takes: a power of two that a tensor core accepts."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 _COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float32: tl.float32}
