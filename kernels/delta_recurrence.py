@@ -25,20 +25,24 @@ Decays only appear as products of numbers between 0 and 1, so any decay stays fi
 bound on how strong it is, -inf (forget everything) included.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from .linear_recurrence import (
-    BACKENDS,
     _walk_dense,
     _walk_packed,
     accumulator_dtype,
     check_arguments,
+    choose_backend,
 )
 
 # Positions per chunk, a power of two. The work per token inside a chunk grows as C (K + V), that of
 # the loop over chunks as K K V / C; for heads of 64 this is the fastest of 16, 32 and 64.
 CHUNK_LENGTH = 32
+# The widest key of the Triton kernels, which hold K x K matrices.
+MAX_KERNEL_KEY_DIM = 128
 
 
 def delta_recurrence(
@@ -71,27 +75,29 @@ def delta_recurrence(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: document boundaries in a packed stream, [N + 1] integers from 0 to T, as in
             FlashAttention; B must be 1. Documents may be empty. None: one document per row.
-        backend: "torch" or "auto" (which is "torch": there are no other kernels in this version).
+        backend: "torch", "triton", "fla" (flash-linear-attention), or "auto": "triton" for tensors
+            on a GPU where it is installed, they are not float64 and K is at most 128, else "torch".
+            What is asked for is done or refused. The kernels read log decays below -20 as -20.
 
     Returns:
         (o, final_state): o is [B, T, H, V] in v's dtype; final_state is [N, H, K, V], in float32 or
         in float64 if the inputs are, or None unless asked for.
 
     Raises:
-        ValueError: shapes that do not fit, no tokens, a positive log decay, an unknown backend.
+        ValueError: shapes that do not fit, no tokens, a positive log decay, an unknown backend or
+            one that cannot run this call.
     """
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"delta_recurrence: backend is one of {', '.join(BACKENDS)}, got {backend!r}; "
-            "this version has the PyTorch path only."
-        )
-    check_arguments("delta_recurrence", q, k, v, log_decay, None, initial_state, cu_seqlens)
+    chosen = choose_backend("delta_recurrence", backend, q)
+    if backend == "auto" and q.shape[-1] > MAX_KERNEL_KEY_DIM:
+        chosen = "torch"
+    check_arguments("delta_recurrence", q, k, v, log_decay, None, initial_state, cu_seqlens, chosen)
     for name, x in (("a", a), ("b", b)):
         if x.shape != q.shape:
             raise ValueError(
                 f"delta_recurrence: {name} has the shape of q {list(q.shape)}, got {list(x.shape)}."
             )
-    return delta_recurrence_chunked(
+    run = {"torch": delta_recurrence_chunked, "triton": _run_triton, "fla": _run_fla}[chosen]
+    return run(
         q,
         k,
         v,
@@ -103,6 +109,25 @@ def delta_recurrence(
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _run_triton(q, k, v, log_decay, a, b, **keyword):
+    """The kernels; a step of its own for one token without gradients."""
+    from .delta_recurrence_triton import delta_recurrence_step, delta_recurrence_triton
+
+    inputs = (q, k, v, log_decay, a, b, keyword["initial_state"])
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if q.shape[1] == 1 and keyword["cu_seqlens"] is None and not learns:
+        scale, state = keyword["scale"], keyword["initial_state"]
+        o, state = delta_recurrence_step(q, k, v, log_decay, a, b, scale=scale, state=state)
+        return o, state if keyword["output_final_state"] else None
+    return delta_recurrence_triton(q, k, v, log_decay, a, b, **keyword)
+
+
+def _run_fla(q, k, v, log_decay, a, b, **keyword):
+    from .fla_backend import delta_recurrence_fla
+
+    return delta_recurrence_fla(q, k, v, log_decay, a, b, **keyword)
 
 
 def delta_recurrence_reference(
@@ -228,33 +253,136 @@ def _walk(q_NHCK, kab_NHCX, v_NHCV, gates, state_NHKV, layout):
         layout: whose counts say how many documents take part in each step of the walk.
     """
     k_NHCK, a_NHCK, b_NHCK = kab_NHCX.chunk(3, dim=-1)
-    scores, a_NHCK, q_NHCK, b_NHCK, k_NHCK, decay_NHK = _scores(
-        a_NHCK, q_NHCK, b_NHCK, k_NHCK, gates
-    )
-    ab_NHCC, ak_NHCC, qb_NHCC, qk_NHCC = scores
-    right = torch.cat([ak_NHCC @ v_NHCV, a_NHCK], dim=-1)
-    right = torch.linalg.solve_triangular(-ab_NHCC, right, upper=False, unitriangular=True)
-    u_NHCV, w_NHCK = right.split([v_NHCV.shape[-1], a_NHCK.shape[-1]], dim=-1)
-
-    transition_NHKK = b_NHCK.mT @ w_NHCK
-    transition_NHKK.diagonal(dim1=-2, dim2=-1).add_(1 if decay_NHK is None else decay_NHK)
-    update_NHKV = b_NHCK.mT @ u_NHCV + k_NHCK.mT @ v_NHCV
-    entering, finished = [], []
-    # One split and one concatenation: slicing inside the loop would make backward quadratic in T.
-    steps = (transition_NHKK.split(layout.counts), update_NHKV.split(layout.counts), layout.counts)
-    for transition, update, count in zip(*steps, strict=True):
-        finished.append(state_NHKV[count:])
-        state_NHKV = state_NHKV[:count]
-        entering.append(state_NHKV)
-        state_NHKV = transition @ state_NHKV + update
-
-    o_NHCV = qb_NHCC @ u_NHCV + qk_NHCC @ v_NHCV
-    o_NHCV = o_NHCV + (q_NHCK + qb_NHCC @ w_NHCK) @ torch.cat(entering)
-    # Documents leave the walk shortest first.
-    return o_NHCV, torch.cat([state_NHKV, *finished[::-1]])
+    # Two readers and two writers per position, [N, H, C, 2, K]: a block of any number of positions
+    # is then a matrix without a copy.
+    readers = torch.stack([a_NHCK, q_NHCK], dim=3)
+    writers = torch.stack([b_NHCK, k_NHCK], dim=3)
+    return _DeltaScan.apply(readers, writers, v_NHCV, gates, state_NHKV, layout.counts)
 
 
-def _scores(a_NHCK, q_NHCK, b_NHCK, k_NHCK, gates):
+class _DeltaScan(torch.autograd.Function):
+    """The walk over chunks, with its gradients by formula.
+
+    For a chunk that S enters and S' leaves, let A and Q be a and q with the decay since the chunk
+    began, B and K be b and k with the decay until it ends, d the decay over it, ab, ak, qb and qk
+    the scores, and M = (I - ab)^-1. Then
+
+        U  = M (A S + ak v) = W S + M ak v,  W = M A
+        o  = Q S + qb U + qk v
+        S' = d S + B^T U + K^T v             = (d + B^T W) S + B^T M ak v + K^T v
+
+    and against the direction of time, with dS' the gradient that comes from later chunks,
+
+        dS = (d + B^T W)^T dS' + (Q + qb W)^T do
+        dU = qb^T do + B dS'     dR = M^T dU     dv = qk^T do + K dS' + ak^T dR
+        dA = dR S^T              dQ = do S^T     dB = U dS'^T     dK = v dS'^T
+        d(ab) = dR U^T           d(ak) = dR v^T  d(qb) = do U^T   d(qk) = do v^T
+
+    Only S and dS need a loop. `_scores_gradient` goes on from the last two lines.
+    """
+
+    @staticmethod
+    def forward(ctx, readers, writers, v_NHCV, gates, state_NHKV, counts):
+        chunk = _solve(readers, writers, gates)
+        u_NHCV = chunk.inverse @ (chunk.ak @ v_NHCV)
+        w_NHCK = chunk.inverse @ chunk.a
+        update_NHKV = chunk.b.mT @ u_NHCV + chunk.k.mT @ v_NHCV
+        entering, finished = [], []
+        steps = _transition(chunk, w_NHCK).split(counts), update_NHKV.split(counts), counts
+        for transition, update, count in zip(*steps, strict=True):
+            finished.append(state_NHKV[count:])
+            state_NHKV = state_NHKV[:count]
+            entering.append(state_NHKV)
+            state_NHKV = (transition @ state_NHKV).add_(update)
+        entering_NHKV = torch.cat(entering)
+        o_NHCV = chunk.qb @ u_NHCV + chunk.qk @ v_NHCV
+        o_NHCV += (chunk.q + chunk.qb @ w_NHCK) @ entering_NHKV
+        ctx.counts = counts
+        ctx.save_for_backward(readers, writers, v_NHCV, gates, entering_NHKV)
+        # Documents leave the walk shortest first.
+        return o_NHCV, torch.cat([state_NHKV, *finished[::-1]])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do_NHCV, dfinal):
+        readers, writers, v_NHCV, gates, state_NHKV = ctx.saved_tensors
+        counts, levels = ctx.counts, []
+        chunk = _solve(readers, writers, gates, levels)
+        w_NHCK = chunk.inverse @ chunk.a
+        read_NHKV = (chunk.q + chunk.qb @ w_NHCK).mT @ do_NHCV
+        leaving, dstate = [], dfinal[: counts[-1]]
+        steps = _transition(chunk, w_NHCK).split(counts), read_NHKV.split(counts), counts
+        for transition, read, count in reversed(list(zip(*steps, strict=True))):
+            # Documents whose last chunk this is join with the gradient of their final state.
+            if count > dstate.shape[0]:
+                dstate = torch.cat([dstate, dfinal[dstate.shape[0] : count]])
+            leaving.append(dstate)
+            dstate = (transition.mT @ dstate).add_(read)
+        dinitial = torch.cat([dstate, dfinal[dstate.shape[0] :]])
+        dstate_NHKV = torch.cat(leaving[::-1])
+
+        u_NHCV = chunk.inverse @ (chunk.a @ state_NHKV).add_(chunk.ak @ v_NHCV)
+        dr_NHCV = chunk.inverse.mT @ (chunk.b @ dstate_NHKV).add_(chunk.qb.mT @ do_NHCV)
+        dv_NHCV = chunk.k @ dstate_NHKV
+        dv_NHCV += chunk.qk.mT @ do_NHCV
+        dv_NHCV += chunk.ak.mT @ dr_NHCV
+        # As the readers and writers are laid out, all the others are three products.
+        read = torch.stack([dr_NHCV, do_NHCV], dim=3).flatten(2, 3)
+        written = torch.stack([u_NHCV, v_NHCV], dim=3).flatten(2, 3)
+        dreaders = (read @ state_NHKV.mT).view_as(readers)
+        dwriters = (written @ dstate_NHKV.mT).view_as(writers)
+        dscores = read @ written.mT
+        dgates = None
+        if gates is None:
+            dscores = dscores.where(_visible(readers.shape[2], dscores.device), 0)
+            dreaders += (dscores @ writers.flatten(2, 3)).view_as(readers)
+            dwriters += (dscores.mT @ readers.flatten(2, 3)).view_as(writers)
+        else:
+            dtotal = (state_NHKV * dstate_NHKV).sum(-1).mul_(chunk.decay)
+            if gates.shape[-1] == 1:
+                dtotal = dtotal.sum(-1, keepdim=True)
+            dgates = _scores_gradient(
+                readers, writers, gates, levels, dscores, dreaders, dwriters, dtotal
+            )
+        return dreaders, dwriters, dv_NHCV, dgates, dinitial, None
+
+
+class _Chunk(NamedTuple):
+    """What the formulas of `_DeltaScan` are about, by their names; `inverse` is M.
+
+    ak, qb, qk and inverse are [N, H, C, C]; a, q, b and k [N, H, C, K]; decay [N, H, 1 or K].
+    """
+
+    ak: torch.Tensor
+    qb: torch.Tensor
+    qk: torch.Tensor
+    a: torch.Tensor
+    q: torch.Tensor
+    b: torch.Tensor
+    k: torch.Tensor
+    decay: torch.Tensor | None
+    inverse: torch.Tensor
+
+
+def _solve(readers, writers, gates, levels=None):
+    """The `_Chunk` of all chunks; arguments as `_scores`."""
+    scores, readers, writers, decay = _scores(readers, writers, gates, levels)
+    length = readers.shape[2]
+    scores = scores.unflatten(-1, (length, 2)).unflatten(-3, (length, 2))
+    ab, ak, qb, qk = (scores[:, :, :, i, :, j].contiguous() for i in (0, 1) for j in (0, 1))
+    one = torch.eye(length, dtype=ab.dtype, device=ab.device)
+    inverse = torch.linalg.solve_triangular(one - ab, one, upper=False, unitriangular=True)
+    return _Chunk(ak, qb, qk, *readers.unbind(3), *writers.unbind(3), decay, inverse)
+
+
+def _transition(chunk, w_NHCK):
+    """d + B^T W, [N, H, K, K]."""
+    transition_NHKK = chunk.b.mT @ w_NHCK
+    transition_NHKK.diagonal(dim1=-2, dim2=-1).add_(1 if chunk.decay is None else chunk.decay)
+    return transition_NHKK
+
+
+def _scores(readers, writers, gates, levels=None):
     """What position i reads of position j, and the factors to and from the chunk's ends.
 
     Blocks of one position grow to the whole chunk by doubling. At every size, readers (a and q)
@@ -262,41 +390,95 @@ def _scores(a_NHCK, q_NHCK, b_NHCK, k_NHCK, gates):
     k) the decay until it ends. Two neighbours then meet in one product: the later one's readers
     with the earlier one's writers. No quotient of decays is ever taken, so none can overflow.
 
+    Args:
+        readers, writers: a and q, b and k [N, H, C, 2, K].
+        gates: None or log decays [N, H, C, 1 or K].
+        levels: a list that receives what `_scores_gradient` needs, from small blocks to large.
+
     Returns:
-        scores: (ab, ak, qb, qk), each [N, H, C, C]; those of a without the diagonal.
-        a, q: with the decay since the chunk began, [N, H, C, K].
-        b, k: with the decay until the chunk ends.
+        scores: [N, H, 2 C, 2 C], a before q and b before k at every position; what is not visible
+            is 0: a reads earlier positions, q its own too.
+        readers: with the decay since the chunk began.
+        writers: with the decay until the chunk ends.
         decay: over the chunk, [N, H, 1 or K]; None if there is none.
     """
-    length = q_NHCK.shape[2]
-    # [N, H, C, 2, K], so that a block of any size is a matrix of 2 size rows, without a copy.
-    readers = torch.stack([a_NHCK, q_NHCK if gates is None else q_NHCK * gates.exp()], dim=3)
-    writers = torch.stack([b_NHCK, k_NHCK], dim=3)
-    decay = None
+    length = readers.shape[2]
     if gates is None:
         scores = readers.flatten(2, 3) @ writers.flatten(2, 3).mT
-    else:
-        # [N, H, blocks, 2 size, 2 size], and decays [N, H, blocks, K].
-        decay = gates.exp()
-        own = (q_NHCK[:, :, :, None] * writers).sum(-1)
-        scores = torch.stack([torch.zeros_like(own), own], dim=3)
-        for size in (1 << n for n in range(length.bit_length() - 1)):
-            first, second = decay.unflatten(2, (-1, 2)).unbind(3)
-            readers = readers.unflatten(2, (-1, 2, size))
-            writers = writers.unflatten(2, (-1, 2, size))
-            meet = readers[:, :, :, 1].flatten(3, 4) @ writers[:, :, :, 0].flatten(3, 4).mT
-            early, late = scores.unflatten(2, (-1, 2)).unbind(3)
-            scores = torch.cat(
-                [F.pad(early, (0, 2 * size)), torch.cat([meet, late], dim=-1)], dim=-2
-            )
-            one = torch.ones_like(first)
-            since = torch.stack([one, first], dim=3)[:, :, :, :, None, None]
-            until = torch.stack([second, one], dim=3)[:, :, :, :, None, None]
-            readers = (readers * since).flatten(2, 4)
-            writers = (writers * until).flatten(2, 4)
-            decay = first * second
-        decay = decay[:, :, 0]
-    scores = scores.reshape(*q_NHCK.shape[:2], length, 2, length, 2)
-    ab, ak, qb, qk = (scores[:, :, :, i, :, j] for i in (0, 1) for j in (0, 1))
-    scores = ab.tril(-1), ak.tril(-1), qb.tril(), qk.tril()
-    return scores, *readers.unbind(3), *writers.unbind(3), decay
+        return scores.where(_visible(length, scores.device), 0), readers, writers, None
+    decay = gates.exp()
+    scores = readers.new_zeros(*readers.shape[:2], 2 * length, 2 * length)
+    own = (readers[:, :, :, 1:] * writers).sum(-1)
+    _diagonal_blocks(scores, length)[:, :, 1].copy_(own.movedim(2, -1))
+    readers, writers = readers.clone(), writers.clone()
+    readers[:, :, :, 1] *= decay
+    for size in (1 << n for n in range(length.bit_length() - 1)):
+        first, second = decay.unflatten(2, (-1, 2)).unbind(3)
+        late = readers.unflatten(2, (-1, 2, size))[:, :, :, 1]
+        early = writers.unflatten(2, (-1, 2, size))[:, :, :, 0]
+        rows, columns = late.flatten(3, 4), early.flatten(3, 4)
+        meet = rows @ columns.mT
+        corner = _diagonal_blocks(scores, length // (2 * size))[:, :, 2 * size :, : 2 * size]
+        corner.copy_(meet.movedim(2, -1))
+        if levels is not None:
+            levels.append((rows.clone(), columns.clone(), first, second))
+        late *= first[:, :, :, None, None]
+        early *= second[:, :, :, None, None]
+        decay = first * second
+    return scores, readers, writers, decay[:, :, 0]
+
+
+def _scores_gradient(readers, writers, gates, levels, dscores, dreaders, dwriters, dtotal):
+    """From the gradients of what `_scores` returns to those of its arguments.
+
+    The steps of `_scores` backwards: blocks are halved. A block's log decay has as its gradient
+    that of the block it is a half of, and what the other half's factors add; nothing is subtracted,
+    so nothing cancels.
+
+    Args:
+        levels: as `_scores` left them.
+        dreaders, dwriters: become the gradients of readers and writers, in place.
+        dtotal: gradient of the log decay over the chunk [N, H, 1 or K].
+
+    Returns:
+        that of the gates.
+    """
+    length, is_scalar = readers.shape[2], gates.shape[-1] == 1
+    dtotal = dtotal[:, :, None]
+    for size in (1 << n for n in reversed(range(length.bit_length() - 1))):
+        rows, columns, first, second = levels.pop()
+        dlate = dreaders.unflatten(2, (-1, 2, size))[:, :, :, 1]
+        dearly = dwriters.unflatten(2, (-1, 2, size))[:, :, :, 0]
+        dlate *= first[:, :, :, None, None]
+        dearly *= second[:, :, :, None, None]
+        drows, dcolumns = dlate.flatten(3, 4), dearly.flatten(3, 4)
+        through = [(x * dx).sum(3) for x, dx in ((rows, drows), (columns, dcolumns))]
+        if is_scalar:
+            through = [x.sum(-1, keepdim=True) for x in through]
+        dtotal = (dtotal[:, :, :, None] + torch.stack(through, dim=3)).flatten(2, 3)
+        corner = _diagonal_blocks(dscores, length // (2 * size))[:, :, 2 * size :, : 2 * size]
+        meet = corner.movedim(-1, 2).contiguous()
+        drows += meet @ columns
+        dcolumns += meet.mT @ rows
+    dq = dreaders[:, :, :, 1]
+    dq *= gates.exp()
+    through = readers[:, :, :, 1] * dq
+    dgates = dtotal + (through.sum(-1, keepdim=True) if is_scalar else through)
+    own = _diagonal_blocks(dscores, length)[:, :, 1].movedim(-1, 2)[..., None]
+    dq += (own * writers).sum(3)
+    dwriters += own * readers[:, :, :, 1:]
+    return dgates
+
+
+def _diagonal_blocks(x_NHCC, count):
+    """The square blocks on the diagonal, [N, H, size, size, count], as a view."""
+    size = x_NHCC.shape[-1] // count
+    blocks = x_NHCC.unflatten(-1, (count, size)).unflatten(-3, (count, size))
+    return blocks.diagonal(dim1=-4, dim2=-2)
+
+
+def _visible(length, device):
+    """Which writers a reader sees, [2 C, 2 C]: a those of earlier positions, q its own too."""
+    ones_CC = torch.ones(length, length, dtype=torch.bool, device=device)
+    visible = torch.stack([ones_CC.tril(-1), ones_CC.tril()], dim=1).flatten(0, 1)
+    return visible.repeat_interleave(2, dim=-1)

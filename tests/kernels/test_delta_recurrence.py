@@ -220,6 +220,7 @@ def test_a_thousand_documents():
 
 
 def test_memory_is_linear_in_time():
+    """The backward pass finds the inputs and the state that enters each chunk, no more."""
     saved = []
     for time in (256, 512):
         sizes = {}
@@ -233,6 +234,8 @@ def test_memory_is_linear_in_time():
             o, _ = delta_recurrence(*positional)
         saved.append(sum(sizes.values()))
     assert saved[1] < 2.05 * saved[0]
+    inputs = sum(x.nbytes for x in positional)
+    assert saved[1] <= inputs + 512 // CHUNK_LENGTH * 2 * 16 * 16 * 4
 
 
 def test_non_contiguous_inputs():
@@ -258,7 +261,11 @@ def test_non_contiguous_inputs():
         (lambda x: x.update(b=x["b"][:, :3]), "b has the shape of q"),
         (lambda x: x.update(initial_state=torch.zeros(1, 2, 4, 4)), "initial_state is"),
         (lambda x: x.update(cu_seqlens=torch.tensor([0, 5])), "B = 1"),
-        (lambda x: x.update(backend="triton"), "backend is one of"),
+        (lambda x: x.update(backend="cuda"), "backend is one of"),
+        (
+            lambda x: x.update({n: x[n].double() for n in "qkvab"} | {"backend": "triton"}),
+            "float32",
+        ),
     ],
 )
 def test_bad_arguments(change, message):
