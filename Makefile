@@ -2,10 +2,11 @@
 # make test    lint, then every test that runs without a GPU (FAST=1 leaves the slow ones out)
 # make check   lint and formatting alone
 # make bench   the operators on one core, beside what transformers runs there
-# make gpu     the tests that need a GPU, with PYTHON as it is: nothing is installed
+# make aot     every kernel compiled for four GPUs, without one, and checked; in part in make test
+# make gpu     the tests that need a GPU, then benchmarks, with PYTHON as it is: installs nothing
 # make clean   remove what was built; runs/, exported/ and .venv/ stay
 #
-# demo, test, check and bench create .venv and install into it by themselves, once.
+# demo, test, check, bench and aot create .venv and install into it by themselves, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,7 +22,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): reinstall
 endif
 
-.PHONY: demo test check bench gpu clean reinstall
+.PHONY: demo test check bench aot gpu clean reinstall
 
 demo: $(STAMP)
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch \
@@ -43,13 +44,14 @@ check: $(STAMP)
 bench: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/cpu.py
 
+aot: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/resources.py
+
 gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { \
 		echo "make gpu: the torch of $(PYTHON) sees no GPU" >&2; exit 1; }
-	@$(PYTHON) -m pytest tests -m gpu -q || { \
-		[ $$? -eq 5 ] && echo "There are no GPU tests yet."; }
-	@if [ -f kernels/bench/run.py ]; then PYTHONPATH=. $(PYTHON) kernels/bench/run.py; \
-	else echo "There are no kernel benchmarks yet."; fi
+	@PYTHONPATH=. $(PYTHON) -m pytest tests --ignore=tests/recipes -m gpu -q; tests=$$?; \
+	PYTHONPATH=. $(PYTHON) kernels/bench/run.py && exit $$tests
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,232 @@
+"""The GPU benchmark's plumbing, on a CPU at tiny sizes: its times mean nothing here."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+
+from zoo.kernels.bench import run
+from zoo.kernels.delta_recurrence import delta_recurrence_reference
+from zoo.kernels.linear_recurrence import linear_recurrence_reference
+from zoo.kernels.wkv4 import wkv4_reference
+
+CPU = run.Cpu()
+
+
+def tiny(name):
+    return run.CASES[name].make(CPU.device, True)
+
+
+def smoke(path, *arguments):
+    run.main(["--device", "cpu", "--smoke", "--output", str(path), *arguments])
+    return json.loads(path.read_text())["results"] if path.exists() else {}
+
+
+def test_every_case_runs_and_only_where_asked(tmp_path):
+    before = {path.name: path.read_bytes() for path in run.RESULTS.iterdir()}
+    results = smoke(tmp_path / "all.json")
+    assert list(results) == list(run.CASES)
+    for name, case in run.CASES.items():
+        assert "failed" not in results[name], results[name]
+        for mode in case.modes:
+            figures = results[name][mode]["by"]["ours"]
+            assert figures["ms"] > 0 and figures["samples"] >= 3
+            assert figures["low_ms"] <= figures["ms"] <= figures["high_ms"]
+            assert results[name][mode]["floor_ms"] > 0
+            # float32 against float64: what is compared is the same function.
+            assert max(figures["errors"].values()) < 1e-4
+            gradients = len(figures["errors"]) - 1
+            assert gradients == (len(tiny(name).learned) if mode == "training" else 0)
+            assert results[name][mode].get("target") == case.targets.get(mode)
+    assert {path.name: path.read_bytes() for path in run.RESULTS.iterdir()} == before
+
+
+def test_results_of_other_cases_are_kept(tmp_path, monkeypatch):
+    path = tmp_path / "some.json"
+    assert list(smoke(path, "--only", "decode (1")) == ["decode (1, 1, 16, 128)"]
+    assert len(smoke(path, "--only", "wkv4")) == 2
+    # Out of time: nothing more is measured, what there is stays.
+    assert len(smoke(path, "--minutes", "0")) == 2
+    monkeypatch.setattr(run, "versions", lambda: {"torch": "another"})
+    assert list(smoke(path, "--only", "wkv4")) == ["wkv4 (8, 4096, 2048)"]
+
+
+def wrong_value(**x):
+    return 1.05 * linear_recurrence_reference(**x)[0]
+
+
+def not_a_number(**x):
+    return linear_recurrence_reference(**x)[0] * float("nan")
+
+
+def wrong_gradient(**x):
+    o = linear_recurrence_reference(**x)[0]
+    return o + 0.1 * (x["k"] - x["k"].detach()).sum()
+
+
+def fails(**x):
+    raise RuntimeError("no kernel image\nfor this device")
+
+
+@pytest.mark.parametrize(
+    ("contender", "reason"),
+    [
+        (wrong_value, "wrong results"),
+        (not_a_number, "wrong results"),
+        (wrong_gradient, "wrong results"),
+        (fails, "RuntimeError: no kernel image"),
+    ],
+)
+def test_what_is_wrong_is_not_timed(contender, reason):
+    workload = tiny("retention (8, 1024, 8, 64)")
+    right = {"ours": workload.contenders["ours"]}
+    workload = workload._replace(contenders=right | {"fla": contender})
+    by = run.measure(CPU, workload, "training", (1e9, 1e9), 0)["by"]
+    assert by["fla"]["failed"] == reason
+    assert "ms" not in by["fla"] and "ratio" not in by["fla"]
+    assert by["ours"]["ms"] > 0
+    # And alone: no figure, no crash.
+    alone = workload._replace(contenders={"ours": contender})
+    assert run.measure(CPU, alone, "training", (1e9, 1e9), 0)["by"]["ours"]["failed"] == reason
+
+
+def stand_in(module, name):
+    """fla's functions by their argument names and defaults, computed by our definitions."""
+
+    def linear(q, k, v, decay, scale, bonus=None, state=None):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return linear_recurrence_reference(
+            q, k, v, decay, bonus=bonus, scale=scale, initial_state=state, output_final_state=True
+        )
+
+    def chunk_retention(q, k, v, scale=None):
+        decay = (1 - 2.0 ** (-5.0 - torch.arange(q.shape[2], dtype=torch.float))).log()
+        return linear(q, k, v, decay.to(q.dtype), scale)
+
+    def chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None):
+        return linear(q, k, v, g if g_gamma is None else g_gamma, scale)
+
+    def fused_recurrent_simple_gla(
+        q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False
+    ):
+        assert output_final_state
+        return linear(q, k, v, g if g_gamma is None else g_gamma, scale, state=initial_state)
+
+    def chunk_gla(q, k, v, g, scale=None):
+        return linear(q, k, v, g, scale)
+
+    def chunk_rwkv6(r, k, v, w, u, scale=None):
+        return linear(r, k, v, w, scale, bonus=u)
+
+    def chunk_rwkv7(r, w, k, v, a, b, scale=1.0, lower_bound=None):
+        assert lower_bound <= w.min() and w.max() < 0
+        return delta_recurrence_reference(r, k, v, w, a, b, scale=scale)
+
+    def fused_recurrent_rwkv4(w, u, k, v, state):
+        assert state.shape == (k.shape[0], 3, 1, k.shape[2])
+        return wkv4_reference(-w.exp(), u, k, v, initial_state=state[:, :, 0])
+
+    return locals()[name]
+
+
+def test_fla_gets_the_same_function(monkeypatch):
+    """Through its own arguments, which are not ours."""
+    monkeypatch.setattr(run, "fla_function", stand_in)
+    for name, case in run.CASES.items():
+        workload = tiny(name)
+        sides = [side for side in workload.contenders if side.startswith("fla")]
+        assert sides, name
+        for side in sides:
+            errors = run.errors(workload, case.modes[-1], workload.contenders[side])
+            assert max(errors.values()) < 1e-4, (name, side, errors)
+
+
+def test_tuning_ranks_what_it_tries(tmp_path, capsys):
+    smoke(tmp_path / "none.json", "--tune", "--only", "retention (8, 1024")
+    blocks = capsys.readouterr().out.strip().split("\n\n")
+    assert [block.splitlines()[0].split()[-1] for block in blocks] == ["forward", "training"]
+    for block in blocks:
+        _, *lines = block.splitlines()
+        times = [float(line.split()[0]) for line in lines]
+        # Four ways to cut, by the shipped configuration and two slices in two stages.
+        assert times == sorted(times) and len({line[14:] for line in lines}) == 20
+    assert not (tmp_path / "none.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "expected"),
+    [
+        (0, "a warning\n3.257\n", {"seconds": 3.26}),
+        (1, "", {"failed": "RuntimeError: no kernel image"}),
+        (None, "", {"failed": "not done after 60 s"}),
+    ],
+)
+def test_first_calls_start_with_nothing_compiled(code, output, expected, monkeypatch):
+    def child(command, env, timeout, **_):
+        assert command[-3:] == ["--first-call", "some case", "fla"] and timeout == 60
+        assert os.listdir(env["TRITON_CACHE_DIR"]) == []
+        if code is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        error = "Traceback\nRuntimeError: no kernel image"
+        return subprocess.CompletedProcess(command, code, output, error)
+
+    monkeypatch.setattr(run.subprocess, "run", child)
+    assert run.measure_first_call("some case", "fla", 60) == expected
+
+
+def test_floors():
+    """At D = 128 in bfloat16: 1,024 bytes forward and 2,816 with backward for a token and head."""
+    workload = tiny("retention (4, 2048, 16, 128)")
+    q = workload.inputs["q"]
+    units = q.shape[0] * q.shape[1] * q.shape[2] * q.shape[3] * q.element_size()
+    assert workload.floors["forward"][0] == 4 * units
+    assert workload.floors["training"][0] == 11 * units
+
+
+def test_a_gpu_table():
+    figures = {"ms": 1.5, "errors": {"o": 0.002, "dq": 0.004}, "host_us": 50.0, "peak_mb": 7.0}
+    ours = figures | {"of_floor": 0.5}
+    by = {"ours": ours, "fla": {"failed": "wrong results"}, "fla, decays kept": {"ms": 3.0}}
+    by["fla, decays kept"]["ratio"] = 2.0
+    entry = {
+        "training": {"by": by, "target": 2.0, "floor_ms": 0.75, "floor_of": "bytes"},
+        "first call": {"ours": {"seconds": 3.25}, "fla": {"failed": "not done after 60 s"}},
+    }
+    record = {"device": "GPU", "versions": {"torch": "2"}, "results": {"some case": entry}}
+    table = run.gpu_table(record | {"copy_tb_per_s": 4.3, "matmul_tflops": 790.0})
+    row = "| some case | training | 1.5 | 50% | 0.004 | 50.0 | 7.0 | 3.0 | 2.0 | 2.0 |  |"
+    assert row in table.splitlines()
+    assert "ours: 3.25 s" in table and "fla: not done after 60 s" in table
+    assert any("ours is 2.0x as fast" in x for x in run.lines_of("c", {"training": by_known(by)}))
+
+
+def by_known(by):
+    """The same with what a printed line needs of every contender."""
+    spread = {"low_ms": 1.0, "high_ms": 2.0, "host_us": 1.0, "peak_mb": 1.0}
+    return {
+        "floor_of": "bytes",
+        "by": {k: v if "failed" in v else v | spread for k, v in by.items()},
+    }
+
+
+def test_the_readme_has_the_results():
+    """If not: python kernels/bench/run.py --table"""
+    text = run.README.read_text()
+    assert run.with_tables(text) == text
+    assert run.PLOT.read_text() == run.plot()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu"], "goes with --smoke and --output"),
+        (["--device", "cpu", "--smoke"], "goes with --smoke and --output"),
+        (["--device", "cpu", "--smoke", "--output", "x.json", "--only", "S4"], "no case's name"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert message in capsys.readouterr().err
