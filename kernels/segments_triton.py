@@ -4,6 +4,7 @@ A kernel's program walks one segment; a segment never holds tokens of two docume
 here is computed from shapes, or on the device: the host waits for nothing.
 """
 
+import functools
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -100,13 +101,28 @@ def _segment_length(batch, time, programs_per_document, cu_seqlens, device):
     # How long documents of a packed stream are, only the device knows: they are cut as if the
     # stream were one. Those shorter than a segment are walked once all the same.
     rows = batch if cu_seqlens is None else 1
-    # Two programs run at once on a processor.
-    slots = 2 * num_processors(device)
-    programs = rows * programs_per_document
-    if 10 * programs >= 9 * slots or time <= SHORTEST_SEGMENT:
-        return time
-    segments = -(-4 * slots // programs)
-    return max(SHORTEST_SEGMENT, -(-time // (64 * segments)) * 64)
+    most = max(1, int(time) // SHORTEST_SEGMENT)
+    count = _num_segments(int(rows * programs_per_document), num_processors(device), most)
+    return time if count == 1 else -(-time // (64 * count)) * 64
+
+
+@functools.cache
+def _num_segments(programs, processors, most):
+    """As few segments as keep nine tenths of a device busy, the last round included.
+
+    Each costs the traffic of a state. Two programs run at once on a processor.
+
+    Args:
+        programs: those of uncut documents.
+        processors: of the device.
+        most: no more segments than this, or 64.
+    """
+
+    def busy(count):
+        slots, total = 2 * processors, count * programs
+        return min(0.9, total / (slots * -(-total // slots)))
+
+    return max(range(1, min(most, 64) + 1), key=lambda count: (busy(count), -count))
 
 
 _last_table = None

@@ -140,12 +140,15 @@ class Case(NamedTuple):
         token_heads: B T H, what bytes are divided by.
         is_wide: whether heads are multiples of 64 and inputs bfloat16: loads are checked.
         max_bytes: the most bytes of memory traffic per token and head; None: only reported.
+        must_fit: whether each kernel needs a configuration that fits. Wide heads in float32 have
+            none on NVIDIA: a product of float32 is three of tf32, with both parts in registers.
     """
 
     run: Callable[[], None]
     token_heads: int
     is_wide: bool
     max_bytes: int | None = None
+    must_fit: bool = True
 
 
 def empty(*shape, dtype=torch.bfloat16):
@@ -246,7 +249,7 @@ CASES: dict[str, Case] = {
     "scalar gates 256": linear("BTH", 8, 2048, 16, 256),
     "retention with bonus 64": linear("H", 8, 4096, 32, 64, bonus=True),
     "retention 64, float32": linear("H", 8, 8192, 32, 64, dtype=torch.float32),
-    "retention 128, float32": linear("H", 8, 8192, 16, 128, dtype=torch.float32),
+    "retention 128, float32": linear("H", 8, 8192, 16, 128, dtype=torch.float32, must_fit=False),
     "RWKV-6 64": linear("BTHK", 8, 4096, 32, 64, bonus=True),
     "GLA 128": linear("BTHK", 8, 4096, 16, 128),
     "GLA 128, segments": linear("BTHK", 1, 65536, 4, 128),
@@ -731,7 +734,12 @@ def main(arguments=None):
         complaints += check_figures(job, figures[job], old_kernels.get(job.key))
         kernels[job.key] = worst_row(kernels.get(job.key), figures[job])
     complaints += check_head_sizes(
-        [(name, job, figures[job]) for job, names in users.items() for name in names]
+        [
+            (name, job, figures[job])
+            for job, names in users.items()
+            for name in names
+            if cases[name].must_fit
+        ]
     )
     standing, excused = excuse(complaints, ALLOWED, is_complete and is_same_triton)
     report(calls, figures, standing, excused)
