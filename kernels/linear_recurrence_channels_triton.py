@@ -24,8 +24,6 @@ With `bonus` the state is read before the token: c_i is then the sum before i, a
 is q_i . bonus k_i.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -37,11 +35,11 @@ from .launch_triton import (
     dot_precision,
     launch,
     log2_of_decay,
-    operator_namespace,
     rounded,
     target_of,
 )
-from .segments_triton import count_segments, overridden, plan, segment_bounds
+from .operator_triton import make_operator
+from .segments_triton import overridden, plan, segment_bounds
 
 # A decay of 0 in float32; -inf would be no number times a zero of the matrices below.
 LOWEST = tl.constexpr(-200.0)
@@ -893,181 +891,12 @@ def backward(
     return dq, dk, dv, dlog_decay, dbonus, dinitial
 
 
-def _nothing(like):
-    return like.new_empty(0, dtype=torch.float32)
+def num_slices(q, v, log_decay, bonus):
+    """Slices of V that the output is computed in."""
+    config = _scan_config(target_of(q.device), q.dtype, q.shape[-1], v.shape[-1])
+    return -(-v.shape[-1] // config.slice)
 
 
-def _without_none(like, results):
-    """What an operator may return: tensors only, all different."""
-    return tuple(_nothing(like) if x is None else x for x in results)
-
-
-_NAMESPACE = operator_namespace(__name__)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
-def _forward_operator(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    bonus: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    scale: float,
-    output_final_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    results = forward(
-        q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state
-    )
-    return _without_none(q, results)
-
-
-@_forward_operator.register_fake
-def _(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state):
-    batch, time, heads, key_dim = q.shape
-    num_documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    state = heads, key_dim, v.shape[-1]
-    config = _scan_config(target_of(q.device), q.dtype, key_dim, v.shape[-1])
-    slices = -(-v.shape[-1] // config.slice)
-    num_segments = count_segments(batch, time, heads * slices, cu_seqlens, q.device)
-    return (
-        torch.empty_like(v),
-        q.new_empty((num_documents, *state) if output_final_state else 0, dtype=torch.float32),
-        q.new_empty((num_segments, *state) if num_segments else 0, dtype=torch.float32),
-    )
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
-def _backward_operator(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    bonus: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    entering: torch.Tensor,
-    do: torch.Tensor,
-    dfinal: torch.Tensor | None,
-    scale: float,
-    decay_gradient: bool,
-    initial_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    results = backward(
-        q,
-        k,
-        v,
-        log_decay,
-        bonus,
-        initial_state,
-        cu_seqlens,
-        entering,
-        do,
-        dfinal,
-        scale,
-        decay_gradient,
-        initial_gradient,
-    )
-    return _without_none(q, results)
-
-
-@_backward_operator.register_fake
-def _(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    cu_seqlens,
-    entering,
-    do,
-    dfinal,
-    scale,
-    decay_gradient,
-    initial_gradient,
-):
-    batch, _, heads, key_dim = q.shape
-    num_documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    state = (num_documents, heads, key_dim, v.shape[-1]) if initial_gradient else 0
-    return (
-        *map(torch.empty_like, (q, k, v)),
-        torch.empty_like(log_decay) if decay_gradient else _nothing(q),
-        _nothing(q) if bonus is None else torch.empty_like(bonus),
-        q.new_empty(state, dtype=torch.float32),
-    )
-
-
-def _gradients(ctx, do, dfinal, run):
-    """Gradients of the nine arguments of `forward`, by `backward` or its operator."""
-    *inputs, entering = ctx.saved_tensors
-    do = torch.zeros_like(inputs[2]) if do is None else do.contiguous()
-    dfinal = None if dfinal is None else dfinal.contiguous()
-    wanted = ctx.needs_input_grad[:6]
-    gradients = run(*inputs, entering, do, dfinal, ctx.scale, wanted[3], wanted[5])
-    gradients = (x if is_wanted else None for x, is_wanted in zip(gradients, wanted, strict=True))
-    return *gradients, None, None, None
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _backward(ctx, do, dfinal, _):
-    return _gradients(ctx, do, dfinal, _backward_operator)
-
-
-class _Eager(torch.autograd.Function):
-    """The same as `_forward_operator`, without its 30 microseconds of dispatch."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        *tensors, ctx.scale, _ = inputs
-        ctx.set_materialize_grads(False)
-        o, final, entering = forward(*inputs)
-        ctx.save_for_backward(*tensors, entering)
-        return o, final
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do, dfinal):
-        return _gradients(ctx, do, dfinal, backward)
-
-
-_forward_operator.register_autograd(_backward, setup_context=_setup_context)
-
-
-def linear_recurrence_channels_triton(
-    q,
-    k,
-    v,
-    log_decay,
-    *,
-    bonus=None,
-    scale=1.0,
-    initial_state=None,
-    output_final_state=False,
-    cu_seqlens=None,
-):
-    """The recurrence on a GPU; arguments and results as `linear_recurrence`, checked by it.
-
-    log_decay is [B, T, H, K] here. Tensors of different dtypes are computed in the widest, in
-    float32 or narrower.
-    """
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
-    inputs = [x.to(dtype).contiguous() for x in (q, k, v)]
-    inputs += [None if x is None else _narrow(x) for x in (log_decay, bonus)]
-    inputs.append(None if initial_state is None else initial_state.float().contiguous())
-    inputs += [cu_seqlens, float(scale), output_final_state]
-    if torch.compiler.is_compiling() or isinstance(q, torch._subclasses.FakeTensor):
-        o, final, _ = _forward_operator(*inputs)
-    else:
-        o, final = _Eager.apply(*inputs)
-    return o.to(v.dtype), final if output_final_state else None
-
-
-def _narrow(x):
-    return (x.float() if x.dtype == torch.float64 else x).contiguous()
+linear_recurrence_channels_triton, _forward_operator, _backward_operator = make_operator(
+    __name__, forward, backward, num_slices
+)

@@ -24,7 +24,6 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .launch_triton import (
     Config,
@@ -37,7 +36,8 @@ from .launch_triton import (
     rounded,
     target_of,
 )
-from .segments_triton import count_segments, overridden, plan, segment_bounds
+from .operator_triton import is_traced, make_operator, narrow
+from .segments_triton import overridden, plan, segment_bounds
 
 # Log decays are at least this: see above.
 LOWEST = tl.constexpr(-30.0)
@@ -514,7 +514,7 @@ class _Call:
         self.dtype, self.device = q.dtype, q.device
         self.target = target_of(q.device)
         # Forward and backward must make the same plan.
-        slices = -(-self.value_dim // self._config(self.key_dim, self.value_dim).slice)
+        slices = num_slices(q, v, log_decay, bonus)
         self.plan = plan(self.batch, self.time, self.heads * slices, cu_seqlens, q.device)
 
     def new_state(self):
@@ -729,213 +729,17 @@ def _decay_gradient(q_dot_BTH, k_dot_BTH, bonus, final, dfinal, cu_seqlens):
     return gradient_BTH.float()
 
 
-def _nothing(like):
-    return like.new_empty(0, dtype=torch.float32)
-
-
-def _without_none(like, results):
-    """What an operator may return: tensors only, all different."""
-    return tuple(_nothing(like) if x is None else x for x in results)
-
-
-_NAMESPACE = operator_namespace(__name__)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
-def _forward_operator(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor | None,
-    bonus: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    scale: float,
-    output_final_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    results = forward(
-        q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state
-    )
-    return _without_none(q, results)
-
-
-@_forward_operator.register_fake
-def _(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state):
-    batch, time, heads, key_dim = q.shape
-    num_documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    state = heads, key_dim, v.shape[-1]
+def num_slices(q, v, log_decay, bonus):
+    """Slices of V that the output is computed in."""
     decay = 0 if log_decay is None else 1 if log_decay.ndim == 1 else 2
-    config = _scan_config(
-        target_of(q.device), q.dtype, key_dim, v.shape[-1], decay, bonus is not None
-    )
-    slices = -(-v.shape[-1] // config.slice)
-    num_segments = count_segments(batch, time, heads * slices, cu_seqlens, q.device)
-    return (
-        torch.empty_like(v),
-        q.new_empty((num_documents, *state) if output_final_state else 0, dtype=torch.float32),
-        q.new_empty((num_segments, *state) if num_segments else 0, dtype=torch.float32),
-    )
+    target, value_dim = target_of(q.device), v.shape[-1]
+    config = _scan_config(target, q.dtype, q.shape[-1], value_dim, decay, bonus is not None)
+    return -(-value_dim // config.slice)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
-def _backward_operator(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor | None,
-    bonus: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    entering: torch.Tensor,
-    do: torch.Tensor,
-    dfinal: torch.Tensor | None,
-    scale: float,
-    decay_gradient: bool,
-    initial_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    results = backward(
-        q,
-        k,
-        v,
-        log_decay,
-        bonus,
-        initial_state,
-        cu_seqlens,
-        entering,
-        do,
-        dfinal,
-        scale,
-        decay_gradient,
-        initial_gradient,
-    )
-    return _without_none(q, results)
-
-
-@_backward_operator.register_fake
-def _(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    cu_seqlens,
-    entering,
-    do,
-    dfinal,
-    scale,
-    decay_gradient,
-    initial_gradient,
-):
-    batch, _, heads, key_dim = q.shape
-    num_documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    state = (num_documents, heads, key_dim, v.shape[-1]) if initial_gradient else 0
-    return (
-        *map(torch.empty_like, (q, k, v)),
-        torch.empty_like(log_decay) if decay_gradient else _nothing(q),
-        _nothing(q) if bonus is None else torch.empty_like(bonus),
-        q.new_empty(state, dtype=torch.float32),
-    )
-
-
-def _gradients(ctx, do, dfinal, run):
-    """Gradients of the nine arguments of `forward`, by `backward` or its operator."""
-    q, k, v, log_decay, bonus, initial_state, cu_seqlens, entering = ctx.saved_tensors
-    do = torch.zeros_like(v) if do is None else do.contiguous()
-    dfinal = None if dfinal is None else dfinal.contiguous()
-    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 4, 5)]
-    inputs = (q, k, v, log_decay, bonus, initial_state, cu_seqlens, entering)
-    gradients = run(*inputs, do, dfinal, ctx.scale, wanted[3], wanted[5])
-    gradients = (x if is_wanted else None for x, is_wanted in zip(gradients, wanted, strict=True))
-    return *gradients, None, None, None
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _backward(ctx, do, dfinal, _):
-    return _gradients(ctx, do, dfinal, _backward_operator)
-
-
-class _Eager(torch.autograd.Function):
-    """The same as `_forward_operator`, without its 30 microseconds of dispatch."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        *tensors, ctx.scale, _ = inputs
-        ctx.set_materialize_grads(False)
-        o, final, entering = forward(*inputs)
-        ctx.save_for_backward(*tensors, entering)
-        return o, final
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do, dfinal):
-        return _gradients(ctx, do, dfinal, backward)
-
-
-_forward_operator.register_autograd(_backward, setup_context=_setup_context)
-
-
-def linear_recurrence_triton(
-    q,
-    k,
-    v,
-    log_decay=None,
-    *,
-    bonus=None,
-    scale=1.0,
-    initial_state=None,
-    output_final_state=False,
-    cu_seqlens=None,
-):
-    """The recurrence on a GPU; arguments and results as `linear_recurrence`, checked by it.
-
-    log_decay is None, [H] or [B, T, H] here. Tensors of different dtypes are computed in the
-    widest, in float32 or narrower.
-    """
-    dtype = v.dtype
-    if not q.dtype == k.dtype == dtype:
-        dtype = functools.reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))
-        q, k = q.to(dtype), k.to(dtype)
-    q, k, values = q.contiguous(), k.contiguous(), v.to(dtype).contiguous()
-    if log_decay is not None:
-        log_decay = _narrow(log_decay)
-    if bonus is not None:
-        bonus = _narrow(bonus)
-    if initial_state is not None:
-        initial_state = initial_state.float().contiguous()
-    inputs = (q, k, values, log_decay, bonus, initial_state, cu_seqlens, float(scale))
-    if _is_traced(q):
-        o, final, _ = _forward_operator(*inputs, output_final_state)
-    else:
-        o, final = _Eager.apply(*inputs, output_final_state)
-    return o.to(v.dtype), final if output_final_state else None
-
-
-def _is_traced(x):
-    """Whether a graph is being made, for which a launch has to be an operator."""
-    return torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor)
-
-
-# Decays that belong to a model, as the kernels read them, with the version they were made from.
-_narrowed = WeakTensorKeyDictionary()
-
-
-def _narrow(x):
-    """Contiguous and in float32 at most. That of a constant is kept: nothing runs at each call."""
-    if x.dtype != torch.float64 and x.is_contiguous():
-        return x
-    if x.requires_grad or x.ndim > 2 or torch.compiler.is_compiling():
-        return (x.float() if x.dtype == torch.float64 else x).contiguous()
-    version, narrowed = _narrowed.get(x, (None, None))
-    if version != x._version:
-        narrowed = (x.float() if x.dtype == torch.float64 else x).contiguous()
-        _narrowed[x] = x._version, narrowed
-    return narrowed
+linear_recurrence_triton, _forward_operator, _backward_operator = make_operator(
+    __name__, forward, backward, num_slices
+)
 
 
 def linear_recurrence_step(
@@ -957,10 +761,10 @@ def linear_recurrence_step(
         ValueError: `in_place` without a contiguous float32 state to replace.
     """
     inputs = (x.contiguous() for x in (q, k, v))
-    log_decay, bonus = (None if x is None else _narrow(x) for x in (log_decay, bonus))
+    log_decay, bonus = (None if x is None else narrow(x) for x in (log_decay, bonus))
     if not in_place:
         state = None if state is None else state.float().contiguous()
-        run = _step_operator if _is_traced(q) else _run_step
+        run = _step_operator if is_traced(q) else _run_step
         return run(*inputs, log_decay, bonus, state, float(scale))
     if state is None or state.dtype != torch.float32 or not state.is_contiguous():
         got = "None" if state is None else f"{state.dtype} with strides {state.stride()}"
@@ -1005,7 +809,7 @@ def _run_step(q, k, v, log_decay, bonus, before, scale, after=None):
     return o, after
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::step", mutates_args=())
+@torch.library.custom_op(f"{operator_namespace(__name__)}::step", mutates_args=())
 def _step_operator(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter where there is no GPU. It decides when they are imported."""
+"""Kernels run in Triton's interpreter where there is no GPU. It decides when triton is imported."""
 
 import os
 

@@ -1,0 +1,223 @@
+"""Kernels of the linear recurrence as operators of PyTorch: autograd, graphs, export.
+
+`make_operator` turns a pair of raw passes over contiguous tensors into what a model calls. The
+kernels for one decay per head and those for one per channel share it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .launch_triton import operator_namespace
+from .segments_triton import count_segments
+
+
+class Operator(NamedTuple):
+    """The recurrence as it is called, and the two operators that a graph of it holds.
+
+    Attributes:
+        run: arguments and results as `linear_recurrence`; they are not checked.
+        forward, backward: the custom operators.
+    """
+
+    run: Callable
+    forward: torch.library.CustomOpDef
+    backward: torch.library.CustomOpDef
+
+
+def make_operator(module, raw_forward, raw_backward, num_slices):
+    """Registers the operators of a module.
+
+    Args:
+        module: its `__name__`.
+        raw_forward: (q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale,
+            output_final_state) to (o, final state or None, entering states or None): those of each
+            segment, None where no document is cut.
+        raw_backward: (the first seven of these, entering states, do, dfinal, scale, whether the
+            gradients of the decay and of the initial state are wanted) to (dq, dk, dv, dlog_decay,
+            dbonus, dinitial), None where not wanted.
+        num_slices: (q, v, log_decay, bonus) to the programs for each head and segment.
+    """
+    namespace = operator_namespace(module)
+
+    @torch.library.custom_op(f"{namespace}::forward", mutates_args=())
+    def forward_operator(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        log_decay: torch.Tensor | None,
+        bonus: torch.Tensor | None,
+        initial_state: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        scale: float,
+        output_final_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        results = raw_forward(
+            q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state
+        )
+        return _without_none(q, results)
+
+    @forward_operator.register_fake
+    def _(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state):
+        batch, time, heads, key_dim = q.shape
+        num_documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        state = heads, key_dim, v.shape[-1]
+        slices = num_slices(q, v, log_decay, bonus)
+        num_segments = count_segments(batch, time, heads * slices, cu_seqlens, q.device)
+        return (
+            torch.empty_like(v),
+            q.new_empty((num_documents, *state) if output_final_state else 0, dtype=torch.float32),
+            q.new_empty((num_segments, *state) if num_segments else 0, dtype=torch.float32),
+        )
+
+    @torch.library.custom_op(f"{namespace}::backward", mutates_args=())
+    def backward_operator(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        log_decay: torch.Tensor | None,
+        bonus: torch.Tensor | None,
+        initial_state: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        entering: torch.Tensor,
+        do: torch.Tensor,
+        dfinal: torch.Tensor | None,
+        scale: float,
+        decay_gradient: bool,
+        initial_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        results = raw_backward(
+            q,
+            k,
+            v,
+            log_decay,
+            bonus,
+            initial_state,
+            cu_seqlens,
+            entering,
+            do,
+            dfinal,
+            scale,
+            decay_gradient,
+            initial_gradient,
+        )
+        return _without_none(q, results)
+
+    @backward_operator.register_fake
+    def _(
+        q,
+        k,
+        v,
+        log_decay,
+        bonus,
+        initial_state,
+        cu_seqlens,
+        entering,
+        do,
+        dfinal,
+        scale,
+        decay_gradient,
+        initial_gradient,
+    ):
+        batch, _, heads, key_dim = q.shape
+        num_documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        state = (num_documents, heads, key_dim, v.shape[-1]) if initial_gradient else 0
+        return (
+            *map(torch.empty_like, (q, k, v)),
+            torch.empty_like(log_decay) if decay_gradient else _nothing(q),
+            _nothing(q) if bonus is None else torch.empty_like(bonus),
+            q.new_empty(state, dtype=torch.float32),
+        )
+
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scale, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[2])
+
+    def gradients(ctx, do, dfinal, run):
+        *inputs, entering = ctx.saved_tensors
+        do = torch.zeros_like(inputs[2]) if do is None else do.contiguous()
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        wanted = ctx.needs_input_grad[:6]
+        found = run(*inputs, entering, do, dfinal, ctx.scale, wanted[3], wanted[5])
+        found = (x if is_wanted else None for x, is_wanted in zip(found, wanted, strict=True))
+        return *found, None, None, None
+
+    forward_operator.register_autograd(
+        lambda ctx, do, dfinal, _: gradients(ctx, do, dfinal, backward_operator),
+        setup_context=setup_context,
+    )
+
+    class Eager(torch.autograd.Function):
+        """The same as `forward_operator`, without its 30 microseconds of dispatch."""
+
+        @staticmethod
+        def forward(ctx, *inputs):
+            results = raw_forward(*inputs)
+            setup_context(ctx, inputs, results)
+            return results[:2]
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, do, dfinal):
+            return gradients(ctx, do, dfinal, raw_backward)
+
+    def run(
+        q,
+        k,
+        v,
+        log_decay=None,
+        *,
+        bonus=None,
+        scale=1.0,
+        initial_state=None,
+        output_final_state=False,
+        cu_seqlens=None,
+    ):
+        """The recurrence on a GPU; arguments and results as `linear_recurrence`, checked by it.
+
+        Tensors of different dtypes are computed in the widest, in float32 or narrower.
+        """
+        dtype = functools.reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))
+        inputs = [x.to(dtype).contiguous() for x in (q, k, v)]
+        inputs += [None if x is None else narrow(x) for x in (log_decay, bonus)]
+        inputs.append(None if initial_state is None else initial_state.float().contiguous())
+        inputs += [cu_seqlens, float(scale), output_final_state]
+        o, final = forward_operator(*inputs)[:2] if is_traced(q) else Eager.apply(*inputs)
+        return o.to(v.dtype), final if output_final_state else None
+
+    return Operator(run, forward_operator, backward_operator)
+
+
+def _nothing(like):
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def _without_none(like, results):
+    """What an operator may return: tensors only, all different."""
+    return tuple(_nothing(like) if x is None else x for x in results)
+
+
+def is_traced(x):
+    """Whether a graph is being made, for which a launch has to be an operator."""
+    return torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor)
+
+
+# Decays that belong to a model, as the kernels read them, with the version they were made from.
+_narrowed = WeakTensorKeyDictionary()
+
+
+def narrow(x):
+    """Contiguous and in float32 at most. That of a constant is kept: nothing runs at each call."""
+    if x.dtype != torch.float64 and x.is_contiguous():
+        return x
+    if x.requires_grad or x.ndim > 2 or torch.compiler.is_compiling():
+        return (x.float() if x.dtype == torch.float64 else x).contiguous()
+    version, narrowed = _narrowed.get(x, (None, None))
+    if version != x._version:
+        narrowed = (x.float() if x.dtype == torch.float64 else x).contiguous()
+        _narrowed[x] = x._version, narrowed
+    return narrowed
