@@ -29,15 +29,18 @@ import triton.language as tl
 from .delta_recurrence import MAX_KERNEL_KEY_DIM
 from .launch_triton import (
     Config,
+    check_replaceable,
     dot,
     dot_add,
     dot_precision,
     launch,
     num_processors,
     operator_namespace,
+    padded,
     rounded,
     target_of,
 )
+from .operator_triton import narrow, nothing
 from .segments_triton import overridden
 
 # Log decays are at least this, and blocks without a boundary this long: see above.
@@ -827,10 +830,6 @@ for _target in ("sm_80", "sm_90", "sm_100", "gfx942"):
             )
 
 
-def _padded(x):
-    return max(16, triton.next_power_of_2(x))
-
-
 class _Call:
     """What the launches of one call share."""
 
@@ -842,7 +841,7 @@ class _Call:
         target = target_of(q.device)
         is_bfloat16 = q.dtype == torch.bfloat16
         self.operand = torch.bfloat16 if is_bfloat16 else torch.float32
-        self.block_k = _padded(self.key_dim)
+        self.block_k = padded(self.key_dim)
         key = target, 16 if is_bfloat16 else 32, self.block_k
         self.configs = overridden.get("delta_recurrence") or _CONFIGS.get(key)
         if self.configs is None:
@@ -913,7 +912,7 @@ class _Call:
             o=o,
             scores=scores,
             LOG_C=self.chunk.bit_length() - 1,
-            BV=min(config.slice, _padded(self.value_dim)),
+            BV=min(config.slice, padded(self.value_dim)),
             **prepared,
             **self._of_chunks(),
             **self._shared(),
@@ -923,7 +922,7 @@ class _Call:
     def scan(self, kernel, num_walks, **arguments):
         """Launches a scan, in slices narrow enough to give every processor a program."""
         config = self.configs.scan
-        slice, walks = min(config.slice, _padded(self.value_dim)), self.num_documents * self.heads
+        slice, walks = min(config.slice, padded(self.value_dim)), self.num_documents * self.heads
         while slice > 16 and walks * num_walks * -(-self.value_dim // slice) < num_processors(
             self.device
         ):
@@ -949,15 +948,11 @@ class _Call:
             (self.num_slots, self.heads),
             config.num_warps,
             config.num_stages,
-            BV=min(config.slice, _padded(self.value_dim)),
+            BV=min(config.slice, padded(self.value_dim)),
             **arguments,
             **self._of_chunks(),
             **self._shared(),
         )
-
-
-def _nothing(like):
-    return like.new_empty(0, dtype=torch.float32)
 
 
 def forward(q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, output_final_state):
@@ -967,7 +962,7 @@ def forward(q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, output_f
         (o, final state, empty unless asked for).
     """
     call = _Call(q, v, log_decay, cu_seqlens, scale)
-    o, final = torch.empty_like(v), _nothing(q)
+    o, final = torch.empty_like(v), nothing(q)
     if output_final_state:
         final = call.empty(call.num_documents, call.heads, call.key_dim, call.value_dim)
     prepared = call.prepare(q, k, v, a, b, o=o)
@@ -1003,7 +998,7 @@ def backward(
     scores = call.empty(*slots, 4, chunk, chunk, dtype=call.operand)
     prepared = call.prepare(q, k, v, a, b, scores=scores)
     shape = call.key_dim, call.value_dim
-    dinitial, dlog_decay = _nothing(q), _nothing(q)
+    dinitial, dlog_decay = nothing(q), nothing(q)
     if initial_gradient:
         dinitial = call.empty(call.num_documents, call.heads, *shape)
     if decay_gradient:
@@ -1136,7 +1131,7 @@ def _(
     state = (num_documents, heads, key_dim, v.shape[-1]) if initial_gradient else 0
     return (
         *map(torch.empty_like, (q, k, v)),
-        torch.empty_like(log_decay) if decay_gradient else _nothing(q),
+        torch.empty_like(log_decay) if decay_gradient else nothing(q),
         *map(torch.empty_like, (a, b)),
         q.new_empty(state, dtype=torch.float32),
     )
@@ -1208,17 +1203,13 @@ def delta_recurrence_triton(
     dtype = torch.float32 if dtype == torch.float64 else dtype
     q, k, values, a, b = (x.to(dtype).contiguous() for x in (q, k, v, a, b))
     if log_decay is not None:
-        log_decay = _narrow(log_decay)
+        log_decay = narrow(log_decay)
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
     o, final = _forward_operator(
         q, k, values, log_decay, a, b, initial_state, cu_seqlens, float(scale), output_final_state
     )
     return o.to(v.dtype), final if output_final_state else None
-
-
-def _narrow(x):
-    return (x.float() if x.dtype == torch.float64 else x).contiguous()
 
 
 def delta_recurrence_step(q, k, v, log_decay, a, b, *, scale=1.0, state=None, in_place=False):
@@ -1238,16 +1229,11 @@ def delta_recurrence_step(q, k, v, log_decay, a, b, *, scale=1.0, state=None, in
         ValueError: `in_place` without a contiguous float32 state to replace.
     """
     q, k, v, a, b = (x.contiguous() for x in (q, k, v, a, b))
-    log_decay = None if log_decay is None else _narrow(log_decay)
+    log_decay = None if log_decay is None else narrow(log_decay)
     if not in_place:
         state = None if state is None else state.float().contiguous()
         return _step_operator(q, k, v, log_decay, a, b, state, float(scale))
-    if state is None or state.dtype != torch.float32 or not state.is_contiguous():
-        got = "None" if state is None else f"{state.dtype} with strides {state.stride()}"
-        raise ValueError(
-            f"delta_recurrence_step: in_place replaces a contiguous float32 state, got {got}; "
-            "pass one, or in_place=False."
-        )
+    check_replaceable("delta_recurrence_step", state)
     return _run_step(q, k, v, log_decay, a, b, state, float(scale), state), state
 
 
@@ -1255,9 +1241,9 @@ def _run_step(q, k, v, log_decay, a, b, before, scale, after):
     batch, _, heads, key_dim = q.shape
     value_dim = v.shape[-1]
     o = torch.empty_like(v)
-    block_k = _padded(key_dim)
+    block_k = padded(key_dim)
     # A tile of the state that fits into the registers of four warps.
-    slice = min(_padded(value_dim), max(16, 4096 // block_k))
+    slice = min(padded(value_dim), max(16, 4096 // block_k))
     launch(
         _step,
         (batch * -(-value_dim // slice), heads),

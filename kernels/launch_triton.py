@@ -152,6 +152,24 @@ def dot_precision(dtype, target):
     return "ieee" if target == "gfx942" else "tf32x3"
 
 
+def padded(size):
+    """The block a dimension takes: a power of two that a tensor core accepts."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def check_replaceable(step, state):
+    """Raises a ValueError for a state that a step cannot replace in place.
+
+    Args: the step's name for the message; the state, or None.
+    """
+    if state is None or state.dtype != torch.float32 or not state.is_contiguous():
+        got = "None" if state is None else f"{state.dtype} with strides {state.stride()}"
+        raise ValueError(
+            f"{step}: in_place replaces a contiguous float32 state, got {got}; "
+            "pass one, or in_place=False."
+        )
+
+
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """a @ b in float32. The interpreter would multiply the bit patterns of bfloat16."""

@@ -35,6 +35,7 @@ from .launch_triton import (
     dot_precision,
     launch,
     log2_of_decay,
+    padded,
     rounded,
     target_of,
 )
@@ -580,21 +581,16 @@ def _config(table, name, target, dtype, width):
     if name in overridden:
         return overridden[name]
     by_width = table[target, 16 if dtype == torch.bfloat16 else 32]
-    return by_width[min(max(64, _padded(width)), max(by_width))]
+    return by_width[min(max(64, padded(width)), max(by_width))]
 
 
 def _scan_config(target, dtype, a, z):
     config = _config(_SCAN, "channels_scan", target, dtype, a)
-    return config._replace(slice=min(config.slice, _padded(z)))
-
-
-def _padded(size):
-    """The block a dimension takes: a power of two that a tensor core accepts."""
-    return max(16, triton.next_power_of_2(size))
+    return config._replace(slice=min(config.slice, padded(z)))
 
 
 def _tile(config, size):
-    return min(config.slice, _padded(size))
+    return min(config.slice, padded(size))
 
 
 _COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float32: tl.float32}
@@ -743,7 +739,7 @@ class _Call:
             passed=passed,
             A=a,
             Z=z_dim,
-            BLOCK_A=_padded(a),
+            BLOCK_A=padded(a),
             BZ=config.slice,
             REVERSE=reverse,
             TRANSPOSED=transposed,

@@ -27,12 +27,14 @@ import triton.language as tl
 
 from .launch_triton import (
     Config,
+    check_replaceable,
     dot,
     dot_add,
     dot_precision,
     launch,
     log2_of_decay,
     operator_namespace,
+    padded,
     rounded,
     target_of,
 )
@@ -477,7 +479,7 @@ def _scan_config(target, dtype, a, z, decay, has_bonus):
 
 @functools.cache
 def _shipped(target, dtype, a, z, decay, has_bonus):
-    column = max(64, _padded(a)).bit_length() - 7
+    column = max(64, padded(a)).bit_length() - 7
     if column > 3:
         raise ValueError(
             "linear_recurrence: the Triton kernels take heads of up to 512 channels, "
@@ -488,16 +490,11 @@ def _shipped(target, dtype, a, z, decay, has_bonus):
     else:
         key = target, 16, "bonus" if has_bonus else "gates" if decay == 2 else "constant"
     config = Config(*_SCAN[key][column])
-    return config._replace(slice=min(config.slice, _padded(z)))
+    return config._replace(slice=min(config.slice, padded(z)))
 
 
 def _states_config(dtype):
     return overridden.get("states", _STATES[16 if dtype == torch.bfloat16 else 32])
-
-
-def _padded(size):
-    """The block a dimension takes: a power of two that a tensor core accepts."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 _COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float32: tl.float32}
@@ -574,13 +571,13 @@ class _Call:
             num_tokens=self.batch * self.time,
             A=a,
             Z=z_dim,
-            BLOCK_A=_padded(a),
+            BLOCK_A=padded(a),
             C=config.chunk,
             BZ=config.slice,
             REVERSE=reverse,
             BONUS=bonus,
             TRANSPOSED=transposed,
-            PAIRS_ONCE=self.target != "sm_80" and _padded(a) != 256,
+            PAIRS_ONCE=self.target != "sm_80" and padded(a) != 256,
             **self._shared(exact=weight is not None),
         )
         return None if row_dot is None else row_dot.sum(0)
@@ -589,7 +586,7 @@ class _Call:
         """The state that enters each segment [segments, H, K, V]; fills `last`, if it is given."""
         a, z_dim = y.shape[-1], z.shape[-1]
         config = _states_config(torch.float32 if exact else self.dtype)
-        block_a, block_z = (min(config.slice, _padded(x)) for x in (a, z_dim))
+        block_a, block_z = (min(config.slice, padded(x)) for x in (a, z_dim))
         cut, heads = self.plan, self.heads
 
         def empty(*shape):
@@ -766,12 +763,7 @@ def linear_recurrence_step(
         state = None if state is None else state.float().contiguous()
         run = _step_operator if is_traced(q) else _run_step
         return run(*inputs, log_decay, bonus, state, float(scale))
-    if state is None or state.dtype != torch.float32 or not state.is_contiguous():
-        got = "None" if state is None else f"{state.dtype} with strides {state.stride()}"
-        raise ValueError(
-            f"linear_recurrence_step: in_place replaces a contiguous float32 state, got {got}; "
-            "pass one, or in_place=False."
-        )
+    check_replaceable("linear_recurrence_step", state)
     return _run_step(*inputs, log_decay, bonus, state, float(scale), state)
 
 
@@ -781,9 +773,9 @@ def _run_step(q, k, v, log_decay, bonus, before, scale, after=None):
     if after is None:
         after = q.new_empty((batch, heads, key_dim, value_dim), dtype=torch.float32)
     o = torch.empty_like(v)
-    block_k = _padded(key_dim)
+    block_k = padded(key_dim)
     # A tile of the state that fits into the registers of four warps.
-    slice = min(_padded(value_dim), max(16, 4096 // block_k))
+    slice = min(padded(value_dim), max(16, 4096 // block_k))
     forms = {0: 0, 1: 1, 3: 2, 4: 3}
     launch(
         _step,

@@ -127,8 +127,8 @@ def make_operator(module, raw_forward, raw_backward, num_slices):
         state = (num_documents, heads, key_dim, v.shape[-1]) if initial_gradient else 0
         return (
             *map(torch.empty_like, (q, k, v)),
-            torch.empty_like(log_decay) if decay_gradient else _nothing(q),
-            _nothing(q) if bonus is None else torch.empty_like(bonus),
+            torch.empty_like(log_decay) if decay_gradient else nothing(q),
+            nothing(q) if bonus is None else torch.empty_like(bonus),
             q.new_empty(state, dtype=torch.float32),
         )
 
@@ -192,13 +192,14 @@ def make_operator(module, raw_forward, raw_backward, num_slices):
     return Operator(run, forward_operator, backward_operator)
 
 
-def _nothing(like):
+def nothing(like):
+    """A tensor without elements, for what an operator returns but nobody asked for."""
     return like.new_empty(0, dtype=torch.float32)
 
 
 def _without_none(like, results):
     """What an operator may return: tensors only, all different."""
-    return tuple(_nothing(like) if x is None else x for x in results)
+    return tuple(nothing(like) if x is None else x for x in results)
 
 
 def is_traced(x):

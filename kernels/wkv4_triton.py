@@ -38,6 +38,7 @@ import triton.language as tl
 from .launch_triton import (
     LOG2E,
     Config,
+    check_replaceable,
     launch,
     num_processors,
     operator_namespace,
@@ -807,12 +808,7 @@ def wkv4_step(w, u, k, v, *, state=None, in_place=False):
     if not in_place:
         state = None if state is None else state.float().contiguous()
         return _step_operator(*inputs, state)
-    if state is None or state.dtype != torch.float32 or not state.is_contiguous():
-        got = "None" if state is None else f"{state.dtype} with strides {state.stride()}"
-        raise ValueError(
-            f"wkv4_step: in_place replaces a contiguous float32 state, got {got}; "
-            "pass one, or in_place=False."
-        )
+    check_replaceable("wkv4_step", state)
     return _run_step(*inputs, state, state), state
 
 

@@ -23,12 +23,7 @@ CU_SEQLENS = [0, 0, 1, 2, 34, 34, 53, 60, 60]
 FLOAT32 = 2e-6
 
 
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan():
-    """torch.empty returns NaN: nothing that a kernel leaves unwritten passes a comparison."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 
 def chunks(length, num_warps=4):

@@ -20,12 +20,7 @@ CU_SEQLENS = [0, 0, 1, 2, 66, 66, 130, 131, 150, 150]
 FLOAT32 = 3e-5
 
 
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan():
-    """torch.empty returns NaN: nothing that a kernel leaves unwritten passes a comparison."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 
 def arguments(

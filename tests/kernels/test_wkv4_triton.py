@@ -20,13 +20,7 @@ from zoo.kernels.wkv4_triton import wkv4_step, wkv4_triton
 CU_SEQLENS = [0, 0, 1, 5, 5, 10, 13, 13]
 
 
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 
 @pytest.fixture
