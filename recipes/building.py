@@ -83,16 +83,14 @@ def build_model(recipe, config, checkpoint=None):
     return model
 
 
-def parameter_groups(model, weight_decay):
-    """AdamW's groups: matrices decay, vectors and scalars (norms, biases, gains) do not.
-
-    Embeddings are matrices and decay too.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+def parameter_groups(model, weight_decay, learning_rate):
+    """The optimizer's groups, as the model wants them: weight decay, and factors on the rate."""
+    return [
+        {
+            "params": group["params"],
+            "weight_decay": weight_decay if group["decays"] else 0.0,
+            "lr": learning_rate * group["lr_scale"],
+            "lr_scale": group["lr_scale"],
+        }
+        for group in model.optimizer_groups()
     ]
-    return [group for group in groups if group["params"]]

@@ -98,7 +98,7 @@ class Run:
         model = build_model(recipe, config, folder)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, recipe.weight_decay),
+            parameter_groups(model, recipe.weight_decay, recipe.learning_rate),
             lr=recipe.learning_rate,
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.epsilon,
@@ -195,7 +195,7 @@ class Run:
         set_seed(int(entropy.generate_state(1)[0]))
         rate = recipe.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         batches = [
             self.windows.batch(self.step, rank, micro, world, self.size)
             for micro in range(self.accumulation)

@@ -20,6 +20,30 @@ from .retnet import (
     RetNetForSequenceClassification,
     RetNetModel,
 )
+from .rwkv4 import (
+    RWKV4Config,
+    RWKV4ForCausalLM,
+    RWKV4ForSequenceClassification,
+    RWKV4Model,
+)
+from .rwkv5 import (
+    RWKV5Config,
+    RWKV5ForCausalLM,
+    RWKV5ForSequenceClassification,
+    RWKV5Model,
+)
+from .rwkv6 import (
+    RWKV6Config,
+    RWKV6ForCausalLM,
+    RWKV6ForSequenceClassification,
+    RWKV6Model,
+)
+from .rwkv7 import (
+    RWKV7Config,
+    RWKV7ForCausalLM,
+    RWKV7ForSequenceClassification,
+    RWKV7Model,
+)
 
 __version__ = "0.1.0"
 
@@ -43,6 +67,34 @@ MODELS = {
             RetNetModel,
             RetNetForCausalLM,
             RetNetForSequenceClassification,
+        ),
+        Architecture(
+            "rwkv4",
+            RWKV4Config,
+            RWKV4Model,
+            RWKV4ForCausalLM,
+            RWKV4ForSequenceClassification,
+        ),
+        Architecture(
+            "rwkv5",
+            RWKV5Config,
+            RWKV5Model,
+            RWKV5ForCausalLM,
+            RWKV5ForSequenceClassification,
+        ),
+        Architecture(
+            "rwkv6",
+            RWKV6Config,
+            RWKV6Model,
+            RWKV6ForCausalLM,
+            RWKV6ForSequenceClassification,
+        ),
+        Architecture(
+            "rwkv7",
+            RWKV7Config,
+            RWKV7Model,
+            RWKV7ForCausalLM,
+            RWKV7ForSequenceClassification,
         ),
     )
 }

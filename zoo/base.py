@@ -10,6 +10,7 @@ argument and a result (zoo/state.py), and what `ZooModel.mixer_inputs` computes 
 """
 
 import difflib
+import fnmatch
 from dataclasses import fields
 from typing import ClassVar
 
@@ -50,7 +51,6 @@ class ZooConfig(PreTrainedConfig):
         intermediate_size: width F of the MLP; None lets the architecture choose.
         num_hidden_layers: number of blocks.
         num_attention_heads: number of heads H.
-        rms_norm_eps: epsilon of the norms.
         tie_word_embeddings: whether the output projection is the embedding.
         use_cache: whether a forward pass returns the state.
 
@@ -71,7 +71,6 @@ class ZooConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
-    rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -173,6 +172,8 @@ class ZooPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _can_compile_fullgraph = True
+    # Parameters that learn at another rate: name pattern (fnmatch) -> factor on the learning rate.
+    learning_rate_scales: ClassVar[dict[str, float]] = {}
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
@@ -184,6 +185,28 @@ class ZooPreTrainedModel(PreTrainedModel):
         # loaded, and so each one that has none of its own: a mixer, whose children hold them. It
         # guards against initialisers that ignore what is loaded already; ours do not.
         super()._initialize_weights(module, is_custom_code=False)
+
+    def optimizer_groups(self):
+        """How to train each parameter that is trained, as data for any optimizer.
+
+        Matrices of linear layers and embeddings decay; norms, biases, gains, decays and the like
+        do not.
+
+        Returns:
+            A list of {"params": parameters, "decays": bool, "lr_scale": factor on the rate}.
+        """
+        groups = {}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            decays = parameter.ndim >= 2 and name.endswith(".weight")
+            patterns = self.learning_rate_scales.items()
+            scale = next((x for pattern, x in patterns if fnmatch.fnmatch(name, pattern)), 1.0)
+            groups.setdefault((not decays, scale), []).append(parameter)
+        return [
+            {"params": parameters, "decays": not is_plain, "lr_scale": scale}
+            for (is_plain, scale), parameters in sorted(groups.items(), key=lambda item: item[0])
+        ]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -197,7 +220,10 @@ class ZooPreTrainedModel(PreTrainedModel):
 
 
 class ZooBlock(GradientCheckpointingLayer):
-    """A pre-norm residual block: x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm residual block: x + mixer(norm(x)), then x + mlp(norm(x)).
+
+    The norms are RMSNorms with the config's `rms_norm_eps`.
+    """
 
     mixer_class: type[nn.Module]
     mlp_class: type[nn.Module]
@@ -209,6 +235,10 @@ class ZooBlock(GradientCheckpointingLayer):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = self.mlp_class(config)
 
+    def state_specs(self):
+        """The `StateSpec`s of the block's state by name."""
+        return self.mixer.state_specs()
+
     def forward(self, x_BTD, sequence, state, **inputs):
         """Returns (x_BTD, state); the state that came in is left as it was."""
         y_BTD, state = self.mixer(self.mixer_norm(x_BTD), sequence, state.copy(), **inputs)
@@ -217,9 +247,13 @@ class ZooBlock(GradientCheckpointingLayer):
 
 
 class ZooModel(ZooPreTrainedModel):
-    """The decoder: embedding, blocks, final norm."""
+    """The decoder: embedding, blocks, final norm.
 
-    block_class: type[ZooBlock]
+    A block is called as `ZooBlock` is. What it returns beyond (x_BTD, state), the next one gets as
+    positional arguments.
+    """
+
+    block_class: type[nn.Module]
 
     def __init__(self, config):
         super().__init__(config)
@@ -246,7 +280,7 @@ class ZooModel(ZooPreTrainedModel):
 
     def state_specs(self):
         """The `StateSpec`s of each layer by name."""
-        return [layer.mixer.state_specs() for layer in self.layers]
+        return [layer.state_specs() for layer in self.layers]
 
     @can_return_tuple
     @merge_with_config_defaults
@@ -319,14 +353,14 @@ class ZooModel(ZooPreTrainedModel):
 
     @capture_outputs
     def _run_blocks(self, x_BTD, sequence, cache, inputs, **kwargs):
-        mixer_inputs = self.mixer_inputs(x_BTD, sequence)
+        mixer_inputs, carried = self.mixer_inputs(x_BTD, sequence), ()
         for index, layer in enumerate(self.layers):
-            specs = layer.mixer.state_specs()
+            specs = layer.state_specs()
             if cache is None:
                 state = State(dict.fromkeys(specs), is_kept=False)
             else:
                 state = cache.layers[index].read(sequence, specs)
-            x_BTD, state = layer(x_BTD, sequence, state, **mixer_inputs)
+            x_BTD, state, *carried = layer(x_BTD, sequence, state, *carried, **mixer_inputs)
             if cache is not None:
                 cache.layers[index].write(sequence, specs, state, inputs if index == 0 else None)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD))
@@ -409,6 +443,11 @@ def _fused_linear_cross_entropy(head, hidden_TD):
     return LigerFusedLinearCrossEntropyLoss(
         ignore_index=LOSS_IGNORES, reduction="sum", accum_dtype=torch.float32
     )
+
+
+def in_range(x):
+    """The tensor, in float32 if it is float16, whose range is too small for sums over time."""
+    return x.float() if x.dtype == torch.float16 else x
 
 
 class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
@@ -549,4 +588,5 @@ __all__ = [
     "ZooForSequenceClassification",
     "ZooModel",
     "ZooPreTrainedModel",
+    "in_range",
 ]

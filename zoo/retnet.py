@@ -37,6 +37,7 @@ from .base import (
     ZooForSequenceClassification,
     ZooModel,
     ZooPreTrainedModel,
+    in_range,
 )
 from .kernels.linear_recurrence import linear_recurrence
 from .state import StateSpec
@@ -50,6 +51,7 @@ class RetNetConfig(ZooConfig):
         key_size: width of q and k over all heads; None: hidden_size.
         value_size: width of v and the gate over all heads; None: twice hidden_size.
         intermediate_size: MLP width; None: twice hidden_size.
+        rms_norm_eps: epsilon of the norms.
         num_key_value_heads: fewer heads for k and v, each shared by a group of query heads
             (fla's option); None: num_attention_heads.
         decay_schedule: "power": gamma_h = 1 - 2^(-5-h) (paper section 2.3, all published weights);
@@ -91,6 +93,7 @@ class RetNetConfig(ZooConfig):
     key_size: int | None = None
     value_size: int | None = None
     num_key_value_heads: int | None = None
+    rms_norm_eps: float = 1e-6
     decay_schedule: Literal["power", "log"] = "power"
     rotation: Literal["interleaved", "half"] = "interleaved"
     normalize_retention: bool = True
@@ -263,7 +266,7 @@ class Retention(nn.Module):
             q_BTHK,
             k_BTHK,
             # The output is as large as three projections multiplied: too large for fp16's range.
-            v_BTHV.float() if v_BTHV.dtype == torch.float16 else v_BTHV,
+            in_range(v_BTHV),
             log_decay_H,
             initial_state=state.memory_BHKV,
             output_final_state=state.is_kept,
