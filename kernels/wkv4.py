@@ -335,7 +335,7 @@ class _TwoLevelScan(torch.autograd.Function):
         for c in range(k_RCD.shape[1]):
             k, v = k_RCD[:, c], v_RCD[:, c]
             gain = k - log
-            torch.lerp(mean, v, (gain + u_D).sigmoid_(), out=y_RCD[:, c])
+            y_RCD[:, c] = torch.lerp(mean, v, (gain + u_D).sigmoid_())
             mean = torch.lerp(mean, v, gain.sub_(w_D).sigmoid_())
             log = torch.logaddexp(log + w_D, k)
         ctx.steps = steps
@@ -411,10 +411,10 @@ class _TwoLevelScan(torch.autograd.Function):
             y = torch.lerp(mean, v, now)
             dnow = now * dy
             dpast = dy - dnow
-            torch.addcmul(dnow, write, p, out=dv_RCD[:, c])
+            dv_RCD[:, c] = torch.addcmul(dnow, write, p)
             dkey = dnow.mul_(v - y)
             du_RD += dkey
-            torch.addcmul(dkey, write, torch.addcmul(q, p, v), out=dk_RCD[:, c])
+            dk_RCD[:, c] = torch.addcmul(dkey, write, torch.addcmul(q, p, v))
             p.addcmul_(p, write, value=-1)
             q.addcmul_(q, write, value=-1)
             dw_RD.addcmul_(torch.addcmul(q, p, mean), inside_CR1[c])

@@ -220,7 +220,7 @@ class RWKV7TimeMix(TimeMix):
             output_final_state=state.is_kept,
             cu_seqlens=sequence.cu_seqlens,
         )
-        bonus_BTH = (r_BTHK * k_BTHK * self.r_k).sum(-1, keepdim=True)
+        bonus_BTH = (in_range(r_BTHK) * k_BTHK * self.r_k).sum(-1, keepdim=True)
         y_BTHV = self.head_norm(y_BTHV) + bonus_BTH * v_BTHV
         y_BTD = y_BTHV.flatten(2).to(dtype) * self.gate(g_BTD)
         return self.out_proj(y_BTD), state, v_first_BTD

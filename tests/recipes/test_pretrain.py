@@ -201,7 +201,7 @@ def test_accumulation_equals_one_batch():
 def test_only_matrices_decay():
     recipe = recipe_with(head_norm_weight=True)
     model = build_model(recipe, build_config(recipe, load_tokenizer("tokenizers/byte")))
-    matrices, vectors = parameter_groups(model, 0.1)
+    matrices, vectors = parameter_groups(model, 0.1, 1e-3)
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert {p.ndim for p in vectors["params"]} == {1}
     assert min(p.ndim for p in matrices["params"]) == 2

@@ -1,9 +1,23 @@
-"""What the papers' code initialises: parameter pattern -> (mean, standard deviation, distribution).
+"""What the papers' code initialises: parameter pattern -> what its values are.
 
-Patterns are fnmatch's; a distribution is "normal", "uniform" or "constant".
+Patterns are fnmatch's. Values are a tuple (mean, standard deviation, distribution), with the
+distribution "normal", "uniform" or "constant"; a list of numbers, one by one; or `Orthogonal`.
 
 Written from the papers and their code, not from ours.
 """
+
+import math
+from typing import NamedTuple
+
+
+class Orthogonal(NamedTuple):
+    """A matrix whose rows or columns, whichever are fewer, are orthogonal and of length `gain`."""
+
+    gain: float
+
+
+ZERO = (0.0, 0.0, "constant")
+ONE = (1.0, 0.0, "constant")
 
 
 def xavier_uniform(fan_in, fan_out, gain):
@@ -38,15 +52,189 @@ def retnet(config):
         "*.mixer.out_proj.weight": divided(xavier_uniform(value_width, width, 2**-1), deepnorm),
         f"*.mlp.{activated}_proj.weight": divided(linear_default(width), deepnorm),
         "*.mlp.down_proj.weight": divided(linear_default(mlp_width), deepnorm),
-        "*norm.weight": (1.0, 0.0, "constant"),
+        "*norm.weight": ONE,
     }
     if linear is not None:
         table[f"*.mlp.{linear}_proj.weight"] = linear_default(width)
     else:
         table["*.mlp.up_proj.bias"] = linear_default(width)
         table["*.mlp.down_proj.bias"] = linear_default(mlp_width)
-        table["*.inner_norm.bias"] = (0.0, 0.0, "constant")
+        table["*.inner_norm.bias"] = ZERO
     return table
 
 
-TABLES = {"retnet": retnet}  # by the name in zoo.MODELS; each takes the config
+def uniform(bound):
+    """Uniform between -bound and bound."""
+    return 0.0, bound / 3**0.5, "uniform"
+
+
+def powers(width, exponent, offset=0.0):
+    """(i / width)^exponent + offset for each channel i."""
+    return [(i / width) ** exponent + offset for i in range(width)]
+
+
+def complements(values):
+    """1 - x of each: how much of the previous token, where the others say of the current one."""
+    return [1 - x for x in values]
+
+
+def rwkv_common(config):
+    """Embeddings, head and LayerNorms of all trainers; (depth 0 to 1, the rest 1 to 1/L) by layer.
+
+    A layer's schedules divide by L - 1: the trainers cannot build a model of one layer.
+    """
+    width, vocab, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
+    table = {
+        "model.embed_tokens.weight": uniform(1e-4),
+        "lm_head.weight": Orthogonal(0.5 * max(1, vocab / width) ** 0.5),
+        "*.mixer_norm.weight": ONE,
+        "*.mixer_norm.bias": ZERO,
+        "*.mlp_norm.weight": ONE,
+        "*.mlp_norm.bias": ZERO,
+        "model.norm.weight": ONE,
+        "model.norm.bias": ZERO,
+        "*.mlp.v_proj.weight": ZERO,
+        "*.mixer.out_proj.weight": ZERO,
+    }
+    if config.embedding_norm:
+        table |= {"model.embed_norm.weight": ONE, "model.embed_norm.bias": ZERO}
+    return table, [(i / (layers - 1), 1 - i / layers) for i in range(layers)]
+
+
+def rwkv4(config):
+    """RWKV-v4neo's trainer, with the embeddings of the paper's section 4 ("small init")."""
+    width, size = config.hidden_size, config.attention_hidden_size
+    table, layers = rwkv_common(config)
+    for index, (depth, rest) in enumerate(layers):
+        mixer, mlp = f"model.layers.{index}.mixer", f"model.layers.{index}.mlp"
+        table |= {
+            f"{mixer}.mix_k": powers(width, rest),
+            f"{mixer}.mix_v": powers(width, rest, 0.3 * depth),
+            f"{mixer}.mix_r": powers(width, 0.5 * rest),
+            f"{mixer}.time_decay": [
+                -5 + 8 * (i / (size - 1)) ** (0.7 + 1.3 * depth) for i in range(size)
+            ],
+            f"{mixer}.time_first": [math.log(0.3) + 0.5 * ((i + 1) % 3 - 1) for i in range(size)],
+            f"{mlp}.mix_k": powers(width, rest),
+            f"{mlp}.mix_r": powers(width, rest),
+        }
+    return table | {
+        "*.mixer.k_proj.weight": ZERO,
+        "*.mixer.r_proj.weight": ZERO,
+        "*.mixer.v_proj.weight": Orthogonal(max(1, size / width) ** 0.5),
+        "*.mlp.k_proj.weight": Orthogonal(max(1, config.intermediate_size / width) ** 0.5),
+        "*.mlp.r_proj.weight": ZERO,
+    }
+
+
+def rwkv_matrices(config):
+    """The matrices and the head norms of RWKV-v5's trainer, which serves 5, 6 and 7."""
+    table, layers = rwkv_common(config)
+    for index in range(len(layers)):
+        loudness = ((1 + index) / len(layers)) ** 0.7
+        table[f"model.layers.{index}.mixer.head_norm.weight"] = (loudness, 0.0, "constant")
+    table |= {
+        "*.mixer.head_norm.bias": ZERO,
+        "*.mixer.r_proj.weight": Orthogonal(1.0),
+        "*.mixer.k_proj.weight": Orthogonal(0.1),
+        "*.mixer.v_proj.weight": Orthogonal(1.0),
+        "*.mlp.k_proj.weight": Orthogonal(1.0),
+    }
+    return table, layers
+
+
+def decay_and_bonus(size, depth):
+    """The schedules of RWKV-5 and 6 over the channels of the keys."""
+    steps = [i / (size - 1) for i in range(size)]
+    decay = [-6 + 5 * step ** (0.7 + 1.3 * depth) for step in steps]
+    bonus = [depth * (1 - step) + 0.1 * ((i + 1) % 3 - 1) for i, step in enumerate(steps)]
+    return decay, bonus
+
+
+def rwkv5(config):
+    """RWKV-v5's trainer, x052."""
+    width = config.hidden_size
+    table, layers = rwkv_matrices(config)
+    for index, (depth, rest) in enumerate(layers):
+        mixer, mlp = f"model.layers.{index}.mixer", f"model.layers.{index}.mlp"
+        decay, bonus = decay_and_bonus(config.key_size, depth)
+        table |= {
+            f"{mixer}.mix_k": powers(width, rest),
+            f"{mixer}.mix_v": powers(width, rest, 0.3 * depth),
+            f"{mixer}.mix_r": powers(width, 0.5 * rest),
+            f"{mixer}.time_decay": decay,
+            f"{mixer}.bonus": bonus,
+            f"{mlp}.mix_k": powers(width, rest),
+            f"{mlp}.mix_r": powers(width, rest),
+        }
+        if config.gated:
+            table[f"{mixer}.mix_g"] = powers(width, 0.5 * rest)
+    if config.gated:
+        table["*.mixer.gate_proj.weight"] = Orthogonal(0.1)
+    return table | {"*.mlp.r_proj.weight": ZERO}
+
+
+def rwkv6(config):
+    """RWKV-v5's trainer, x060."""
+    width = config.hidden_size
+    table, layers = rwkv_matrices(config)
+    for index, (depth, rest) in enumerate(layers):
+        mixer, mlp = f"model.layers.{index}.mixer", f"model.layers.{index}.mlp"
+        decay, bonus = decay_and_bonus(config.key_size, depth)
+        current = powers(width, rest)
+        w, k, v = current, current, powers(width, rest, 0.3 * depth)
+        r, g = powers(width, 0.5 * rest), powers(width, 0.5 * rest)
+        table |= {
+            f"{mixer}.mu_x": complements(current),
+            f"{mixer}.mu": complements(w + k + v + r + g),
+            f"{mixer}.time_decay": decay,
+            f"{mixer}.bonus": bonus,
+            f"{mlp}.mu_k": complements(powers(width, rest**3)),
+            f"{mlp}.mu_r": complements(powers(width, rest**3)),
+        }
+    return table | {
+        "*.mixer.gate_proj.weight": Orthogonal(0.1),
+        "*.mixer.*_lora_a": ZERO,
+        "*.mixer.*_lora_b": uniform(0.01),
+        "*.mlp.r_proj.weight": ZERO,
+    }
+
+
+def rwkv7(config):
+    """RWKV-v5's trainer, x070."""
+    width, size, head_size = config.hidden_size, config.key_size, config.head_size
+    table, layers = rwkv_matrices(config)
+    middle = (head_size - 1) / 2
+    zigzag = [(i % head_size - middle) / middle for i in range(size)]
+    zigzag = [x * abs(x) for x in zigzag]
+    linear = [i / (size - 1) - 0.5 for i in range(size)]
+    for index, (depth, rest) in enumerate(layers):
+        mixer, mlp = f"model.layers.{index}.mixer", f"model.layers.{index}.mlp"
+        mixed = [powers(width, power * rest) for power in (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)]
+        speed = [-6 + 6 * (i / (size - 1)) ** (1 + depth**0.3) for i in range(size)]
+        table |= {
+            f"{mixer}.mu": complements(sum(mixed, [])),
+            f"{mixer}.decay.bias": [x + 0.5 + 2.5 * z for x, z in zip(speed, zigzag, strict=True)],
+            f"{mixer}.rate.bias": [
+                -0.19 + 0.3 * z + 0.4 * x for z, x in zip(zigzag, linear, strict=True)
+            ],
+            f"{mixer}.k_k": [0.71 - 0.1 * x for x in linear],
+            f"{mlp}.mu_k": complements(powers(width, rest**4)),
+        }
+        if index > 0:
+            values = config.value_size
+            table[f"{mixer}.residual.bias"] = [
+                0.73 - 0.4 * (i / (values - 1) - 0.5) for i in range(values)
+            ]
+    gain = max(1.0, config.gate_lora_rank / config.value_size) ** 0.5
+    table |= {f"*.mixer.{name}.b": Orthogonal(0.1) for name in ("decay", "rate", "residual")}
+    return table | {
+        "*.mixer.gate.b": Orthogonal(0.1 * gain),
+        "*.mixer.*.a": ZERO,
+        "*.mixer.k_a": (1.02, 0.0, "constant"),
+        "*.mixer.r_k": (-0.04, 0.0, "constant"),
+    }
+
+
+# By the name in zoo.MODELS; each takes the config.
+TABLES = {"retnet": retnet, "rwkv4": rwkv4, "rwkv5": rwkv5, "rwkv6": rwkv6, "rwkv7": rwkv7}

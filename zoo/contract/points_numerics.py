@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .compare import NAMES, gradients, loss_of
+from .paper_initialization import Orthogonal
 from .points_library import aligned
 from .points_sequence import PIECES, cut
 from .report import NotApplicable
@@ -122,16 +123,13 @@ def _extremes(subject, checks, dtype):
     # As far as learned positions reach, where there are such.
     length = min(4200, getattr(subject.config, "max_position_embeddings", None) or 4200)
     ids = subject.ids(1, length)
-    settings = {f"{length} tokens": 1}
+    factors = [1]
     if subject.pretrained is None:
         # Eight times the weights of a trained model overflow the MLP of any architecture in fp16.
-        settings[f"{length} tokens, weights x 8"] = 8
-    for name, factor in settings.items():
-        model = subject.model(torch.float32)
-        # Matrices only: the norms' weights would multiply with all of them.
-        for weight in model.parameters():
-            weight *= factor if weight.ndim > 1 else 1
-        model = model.to(dtype)
+        factors.append(_largest_factor(subject, ids, dtype))
+    for factor in factors:
+        name = f"{length} tokens" + (f", weights x {factor}" if factor > 1 else "")
+        model = _enlarged(subject, factor).to(dtype)
         for way, size in {"whole": length, "in pieces of 1000": 1000}.items():
             logits, cache = subject.run(model, ids, cut(length, (size,)))
             tensors = [logits, *cache_tensors(cache).values()]
@@ -141,6 +139,34 @@ def _extremes(subject, checks, dtype):
             grads = gradients(model, loss_of(subject.forward(model, ids).logits))
         bad = sum((~torch.isfinite(x)).sum().item() for x in grads.values())
         checks.below(f"{name}, gradients: NaN or infinite", bad, 0)
+
+
+def _enlarged(subject, factor):
+    """The model in float32 with larger matrices; norms' weights would multiply with all of them."""
+    model = subject.model(torch.float32)
+    for weight in model.parameters():
+        weight *= factor if weight.ndim > 1 else 1
+    return model
+
+
+def _largest_factor(subject, ids, dtype):
+    """By how much, 8 at most, matrices can grow until a module's output has no number in a dtype.
+
+    RWKV-7's is of the fourth power in its weights, so in fp16 this is less than for others.
+    """
+    for factor in (8, 4, 2):
+        model, largest = _enlarged(subject, factor), [0.0]
+
+        def look(module, inputs, output, largest=largest):
+            if torch.is_tensor(output) and output.is_floating_point():
+                largest[0] = max(largest[0], output.abs().max().item())
+
+        for module in model.modules():
+            module.register_forward_hook(look)
+        subject.forward(model, ids)
+        if largest[0] <= torch.finfo(dtype).max:
+            return factor
+    return 1
 
 
 def initialization(subject, checks):
@@ -174,14 +200,26 @@ def _statistics(subject, checks, fresh):
     for name, _ in fresh.named_parameters():
         if not any(fnmatch.fnmatch(name, pattern) for pattern in table):
             checks.holds(name, False, "no entry", "an entry")
-    for pattern, (mean, std, distribution) in table.items():
+    for pattern, values in table.items():
         weights = [x for name, x in fresh.named_parameters() if fnmatch.fnmatch(name, pattern)]
         if not weights:
             checks.holds(pattern, False, "no parameter", "a parameter")
             continue
+        if isinstance(values, Orthogonal):
+            error = max(_distance_from_orthogonal(weight, values.gain) for weight in weights)
+            checks.below(f"{pattern}: orthogonal, gain {values.gain:.4g}", error, 1e-5)
+            continue
         x = torch.cat([weight.detach().flatten() for weight in weights]).double()
+        if isinstance(values, list):
+            expected = torch.tensor(values, dtype=torch.float64)
+            error = (x - expected).abs().max().item() if len(x) == len(expected) else math.inf
+            # Theirs and ours are computed in float32, from numbers of order one to ten.
+            checks.below(f"{pattern}: distance from the schedule", error, 1e-5)
+            continue
+        mean, std, distribution = values
         if distribution == "constant":
-            checks.below(f"{pattern}: distance from {mean:g}", (x - mean).abs().max().item(), 0)
+            distance = (x - torch.tensor(mean)).abs().max().item()
+            checks.below(f"{pattern}: distance from {mean:g}", distance, 1e-7 * abs(mean))
             continue
         error = std / len(x) ** 0.5
         off = abs(x.mean().item() - mean) / error
@@ -195,3 +233,9 @@ def _statistics(subject, checks, fresh):
         # 24 / n is the variance of a normal sample's kurtosis; a uniform one's is smaller.
         off = abs(measured - kurtosis) / (24 / len(x)) ** 0.5
         checks.below(f"{pattern}: {distribution}, kurtosis off by standard errors", off, 6)
+
+
+def _distance_from_orthogonal(weight, gain):
+    """How far the singular values are from the gain, relative to it."""
+    singular = torch.linalg.svdvals(weight.detach().double())
+    return (singular / gain - 1).abs().max().item()
