@@ -51,9 +51,10 @@ class _ChannelScan(torch.autograd.Function):
         dk = sum of f (dP^T (f q))      + F (v dS^T)
         dv = P^T do                     + (F k) dS
 
-    A log decay enters only where a query or key decays: its gradient is the sum of q dq over the
-    later queries, less that of k dk over the later keys, in the chunk, plus the rows of S dS where
-    the chunk ends. The diagonal of P does not decay and is left out of both sums.
+    A log decay counts wherever it is part of a factor: its gradient is the sum of q dq over the
+    queries that reach back beyond it inside their block, of k dk over the keys that reach on beyond
+    it, for each width, and of S dS over the whole chunk. (The difference of all q dq and all k dk
+    that come later is the same number, but of its digits most cancel.)
     """
 
     @staticmethod
@@ -89,55 +90,62 @@ class _ChannelScan(torch.autograd.Function):
         _add_product(o_NHCV, q_NHCK * reach.query_NHCK, states_NHKV)
         ctx.counts, ctx.has_initial = counts, initial_NHKV is not None
         ctx.save_for_backward(
-            q_NHCK, k_NHCK, v_NHCV, decay_NHCK, bonus_HK, scores_NHCC, states_NHKV, final_NHKV
+            q_NHCK, k_NHCK, v_NHCV, decay_NHCK, bonus_HK, scores_NHCC, states_NHKV
         )
         return o_NHCV, final_NHKV
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do_NHCV, dfinal_NHKV):
-        q_NHCK, k_NHCK, v_NHCV, decay_NHCK, bonus_HK, scores_NHCC, *states = ctx.saved_tensors
-        states_NHKV, final_NHKV = states
+        (
+            q_NHCK,
+            k_NHCK,
+            v_NHCV,
+            decay_NHCK,
+            bonus_HK,
+            scores_NHCC,
+            states_NHKV,
+        ) = ctx.saved_tensors
         length, strict = q_NHCK.shape[2], bonus_HK is not None
         do_NHCV = do_NHCV.contiguous()
         dscores_NHCC = do_NHCV @ v_NHCV.mT
         dv_NHCV = scores_NHCC.mT @ do_NHCV
         dq_NHCK, dk_NHCK = torch.zeros_like(q_NHCK), torch.zeros_like(k_NHCK)
+        needs_decay = ctx.needs_input_grad[3]
+        dlog_decay_NHCK = torch.zeros_like(decay_NHCK) if needs_decay else None
         reach = _Reach(decay_NHCK, strict)
         for width in _widths(length):
             query, key = _later(reach.query_NHCK, width), _earlier(reach.key_NHCK, width)
             q, k = _later(q_NHCK, width) * query, _earlier(k_NHCK, width) * key
             dpairs = _pairs(dscores_NHCC, width).flatten(0, 1)
-            _later(dq_NHCK, width).addcmul_(dpairs @ k, query)
-            _earlier(dk_NHCK, width).addcmul_(dpairs.mT @ q, key)
+            dquery, dkey = dpairs @ k, dpairs.mT @ q
+            _later(dq_NHCK, width).addcmul_(dquery, query)
+            _earlier(dk_NHCK, width).addcmul_(dkey, key)
+            if needs_decay and (width > 1 or not strict):
+                _later(dlog_decay_NHCK, width).add_(_until(q.mul_(dquery), strict))
+                _earlier(dlog_decay_NHCK, width).add_(_since(k.mul_(dkey)))
             reach.widen(width)
 
-        dq_NHCK.addcmul_(do_NHCV @ states_NHKV.mT, reach.query_NHCK)
+        dquery_NHCK = (do_NHCV @ states_NHKV.mT).mul_(reach.query_NHCK)
+        dq_NHCK += dquery_NHCK
         whole_NHK1 = reach.whole_NHCK.mT
         # What each chunk adds to the gradient, then that of the state that leaves the chunk.
         dstates_NHKV = (q_NHCK * reach.query_NHCK).mT @ do_NHCV
-        later_NHK = torch.empty_like(dstates_NHKV[..., 0])
-        end_NHK = (final_NHKV * dfinal_NHKV).sum(-1)
-        dstate, following = dfinal_NHKV[:0], slice(0, 0)
+        dstate = dfinal_NHKV[:0]
         for now in reversed(list(_steps(ctx.counts))):
             count, running = now.stop - now.start, len(dstate)
-            later_NHK[now][:running] = (states_NHKV[following] * dstate).sum(-1)
-            later_NHK[now][running:] = end_NHK[running:count]
             # Documents whose last chunk this is join with the gradient of their final state.
             leaving = torch.cat([dstate, dfinal_NHKV[running:count]]) if running < count else dstate
-            dstate, following = dstates_NHKV[now] + whole_NHK1[now] * leaving, now
+            dstate = dstates_NHKV[now] + whole_NHK1[now] * leaving
             dstates_NHKV[now] = leaving
-        dk_NHCK.addcmul_(v_NHCV @ dstates_NHKV.mT, reach.key_NHCK)
+        dkey_NHCK = (v_NHCV @ dstates_NHKV.mT).mul_(reach.key_NHCK)
+        dk_NHCK += dkey_NHCK
         _add_product(dv_NHCV, k_NHCK * reach.key_NHCK, dstates_NHKV)
-
-        dlog_decay_NHCK = None
-        if ctx.needs_input_grad[3]:
-            read_NHCK = q_NHCK * dq_NHCK
-            later_CC = read_NHCK.new_ones(length, length).triu()
-            dlog_decay_NHCK = later_CC @ torch.addcmul(read_NHCK, k_NHCK, dk_NHCK, value=-1)
-            dlog_decay_NHCK += later_NHK[:, :, None]
-            if strict:
-                dlog_decay_NHCK -= read_NHCK
+        if needs_decay:
+            dlog_decay_NHCK += _until(dquery_NHCK.mul_(q_NHCK), strict)
+            dlog_decay_NHCK += _since(dkey_NHCK.mul_(k_NHCK))
+            through_NHK = torch.einsum("nhkv,nhkv->nhk", states_NHKV, dstates_NHKV)
+            dlog_decay_NHCK += (through_NHK * whole_NHK1[..., 0])[:, :, None]
         down_NHC1 = dscores_NHCC.diagonal(dim1=-2, dim2=-1)[..., None]
         dbonus_HK = None
         if bonus_HK is None:
@@ -201,6 +209,18 @@ def _pairs(x_NHCC, width):
 
 def _unflatten(x, like_NHCC):
     return x.unflatten(0, (like_NHCC.shape[0] * like_NHCC.shape[1], -1))
+
+
+def _until(x, strict):
+    """For each decay, what comes at its position (unless strict) and later: [..., W, K] to same."""
+    width = x.shape[-2]
+    return x.new_ones(width, width).triu(int(strict)) @ x
+
+
+def _since(x):
+    """For each decay, what comes before its position."""
+    width = x.shape[-2]
+    return x.new_ones(width, width).tril(-1) @ x
 
 
 def _steps(counts):

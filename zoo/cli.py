@@ -24,6 +24,9 @@ def main(argv=None):
             from .contract import main as contract_main
 
             return contract_main(argv[1:])
+        if argv[:1] == ["convert"] and "--list" in argv:
+            # Without what it otherwise requires.
+            return _list_formats()
         arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
     except BrokenPipeError:
@@ -43,15 +46,20 @@ def _parser():
         "contract", help="check that every way of running a model gives the same numbers"
     )
 
-    command = commands.add_parser("convert", help="turn a foreign checkpoint into one of ours")
-    command.add_argument("format", nargs="?", metavar="FORMAT", help="what SRC is; see --list")
-    command.add_argument(
-        "src", nargs="?", metavar="SRC", help="folder with config.json and weights, or weight file"
+    command = commands.add_parser(
+        "convert", help="turn a foreign checkpoint into one of ours, or back"
     )
-    command.add_argument("dst", nargs="?", metavar="DST", help="folder to write")
+    command.add_argument("format", metavar="FORMAT", help="the foreign one; see --list")
+    command.add_argument(
+        "src", metavar="SRC", help="folder with config.json and weights, or weight file"
+    )
+    command.add_argument("dst", metavar="DST", help="folder to write")
+    command.add_argument(
+        "--reverse", action="store_true", help="SRC is one of ours, DST becomes a FORMAT"
+    )
     command.add_argument("--list", action="store_true", help="name the formats and stop")
     command.add_argument("--overwrite", action="store_true", help="replace a model in DST")
-    command.set_defaults(run=_convert, parser=command)
+    command.set_defaults(run=_convert)
 
     command = commands.add_parser(
         "export", help="write a checkpoint as a folder that loads without zoo"
@@ -80,21 +88,25 @@ def _parser():
     return parser
 
 
-def _convert(arguments):
-    from .hub.convert import FORMATS, convert
+def _list_formats():
+    from .hub.convert import FORMATS
 
-    if arguments.list:
-        for name, chosen in FORMATS.items():
-            print(f"{name}  {chosen.title}")
-        return 0
-    if arguments.dst is None:
-        arguments.parser.error("expected FORMAT SRC DST, or --list")
+    width = max(map(len, FORMATS))
+    for name, chosen in FORMATS.items():
+        print(f"{name:{width}}  {chosen.title}")
+    return 0
+
+
+def _convert(arguments):
+    from .hub.convert import convert, convert_back
+
     _hide_progress_bars()
-    report = convert(arguments.format, arguments.src, arguments.dst, arguments.overwrite)
+    run = convert_back if arguments.reverse else convert
+    report = run(arguments.format, arguments.src, arguments.dst, arguments.overwrite)
     dtype = str(report.dtype).removeprefix("torch.")
     print(
         f"{arguments.dst}: {report.num_parameters:,} parameters in {report.num_tensors} tensors, "
-        f"{dtype}, exactly as in {arguments.src}"
+        f"{dtype}, {'from' if report.is_rounded else 'exactly as in'} {arguments.src}"
     )
     for note in report.notes:
         print(textwrap.fill(note, 100, initial_indent="  ", subsequent_indent="    "))

@@ -1,4 +1,4 @@
-"""Times the operators on a CPU beside what transformers runs there, in one process.
+"""Times operators and RWKV-4 on a CPU beside what transformers runs there, in one process.
 
     make bench
 
@@ -17,8 +17,11 @@ import torch
 import transformers
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
-from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
+from transformers.models.rwkv.configuration_rwkv import RwkvConfig
+from transformers.models.rwkv.modeling_rwkv import RwkvForCausalLM, rwkv_linear_attention_cpu
 
+from zoo import RWKV4Config, RWKV4ForCausalLM
+from zoo.hub.convert import Weights, hf_rwkv
 from zoo.kernels.linear_recurrence import linear_recurrence, linear_recurrence_reference
 from zoo.kernels.wkv4 import wkv4
 
@@ -89,21 +92,58 @@ def rwkv4(batch, time_, width):
     )
 
 
+def rwkv4_model(batch, time_, layers, width):
+    """A training step of the whole model against transformers', with the same weights.
+
+    Raises:
+        RuntimeError: the logits differ.
+    """
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1024, "hidden_size": width, "num_hidden_layers": layers}
+    theirs = RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=0)).train()
+    ours = RWKV4ForCausalLM(RWKV4Config(**sizes)).train()
+    # Theirs begins where nothing but the current token is seen; this one mixes and forgets.
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight += 0.3 * torch.randn_like(weight) * weight.shape[-1] ** -0.5
+    weights = hf_rwkv.FORMAT.read_weights(Weights(theirs.state_dict()), ours.config)
+    ours.load_state_dict(dict(weights))
+    ids = torch.randint(0, 1024, (batch, time_))
+    with torch.no_grad():
+        a, b = (model(ids, use_cache=False).logits for model in (ours, theirs))
+    difference = ((a - b).abs().max() / b.abs().max()).item()
+    print(f"RWKV-4, logits beside transformers': {difference:.1e} of the largest apart")
+    if not difference < 1e-5:
+        raise RuntimeError(f"logits differ by {difference} of the largest, at most 1e-5 expected")
+
+    def step(model):
+        model.zero_grad()
+        return model(ids, labels=ids, use_cache=False).loss
+
+    return [], lambda: step(ours), lambda: step(theirs)
+
+
 CASES = {
     "lightning (1, 4096, 16, 128) beside transformers' MiniMax loop": (lightning, 1, 4096, 16, 128),
     "RWKV-6 (1, 1024, 12, 64) beside its step loop": (rwkv6, 1, 1024, 12, 64),
     "wkv4 (1, 4096, 768) beside transformers' loop": (rwkv4, 1, 4096, 768),
+    "RWKV-4, step of (1, 4096), 6 layers of 512, beside transformers'": (
+        rwkv4_model,
+        *(1, 4096, 6, 512),
+    ),
 }
 # Half a minute and more a call on the other side.
-ONCE = {rwkv4}
+ONCE = {rwkv4, rwkv4_model}
 
 
 def seconds(function, inputs):
     """(forward, forward and backward) CPU seconds of one call."""
+    for x in inputs:
+        x.grad = None
     start = time.process_time()
     output = function(*inputs)
     forward = time.process_time()
-    torch.autograd.grad(output, inputs, torch.ones_like(output))
+    output.backward(torch.ones_like(output))
     return forward - start, time.process_time() - start
 
 

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file
 
 import zoo
 from zoo.cli import main
+from zoo.hub.convert import FORMATS
 
 GOLDENS = Path(__file__).resolve().parent.parent / "parity" / "goldens"
 
@@ -38,7 +40,7 @@ def test_help_names_every_command(capsys):
 def test_convert_lists_formats(capsys):
     assert main(["convert", "--list"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["torchscale-retnet", "fla-retnet"]
+    assert names == list(FORMATS) and "rwkv-pth" in names
 
 
 def test_convert_reports(tmp_path, capsys):
@@ -48,6 +50,19 @@ def test_convert_reports(tmp_path, capsys):
     assert "168,512 parameters in 33 tensors, float32, exactly as in" in lines[0]
     assert any("left out recurrent_chunk_size = 16" in line for line in lines[1:])
     assert max(map(len, lines[1:])) <= 100
+
+
+def test_convert_there_and_back(tmp_path, capsys):
+    source, ours, back = GOLDENS / "rwkv4-hf", tmp_path / "ours", tmp_path / "back"
+    assert main(["convert", "hf-rwkv", str(source), str(ours)]) == 0
+    assert main(["convert", "hf-rwkv", "--reverse", str(ours), str(back)]) == 0
+    assert "142,016 parameters in 60 tensors, float32, exactly as in" in capsys.readouterr().out
+    weights = (load_file(folder / "model.safetensors") for folder in (source, back))
+    assert all(torch.equal(*pair) for pair in zip(*(sorted_values(w) for w in weights)))
+
+
+def sorted_values(tensors):
+    return [tensors[name] for name in sorted(tensors)]
 
 
 def test_export_carries_the_license_of_the_weights(exported):

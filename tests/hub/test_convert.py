@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rwkv_files import authors_shapes, fla_shapes, random_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -285,6 +286,7 @@ REFUSED = [
     (FLA, lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "not a readable safetensors"),
     (FLA, lambda f: (f / "model.safetensors").unlink(), "expected weights"),
     (FLA, lambda f: (f / "config.json").write_text("[1]"), "expected a JSON object, got list"),
+    (FLA, as_pickle("a.bin", lambda t: t | {"step": 3}), "expected tensors only, but step is"),
     (FLA, without_config, "config.json is missing"),
     (FLA, two_files, r"several weight files \(a.safetensors, b.safetensors\)"),
     (FLA, missing_shard, "00002-of-00003.safetensors is missing"),
@@ -302,10 +304,168 @@ def test_refused_in_one_line(format, source, damage, message, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_the_other_format_is_named(source, format, tmp_path):
-    (other,) = GOLDEN_OF.keys() - {format}
-    with pytest.raises(ValueError, match=f"this looks like {format}"):
-        convert(other, source, tmp_path / "ours")
+FLA_RWKV = {
+    "vocab_size": 19,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "use_l2warp": True,
+}
+FLA_CONFIGS = {
+    "fla-rwkv6": {
+        **FLA_RWKV,
+        "model_type": "rwkv6",
+        "expand_k": 1.0,
+        "proj_low_rank_dim": 4,
+        "gate_low_rank_dim": 5,
+    },
+    "fla-rwkv7": {
+        **FLA_RWKV,
+        "model_type": "rwkv7",
+        "head_dim": 16,
+        "decay_low_rank_dim": 5,
+        "a_low_rank_dim": 6,
+        "v_low_rank_dim": 7,
+        "gate_low_rank_dim": None,  # fla's own rule: it follows from the weights
+    },
+}
+
+
+def make_source(format, folder):
+    """A small checkpoint of any format."""
+    folder.mkdir()
+    if format in FLA_CONFIGS:
+        ranks = (4, 5) if format == "fla-rwkv6" else (5, 6, 7, 8)
+        shapes = fla_shapes(format[-1], 32, 2, 32, 32, 64, 2, 19, ranks, True, False)
+        (folder / "config.json").write_text(json.dumps(FLA_CONFIGS[format]))
+        save_file(random_weights(shapes), folder / "model.safetensors")
+    elif format.startswith("rwkv-pth"):
+        version = format.removeprefix("rwkv-pth").strip() or "7"
+        save_file(random_weights(authors_shapes(version)), folder / "model.safetensors")
+    else:
+        golden = GOLDENS / {**GOLDEN_OF, "hf-rwkv": "rwkv4-hf"}[format]
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(golden / name, folder / name)
+    return folder
+
+
+def prepared(**others):
+    """As the rwkv package writes for itself."""
+    others = {"_strategy": "cpu fp32", "_version": "0.7", "_rescale_layer": 0} | others
+    return as_pickle("a.pth", lambda tensors: tensors | others)
+
+
+def cut(name, *index):
+    return lambda folder: add(name, weights_of(folder)[name][index].contiguous())(folder)
+
+
+PTH, HF, FLA6, FLA7 = "rwkv-pth", "hf-rwkv", "fla-rwkv6", "fla-rwkv7"
+REFUSED_RWKV = [
+    (PTH, drop("blocks.1.att.g2"), "have no blocks.1.att.g2"),
+    (PTH, drop("blocks.2.att.v0"), "have no blocks.2.att.v0"),
+    (PTH, drop("blocks.0.ln0.weight"), "have no blocks.0.ln0.weight"),
+    (PTH, drop("blocks.0.att.w1"), "have no blocks.0.att.w1"),
+    (PTH, drop("blocks.1.att.x_w"), "have no blocks.1.att.x_w"),
+    (PTH, drop("emb.weight"), "rwkv-pth expects the authors' names"),
+    (PTH, add("blocks.0.att.extra", torch.zeros(2)), "nothing uses blocks.0.att.extra"),
+    (PTH, add("blocks.7.ln1.weight", torch.zeros(2)), "have no blocks.3.att.receptance.weight"),
+    (PTH, add("blocks.0.ffn.s_emb.weight", torch.zeros(2)), "DeepEmbed"),
+    (PTH, cut("blocks.1.att.k_k", ..., slice(5)), r"mixer.k_k is \[48\] by .*, \[5\] in the file"),
+    (PTH, cut("blocks.1.att.x_w", ..., slice(5)), "x_w of shape .*1, 1, 5.* does not fit"),
+    (PTH, cut("emb.weight", 0), r"emb.weight has 2 dimensions, got \[48\]"),
+    (PTH, prepared(), "known is '0.7' of RWKV 4, 5 and 6"),
+    (PTH, as_pickle("a.pth", lambda t: t | {"steps": 3}), "tensors only, but steps is"),
+    ("rwkv-pth 6", prepared(_version="0.6"), "in its format '0.6'"),
+    ("rwkv-pth 6", add("blocks.0.att.time_state", torch.zeros(2)), "tuned initial states"),
+    ("rwkv-pth 6", drop("blocks.0.att.time_maa_w2"), "have no blocks.0.att.time_maa_w2"),
+    ("rwkv-pth 6", drop("blocks.0.att.gate.weight"), "have no blocks.0.att.gate.weight"),
+    (
+        "rwkv-pth 5.2",
+        add("blocks.0.att.key.weight_mx", torch.zeros(2)),
+        "rounded to 8 bits; convert the original",
+    ),
+    ("rwkv-pth 5.2", cut("blocks.1.att.time_decay", slice(2)), "does not fit"),
+    ("rwkv-pth 5.1", drop("blocks.2.att.time_faaaa"), "have no blocks.2.att.time_f"),
+    ("rwkv-pth 4", add("blocks.0.tiny_q.weight", torch.zeros(2)), "tiny attention"),
+    ("rwkv-pth 4", add("emb.weight", torch.zeros(67, 48).byte()), "torch.uint8, not a float"),
+    (HF, config(layer_norm_epsilon=1e-6), "layer_norm_epsilon = 1e-06"),
+    (HF, config(sparse_rate=0.5), "does not know: sparse_rate = 0.5"),
+    (HF, config(rescale_every="six"), "rescale_every = 'six', which is not of the right type"),
+    (HF, config(tie_word_embeddings=True), "the two differ"),
+    (HF, config(num_hidden_layers=2), "nothing uses rwkv.blocks.2"),
+    (HF, drop("rwkv.ln_out.bias"), "have no rwkv.ln_out.bias"),
+    (HF, cut("rwkv.blocks.0.attention.key.weight", slice(9)), r"\[9, 64\] in the file"),
+    (FLA6, config(attn={"layers": [1], "num_heads": 2}), "softmax attention layers"),
+    (FLA6, config(hidden_act="relu"), "hidden_act is sqrelu"),
+    (FLA6, config(norm_bias=False), "our norms have a bias"),
+    (FLA6, config(expand_k=0.33), r"hidden_size \* expand_k is whole"),
+    (FLA6, config(expand_k=0.5), "does not fit|by the config"),
+    (FLA6, config(gate_fn="sigmoid"), "does not know: gate_fn"),
+    (FLA6, config(norm_first=False), "nothing uses model.layers.0.pre_norm"),
+    (FLA6, cut("model.layers.0.attn.x_proj.2.weight", slice(None), slice(9)), "does not fit"),
+    (FLA6, drop("model.layers.1.attn.x_bias"), "have no model.layers.1.attn.x_bias"),
+    (FLA7, config(value_dim=[32, 64]), "the same in every layer of ours"),
+    (FLA7, config(head_dim=None, num_heads=None), "says how hidden_size = 32 divides"),
+    (FLA7, config(num_hidden_layers="2"), "num_hidden_layers = '2', which is not of"),
+    (FLA7, config(v_low_rank_dim=9), r"residual.a is \[32, 9\] by the config, \[32, 7\]"),
+    (FLA7, drop("model.layers.1.attn.x_a"), "have no model.layers.1.attn.x_a"),
+]
+
+
+@pytest.mark.parametrize(("format", "damage", "message"), REFUSED_RWKV)
+def test_rwkv_refused_in_one_line(format, damage, message, tmp_path):
+    source = make_source(format, tmp_path / "source")
+    damage(source)
+    with pytest.raises(ValueError, match=message) as error:
+        convert(format.split()[0], source, tmp_path / "ours")
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_right_format_is_named(format, tmp_path):
+    source = make_source(format, tmp_path / "source")
+    convert(format, source, tmp_path / "ours")
+    for other in FORMATS.keys() - {format}:
+        with pytest.raises(ValueError, match=f"{other} expects .*this looks like {format}"):
+            convert(other, source, tmp_path / "another")
+    for every in FORMATS:
+        with pytest.raises(ValueError, match="expects .* this is already a checkpoint of ours"):
+            convert(every, tmp_path / "ours", tmp_path / "another")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "source"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("format", ["rwkv-pth", "hf-rwkv"])
+def test_layouts_of_rwkv_files(format, layout, tmp_path):
+    source = make_source(format, tmp_path / "source")
+    convert(format, source, tmp_path / "expected")
+    LAYOUTS[layout](source)
+    convert(format, source, tmp_path / "ours")
+    assert_same(weights_of(tmp_path / "ours"), weights_of(tmp_path / "expected"))
+
+
+def test_fla_asks_head_dim_before_num_heads(tmp_path):
+    # As its layer does: released configs have a num_heads of another model.
+    source = make_source("fla-rwkv7", tmp_path / "source")
+    edit_config(source, num_heads=32)
+    convert("fla-rwkv7", source, tmp_path / "ours")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert model.config.num_attention_heads == 2
+
+
+def test_rwkv_report_says_what_was_left_out(tmp_path):
+    left_out = {
+        "rwkv-pth": "blocks.0.att.v0",
+        "hf-rwkv": "context_length = 1024",
+        "fla-rwkv6": "trained with 0.00064",
+        "fla-rwkv7": "use_l2warp = True",
+    }
+    for format, note in left_out.items():
+        source = make_source(format, tmp_path / format)
+        notes = convert(format, source, tmp_path / f"{format} ours").notes
+        assert any(note in line for line in notes), notes
 
 
 def test_unknown_format_names_the_nearest(tmp_path):

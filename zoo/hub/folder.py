@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from .. import MODELS
+from ..base import ZooConfig
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -120,18 +121,22 @@ def _shards(index):
     return [index.parent / name for name in names]
 
 
-def read_tensors(src):
+def read_tensors(src, others=None):
     """Every tensor of a checkpoint by name. Code in pickled files is never run.
 
     Args:
         src: as `find_weights`.
+        others: a dict to fill with what is not a tensor, by name; None refuses such things.
 
     Raises:
         ValueError: nothing to read, damaged files, or something that is not a tensor.
     """
     tensors = {}
     for path in find_weights(src):
-        found = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+        if path.suffix == ".safetensors":
+            found = _load_safetensors(path)
+        else:
+            found = _load_pickle(path, others)
         twice = sorted(found.keys() & tensors.keys())
         if twice:
             raise ValueError(f"{path} holds {some(twice)}, which another shard holds too.")
@@ -149,7 +154,7 @@ def _load_safetensors(path):
         ) from None
 
 
-def _load_pickle(path):
+def _load_pickle(path, others):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError, KeyError):
@@ -163,13 +168,17 @@ def _load_pickle(path):
             tensors = tensors[name]
     if not isinstance(tensors, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(tensors).__name__}.")
-    others = sorted(str(name) for name, x in tensors.items() if not torch.is_tensor(x))
-    if others:
-        raise ValueError(f"{path}: expected tensors only, but {some(others)} is something else.")
+    tensors = dict(tensors)
+    strange = {name: x for name, x in tensors.items() if not torch.is_tensor(x)}
+    if strange and others is None:
+        names = some(sorted(map(str, strange)))
+        raise ValueError(f"{path}: expected tensors only, but {names} is something else.")
+    for name in strange:
+        others[name] = tensors.pop(name)
     # A pickle may hold views of one storage, which safetensors cannot.
-    for name in list(tensors):
+    for name in tensors:
         tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
-    return dict(tensors)
+    return tensors
 
 
 def read_config(folder):
@@ -206,7 +215,8 @@ def read_config(folder):
 
 def settings(config):
     """The fields of one of our configs that say what the model is, by name, in order."""
-    own = set().union(*(vars(c).get("__annotations__", {}) for c in type(config).__mro__[:2]))
+    classes = [c for c in type(config).__mro__ if issubclass(c, ZooConfig)]
+    own = set().union(*(vars(c).get("__annotations__", {}) for c in classes))
     own.discard("layer_types")  # one and the same for every layer
     values = config.to_dict()
     return {n: values[n] for n in type(config).__dataclass_fields__ if n in own & set(values)}

@@ -8,23 +8,19 @@ import math
 from numbers import Real
 
 from ...retnet import RetNetConfig
+from .fla import expanded, read_common
 from .format import Format
 
-HOW_TO_RUN = (
-    "attn_mode",
-    "fuse_norm",
-    "fuse_swiglu",
-    "fuse_cross_entropy",
-    "fuse_linear_cross_entropy",
-)
-TRAINING = ("initializer_range", "use_l2warp")
+
+def is_one(config, names):
+    """Whether a config.json is of this format."""
+    return config.get("model_type") == "retnet" and "num_heads" in config
 
 
-def read_config(fields, names):
+def read_config(fields, weights):
     """Our config from fla's fields."""
     fields.refuse("feature_map", "a feature map on q and k has no counterpart here")
     fields.refuse("use_short_conv", "short convolutions have no counterpart here")
-    fields.refuse("attn", "hybrid models with softmax attention layers have no counterpart here")
     fields.refuse("attnres_block_size", "residuals by attention have no counterpart here")
     if not fields.take("use_output_gate", True):
         raise ValueError("config.json has use_output_gate = false: our retention has its gate.")
@@ -33,9 +29,8 @@ def read_config(fields, names):
         # fla uses it for the output gate too, which is always swish here.
         raise ValueError(f"hidden_act is swish in fla's RetNet, got {activation!r}.")
     fields.drop("there is no convolution", "conv_size")
-    fields.drop("it is how to run, not what to compute", *HOW_TO_RUN)
-    fields.drop("it acts in training only", *TRAINING)
-    fields.drop("there is no limit", "max_position_embeddings")
+    fields.drop("it is how to run, not what to compute", "fuse_norm", "fuse_swiglu")
+    read_common(fields)
 
     hidden_size = fields.take("hidden_size", kind=int)
     num_heads = fields.take("num_heads")
@@ -73,14 +68,6 @@ def mlp_width(hidden_size, ratio, width):
     return 256 * math.ceil(int(hidden_size * (4 if ratio is None else ratio) * 2 / 3) / 256)
 
 
-def expanded(hidden_size, name, factor):
-    """hidden_size times a factor, which has to come out whole."""
-    size = round(hidden_size * factor)
-    if not math.isclose(size, hidden_size * factor):
-        raise ValueError(f"hidden_size * {name} is whole, got {hidden_size} * {factor}.")
-    return size
-
-
 def read_weights(weights, config):
     """Pairs of our name and fla's tensor."""
     yield "model.embed_tokens.weight", weights.take("model.embeddings.weight")
@@ -112,8 +99,7 @@ def read_weights(weights, config):
 FORMAT = Format(
     name="fla-retnet",
     title="fla-org/flash-linear-attention's RetNetForCausalLM (fla-hub/retnet-*)",
-    architecture="retnet",
-    recognizes=lambda config: config.get("model_type") == "retnet" and "num_heads" in config,
+    recognizes=is_one,
     expects="model_type 'retnet' with fla's fields (num_heads, expand_k, ...)",
     read_config=read_config,
     read_weights=read_weights,

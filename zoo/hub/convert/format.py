@@ -19,12 +19,14 @@ class Fields:
 
     Attributes:
         notes: what was left out and why, for the report.
+        is_rounded: whether weights had to be computed, so that not all are theirs bit for bit.
     """
 
     def __init__(self, values):
         self.values = dict(values)
         self.unread = set(values)
         self.notes = []
+        self.is_rounded = False
 
     def take(self, name, default=REQUIRED, kind=object):
         """The value of a field; `default` where the format has one.
@@ -77,24 +79,62 @@ def _general_fields():
 
 
 class Weights:
-    """Foreign tensors, taken one by one, so that those nobody took are noticed.
+    """Tensors of one side, taken one by one, so that those nobody took are noticed.
 
     Args:
         tensors: by their own names.
+        others: what else the file holds, by name.
     """
 
-    def __init__(self, tensors):
+    def __init__(self, tensors, others=None):
         self.tensors = tensors
+        self.others = others or {}
         self.untaken = set(tensors)
         self.missing = []
 
-    def take(self, name):
-        """A tensor, or None, to be complained about in `finish`, if there is none of that name."""
-        if name not in self.tensors:
-            self.missing.append(name)
+    def take(self, *names, change=None):
+        """A tensor, or None, to be complained about in `finish`, if there is none of that name.
+
+        Args:
+            names: its name, or those of several that `change` makes one of.
+            change: turns it into another.
+
+        Raises:
+            ValueError: `change` cannot: it is of another shape.
+        """
+        missing = [name for name in names if name not in self.tensors]
+        self.missing += missing
+        self.untaken -= set(names)
+        if missing:
             return None
-        self.untaken.discard(name)
-        return self.tensors[name]
+        tensors = [self.tensors[name] for name in names]
+        if change is None:
+            return tensors[0]
+        try:
+            return change(*tensors).contiguous()
+        except (RuntimeError, IndexError):
+            shapes = some(f"{name} of shape {list(x.shape)}" for name, x in zip(names, tensors))
+            raise ValueError(
+                f"{shapes} does not fit what else the checkpoint says; "
+                "is this the right format, and whole?"
+            ) from None
+
+    def shape(self, name, dims=None):
+        """The shape of a tensor that sizes follow from.
+
+        Args:
+            name: of the tensor.
+            dims: how many dimensions it has.
+
+        Raises:
+            ValueError: it is missing or has another number of dimensions.
+        """
+        if name not in self.tensors:
+            raise ValueError(f"the weights have no {name}, which this format needs.")
+        shape = self.tensors[name].shape
+        if dims is not None and len(shape) != dims:
+            raise ValueError(f"{name} has {dims} dimensions, got {list(shape)}.")
+        return shape
 
     def drop_constant(self, name, expected, absolute=0.0):
         """Leaves out a stored constant, if there is one, after checking that ours is the same.
@@ -130,7 +170,7 @@ class Weights:
             problems.append(f"nothing uses {some(sorted(self.untaken))}")
         if problems:
             raise ValueError(
-                f"weights and config.json do not fit: {'; '.join(problems)}; "
+                f"weights and config do not fit: {'; '.join(problems)}; "
                 "is this the right format and the right config?"
             )
 
@@ -146,17 +186,49 @@ class Format(NamedTuple):
     Attributes:
         name: as on the command line.
         title: one line about it.
-        architecture: a key of `zoo.MODELS`.
-        recognizes: (config.json as a dict) -> whether it is one of this format.
+        recognizes: (config.json as a dict, tensor names) -> whether it is one of this format.
         expects: what `recognizes` looks for, in words.
-        read_config: (Fields, tensor names) -> our config.
+        read_config: (Fields, Weights) -> our config.
         read_weights: (Weights, our config) -> pairs of our name and the tensor.
+        has_config: whether there is a config.json; if not, all follows from the weights.
+        architecture: for the way back, a key of `zoo.MODELS`; None: there is no way back.
+        write_config: (our config) -> (their config.json as a dict, notes for the report).
+        write_weights: (Weights of ours, our config) -> pairs of their name and the tensor.
     """
 
     name: str
     title: str
-    architecture: str
     recognizes: Callable
     expects: str
     read_config: Callable
     read_weights: Callable
+    has_config: bool = True
+    architecture: str | None = None
+    write_config: Callable | None = None
+    write_weights: Callable | None = None
+
+
+def read_by_name(weights, config, names, changes):
+    """Pairs of our name and their tensor, where each of ours is one of theirs.
+
+    Args:
+        weights: theirs.
+        config: ours.
+        names: pairs of our name and theirs.
+        changes: last part of our name -> what turns theirs into ours.
+    """
+    for ours, theirs in names:
+        if _is_left_out(ours, config) and theirs not in weights.tensors:
+            continue
+        yield ours, weights.take(theirs, change=changes.get(ours.rpartition(".")[-1]))
+
+
+def write_by_name(weights, config, names, changes):
+    """Pairs of their name and our tensor; the way back of `read_by_name`."""
+    for ours, theirs in names:
+        if not _is_left_out(ours, config):
+            yield theirs, weights.take(ours, change=changes.get(ours.rpartition(".")[-1]))
+
+
+def _is_left_out(ours, config):
+    return ours == "lm_head.weight" and config.tie_word_embeddings

@@ -40,9 +40,9 @@ EXPERTS = (
 )
 
 
-def read_config(fields, names):
+def read_config(fields, weights):
     """Our config from torchscale's fields."""
-    is_port = "lm_head.weight" in names or "model.embed_tokens.weight" in names
+    is_port = not {"lm_head.weight", "model.embed_tokens.weight"}.isdisjoint(weights.tensors)
     fields.refuse("moe_freq", "mixtures of experts have no counterpart here")
     fields.refuse("no_output_layer", "only a language model with its output projection converts")
     fields.drop("there are no experts", *EXPERTS)
@@ -151,8 +151,7 @@ def layer_names(config):
 FORMAT = Format(
     name="torchscale-retnet",
     title="microsoft/torchscale's RetNetDecoder; its Hugging Face port syncdoth/RetNet",
-    architecture="retnet",
-    recognizes=lambda config: "decoder_retention_heads" in config,
+    recognizes=lambda config, names: "decoder_retention_heads" in config,
     expects="torchscale's fields (decoder_embed_dim, decoder_retention_heads, ...)",
     read_config=read_config,
     read_weights=read_weights,
