@@ -45,8 +45,8 @@ class RwkvHeadsConfig(RwkvConfig):
     Args:
         key_size: width of r, k and the decay over all heads; None: hidden_size.
         value_size: width of v and the gate over all heads; None: key_size.
-        head_size: channels of r and k in a head; None: key_size / num_attention_heads, or 64 if
-            that is left out too.
+        head_size: channels of r and k in a head; None: key_size / num_attention_heads, or 64 (at
+            most key_size) if that is left out too.
         num_attention_heads: None: key_size / head_size.
         head_norm_eps: epsilon of the norm of a head. The authors' is 1e-5 * 8^2: their trainer
             divides by 8 before a norm with 1e-5.
@@ -65,7 +65,8 @@ class RwkvHeadsConfig(RwkvConfig):
             self.value_size = self.key_size
         if self.head_size is None:
             heads = self.num_attention_heads
-            self.head_size = 64 if heads is None else self.key_size // max(heads, 1)
+            default = min(64, self.key_size)
+            self.head_size = default if heads is None else self.key_size // max(heads, 1)
         if self.num_attention_heads is None:
             self.num_attention_heads = self.key_size // max(self.head_size, 1)
         super().__post_init__(**kwargs)
