@@ -218,3 +218,19 @@ def test_sizes_follow_the_released_models():
     assert (large.num_attention_heads, large.head_size, large.intermediate_size) == (32, 64, 8192)
     assert zoo.MODELS["rwkv6"].config(hidden_size=2048).intermediate_size == 7168
     assert zoo.MODELS["rwkv4"].config(hidden_size=768).intermediate_size == 3072
+
+
+def test_a_new_document_in_a_used_cache_has_seen_nothing():
+    """Keys far below those of the document before: its maximum must not be what they start from."""
+    model = build("rwkv4").double()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mixer.k_proj.weight *= 2000
+    ids = torch.randint(0, 40, (3, 20), generator=torch.Generator().manual_seed(0))
+    cache = model(ids, use_cache=True).past_key_values
+    positions = torch.arange(20)[None].expand(3, 20)
+    pieces = [
+        model(ids[:, a:b], past_key_values=cache, position_ids=positions[:, a:b]).logits
+        for a, b in ((0, 9), (9, 20))
+    ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits)
