@@ -231,6 +231,6 @@ def test_a_new_document_in_a_used_cache_has_seen_nothing():
     positions = torch.arange(20)[None].expand(3, 20)
     pieces = [
         model(ids[:, a:b], past_key_values=cache, position_ids=positions[:, a:b]).logits
-        for a, b in ((0, 9), (9, 20))
+        for a, b in ((0, 1), (1, 20))
     ]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits)
