@@ -41,8 +41,8 @@ from .linear_recurrence import (
 # Positions per chunk, a power of two. The work per token inside a chunk grows as C (K + V), that of
 # the loop over chunks as K K V / C; for heads of 64 this is the fastest of 16, 32 and 64.
 CHUNK_LENGTH = 32
-# The widest key of the Triton kernels, which hold K x K matrices.
-MAX_KERNEL_KEY_DIM = 128
+# The widest heads of the Triton kernels: they keep a row of the state in registers.
+MAX_KERNEL_DIM = 512
 
 
 def delta_recurrence(
@@ -76,8 +76,9 @@ def delta_recurrence(
         cu_seqlens: document boundaries in a packed stream, [N + 1] integers from 0 to T, as in
             FlashAttention; B must be 1. Documents may be empty. None: one document per row.
         backend: "torch", "triton", "fla" (flash-linear-attention), or "auto": "triton" for tensors
-            on a GPU where it is installed, they are not float64 and K is at most 128, else "torch".
-            What is asked for is done or refused. The kernels read log decays below -20 as -20.
+            on a GPU where it is installed, they are not float64 and K and V are at most 512, else
+            "torch". What is asked for is done or refused. The kernels read log decays below -20 as
+            -20, those for K above 128 as they are.
 
     Returns:
         (o, final_state): o is [B, T, H, V] in v's dtype; final_state is [N, H, K, V], in float32 or
@@ -88,7 +89,7 @@ def delta_recurrence(
             one that cannot run this call.
     """
     chosen = choose_backend("delta_recurrence", backend, q)
-    if backend == "auto" and q.shape[-1] > MAX_KERNEL_KEY_DIM:
+    if backend == "auto" and max(q.shape[-1], v.shape[-1]) > MAX_KERNEL_DIM:
         chosen = "torch"
     check_arguments("delta_recurrence", q, k, v, log_decay, None, initial_state, cu_seqlens, chosen)
     for name, x in (("a", a), ("b", b)):

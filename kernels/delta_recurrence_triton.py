@@ -17,6 +17,8 @@ product with a matrix of zeros and ones: nothing is subtracted, so a strong deca
 neighbours digits. Scores split at the boundaries of blocks of C/2, C/4, ... 8 positions, so every
 factor there is at most 1; inside blocks of 8 the factors count from the middle and are at most
 exp(4 * 20), because log decays below -20, a factor of 2e-9, count as -20.
+
+Where no K x K matrix fits, above K = 128, delta_recurrence_walk_triton.py goes token by token.
 """
 
 import functools
@@ -26,7 +28,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .delta_recurrence import MAX_KERNEL_KEY_DIM
+from .delta_recurrence import MAX_KERNEL_DIM
+from .delta_recurrence_walk_triton import backward as walk_backward
+from .delta_recurrence_walk_triton import forward as walk_forward
+from .delta_recurrence_walk_triton import load_decay
 from .launch_triton import (
     Config,
     check_replaceable,
@@ -783,13 +788,7 @@ def _step(
         held = tl.load(before + at, mask=mask, other=0.0)
         state += bb[:, None] * tl.sum(ba[:, None] * held, 0)[None, :]
         if DECAY != 0:
-            if DECAY == 1:
-                gates = tl.load(log_decay + h + 0 * rk).to(tl.float32)
-            elif DECAY == 2:
-                gates = tl.load(log_decay + row + 0 * rk).to(tl.float32)
-            else:
-                gates = tl.load(log_decay + row * K + rk, mask=in_k, other=0.0).to(tl.float32)
-            held *= tl.where(gates <= 0, tl.exp(gates), float("nan"))[:, None]
+            held *= load_decay(log_decay, row, h, rk, K, DECAY)[:, None]
         state += held
     bq = tl.load(q + row * K + rk, mask=in_k, other=0.0).to(tl.float32)
     output = tl.sum(bq[:, None] * state, 0) * scale
@@ -811,6 +810,7 @@ class _Configs(NamedTuple):
 
 # By (target, bits of the operands, padded K). Chosen by compiling: at most two registers spill in
 # bfloat16; float32 with K = 128 spills more, and its transitions do not fit into gfx942 at all.
+# What has no entry here walks token by token.
 # Chunks of 16 move more bytes of states than chunks of 32, whose tiles spill.
 _CONFIGS = {}
 for _target in ("sm_80", "sm_90", "sm_100", "gfx942"):
@@ -830,8 +830,15 @@ for _target in ("sm_80", "sm_90", "sm_100", "gfx942"):
             )
 
 
+def _configs_of(q):
+    """The configurations of the chunk kernels; None where the walk by token takes their place."""
+    bits, block_k = 16 if q.dtype == torch.bfloat16 else 32, padded(q.shape[-1])
+    shipped = _CONFIGS.get((target_of(q.device), bits, block_k))
+    return shipped and overridden.get("delta_recurrence", shipped)
+
+
 class _Call:
-    """What the launches of one call share."""
+    """What the launches of one call of the chunk kernels share."""
 
     def __init__(self, q, v, log_decay, cu_seqlens, scale):
         batch, time, self.heads, self.key_dim = q.shape
@@ -842,13 +849,7 @@ class _Call:
         is_bfloat16 = q.dtype == torch.bfloat16
         self.operand = torch.bfloat16 if is_bfloat16 else torch.float32
         self.block_k = padded(self.key_dim)
-        key = target, 16 if is_bfloat16 else 32, self.block_k
-        self.configs = overridden.get("delta_recurrence") or _CONFIGS.get(key)
-        if self.configs is None:
-            raise ValueError(
-                f"delta_recurrence: K = {self.key_dim} in {q.dtype} does not fit into {target}'s "
-                'shared memory; use bfloat16, or backend="torch".'
-            )
+        self.configs = _configs_of(q)
         self.chunk = self.configs.prepare.chunk
         if cu_seqlens is None:
             self.num_documents = batch
@@ -961,6 +962,10 @@ def forward(q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, output_f
     Returns:
         (o, final state, empty unless asked for).
     """
+    if _configs_of(q) is None:
+        return walk_forward(
+            q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, output_final_state
+        )
     call = _Call(q, v, log_decay, cu_seqlens, scale)
     o, final = torch.empty_like(v), nothing(q)
     if output_final_state:
@@ -993,6 +998,22 @@ def backward(
     initial_gradient,
 ):
     """Raw backward pass: (dq, dk, dv, dlog_decay, da, db, dinitial), empty where not asked for."""
+    if _configs_of(q) is None:
+        return walk_backward(
+            q,
+            k,
+            v,
+            log_decay,
+            a,
+            b,
+            initial_state,
+            cu_seqlens,
+            do,
+            dfinal,
+            scale,
+            decay_gradient,
+            initial_gradient,
+        )
     call = _Call(q, v, log_decay, cu_seqlens, scale)
     slots, chunk = (call.num_slots, call.heads), call.chunk
     scores = call.empty(*slots, 4, chunk, chunk, dtype=call.operand)
@@ -1192,13 +1213,8 @@ def delta_recurrence_triton(
     Tensors of different dtypes are computed in the widest, in float32 or narrower.
 
     Raises:
-        ValueError: K above 128.
+        ValueError: K above 512, or V where no chunk kernel fits.
     """
-    if q.shape[-1] > MAX_KERNEL_KEY_DIM:
-        raise ValueError(
-            f"delta_recurrence: the Triton kernels take K up to {MAX_KERNEL_KEY_DIM}, "
-            f'got {q.shape[-1]}; use backend="torch".'
-        )
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v, a, b)))
     dtype = torch.float32 if dtype == torch.float64 else dtype
     q, k, values, a, b = (x.to(dtype).contiguous() for x in (q, k, v, a, b))
@@ -1226,8 +1242,13 @@ def delta_recurrence_step(q, k, v, log_decay, a, b, *, scale=1.0, state=None, in
         (o [B, 1, H, V], the state after the token).
 
     Raises:
-        ValueError: `in_place` without a contiguous float32 state to replace.
+        ValueError: `in_place` without a contiguous float32 state to replace; K above 512.
     """
+    if q.shape[-1] > MAX_KERNEL_DIM:
+        raise ValueError(
+            f"delta_recurrence_step: the kernel takes K up to {MAX_KERNEL_DIM}, got "
+            f'{q.shape[-1]}; use delta_recurrence with backend="torch".'
+        )
     q, k, v, a, b = (x.contiguous() for x in (q, k, v, a, b))
     log_decay = None if log_decay is None else narrow(log_decay)
     if not in_place:

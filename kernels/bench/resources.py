@@ -186,6 +186,13 @@ ALLOWED = [
             ("_prepare", "gfx942"),
         )
     ),
+    Allowed(
+        "spill",
+        "delta_recurrence_walk._walk_readers",
+        "sm_80",
+        "fp32 H=8 K=512",
+        "Two words at 128 registers: the assembler makes room for 4 programs.",
+    ),
 ]
 
 
@@ -246,17 +253,20 @@ def gates(form, q):
     return empty(*shape, dtype=torch.float32)
 
 
-def delta(batch, time, heads, width, dtype=torch.bfloat16):
-    """`delta_recurrence` as RWKV-7 trains it."""
+def delta(batch, time, heads, key_dim, value_dim=None, form="BTHK", dtype=torch.bfloat16):
+    """`delta_recurrence` as RWKV-7 trains it, or with a decay of another form."""
+    value_dim = value_dim or key_dim
 
     def run():
-        q, k, v, a, b, do = (empty(batch, time, heads, width, dtype=dtype) for _ in range(6))
-        decay = gates("BTHK", q)
+        q, k, a, b = (empty(batch, time, heads, key_dim, dtype=dtype) for _ in range(4))
+        v, do = (empty(batch, time, heads, value_dim, dtype=dtype) for _ in range(2))
+        decay = gates(form, q)
         inputs = q, k, v, decay, a, b, None, None
         delta_recurrence_triton.forward(*inputs, 1.0, False)
-        delta_recurrence_triton.backward(*inputs, do, None, 1.0, True, False)
+        delta_recurrence_triton.backward(*inputs, do, None, 1.0, decay is not None, False)
 
-    return Case(run, batch * time * heads, dtype == torch.bfloat16 and width % 64 == 0)
+    is_wide = dtype == torch.bfloat16 and key_dim % 64 == value_dim % 64 == 0
+    return Case(run, batch * time * heads, is_wide)
 
 
 def rwkv4(batch, time, width):
@@ -312,8 +322,14 @@ CASES: dict[str, Case] = {
     "GLA 128, segments": linear("BTHK", 1, 65536, 4, 128),
     "RWKV-7 64": delta(8, 4096, 32, 64),
     "delta 128": delta(8, 4096, 16, 128),
+    "delta 256": delta(4, 2048, 8, 256),
+    "delta 200, 60, float32": delta(4, 2048, 8, 200, 60, "BTH", torch.float32),
+    "delta 512": delta(4, 2048, 8, 512),
+    "delta 512, no decay": delta(4, 2048, 8, 512, form="none"),
+    "delta 512, float32": delta(4, 2048, 8, 512, dtype=torch.float32),
     "wkv4": rwkv4(8, 4096, 2048),
     "steps": steps(64, 16, 128),
+    "steps 512": steps(64, 8, 512),
 }
 
 

@@ -133,16 +133,21 @@ def test_head_sizes(key_dim, value_dim):
         assert error(form=form, shape=(1, 35, 1, key_dim, value_dim)) < FLOAT32
 
 
-def test_too_wide_keys_are_refused():
-    x = torch.ones(1, 2, 1, 192)
-    with pytest.raises(ValueError, match='K up to 128, got 192; use backend="torch"'):
-        delta_recurrence(x, x, x, None, x, x, backend="triton")
-    x = torch.ones(1, 2, 1, 128)
-    with (
-        recording(run=False, target="gfx942"),
-        pytest.raises(ValueError, match="does not fit into gfx942's shared memory; use bfloat16"),
+def test_what_no_chunk_fits_walks():
+    """Keys above 128 anywhere, and float32 ones above 64 on gfx942."""
+    for key_dim, dtype, target, walks in (
+        (136, torch.bfloat16, "sm_90", True),
+        (128, torch.bfloat16, "gfx942", False),
+        (72, torch.float32, "gfx942", True),
+        (64, torch.float16, "gfx942", False),
+        (128, torch.float32, "sm_80", False),
     ):
-        delta_recurrence(x, x, x, None, x, x, backend="triton")
+        q = torch.empty(1, 64, 1, key_dim, dtype=dtype, device="meta")
+        with recording(run=False, target=target) as launches:
+            kernels.forward(q, q, q, None, q, q, None, None, 1.0, False)
+            kernels.backward(q, q, q, None, q, q, None, None, q, None, 1.0, False, False)
+        assert walks == all(x.name.startswith("_walk") for x in launches)
+        assert len(launches) == 5
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.01, 3.0])
@@ -272,6 +277,24 @@ def test_step_is_one_token_of_the_definition(form):
     assert got[1] is place and worst(got, expected) < 2e-6
     with pytest.raises(ValueError, match="contiguous float32 state, got None"):
         kernels.delta_recurrence_step(*inputs, in_place=True)
+
+
+def test_step_of_wide_heads():
+    """Up to K = 512; any V."""
+    for key_dim, value_dim in ((512, 16), (200, 600)):
+        leaves, rest = arguments(shape=(1, 1, 1, key_dim, value_dim))
+        del rest["cu_seqlens"]
+        state = leaves.pop("initial_state")
+        expected = delta_recurrence_reference(
+            *leaves.values(), initial_state=state, output_final_state=True, **rest
+        )
+        inputs = [x.float() for x in leaves.values()]
+        got = kernels.delta_recurrence_step(*inputs, state=state.float(), **rest)
+        # Sums of 512 float32 products.
+        assert worst(got, expected) < 2e-6
+    x = torch.ones(1, 1, 1, 513)
+    with pytest.raises(ValueError, match='K up to 512, got 513; use .* backend="torch"'):
+        delta_recurrence(x, x, x, None, x, x, backend="triton")
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])

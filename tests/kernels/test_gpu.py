@@ -169,6 +169,18 @@ def test_delta_recurrence(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(200, 60), (512, 512)])
+def test_delta_recurrence_of_wide_heads(key_dim, value_dim, dtype):
+    """Token by token; states are kept of every 64, and more documents than programs at once."""
+    lengths = [0, 1, 2] if IS_TINY else [0, 1, 63, 64, 65, 0, 500, *range(1, 40)]
+    shape = 1, sum(lengths), 1 if IS_TINY else 4, *tiny(key_dim, value_dim, to=136)
+    x = delta_inputs(shape, dtype, len(lengths))
+    keyword = {"cu_seqlens": boundaries(lengths)}
+    got = results(delta_recurrence, x, backend="triton", **keyword)
+    assert_close(got, in_float64(delta_recurrence_chunked, x, **keyword), LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(4, 1000, 768), (2, 4097, 100)], ids=str)
 def test_wkv4(shape, dtype):
     x = wkv4_inputs(*tiny(*shape), dtype)
