@@ -14,6 +14,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .lightning import (
+    LightningConfig,
+    LightningForCausalLM,
+    LightningForSequenceClassification,
+    LightningModel,
+)
 from .retnet import (
     RetNetConfig,
     RetNetForCausalLM,
@@ -95,6 +101,13 @@ MODELS = {
             RWKV7Model,
             RWKV7ForCausalLM,
             RWKV7ForSequenceClassification,
+        ),
+        Architecture(
+            "lightning",
+            LightningConfig,
+            LightningModel,
+            LightningForCausalLM,
+            LightningForSequenceClassification,
         ),
     )
 }

@@ -220,20 +220,21 @@ class ZooPreTrainedModel(PreTrainedModel):
 
 
 class ZooBlock(GradientCheckpointingLayer):
-    """A pre-norm residual block: x + mixer(norm(x)), then x + mlp(norm(x)).
-
-    The norms are RMSNorms with the config's `rms_norm_eps`.
-    """
+    """A pre-norm residual block: x + mixer(norm(x)), then x + mlp(norm(x))."""
 
     mixer_class: type[nn.Module]
     mlp_class: type[nn.Module]
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer_norm = self.build_norm(config)
         self.mixer = self.mixer_class(config, layer_idx)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = self.build_norm(config)
         self.mlp = self.mlp_class(config)
+
+    def build_norm(self, config):
+        """The norm before mixer and MLP."""
+        return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def state_specs(self):
         """The `StateSpec`s of the block's state by name."""

@@ -77,7 +77,7 @@ class RwkvHeadsConfig(RwkvConfig):
         heads = self.num_attention_heads
         if self.head_size < 1 or heads * self.head_size != self.key_size:
             raise ValueError(
-                "key_size is num_attention_heads * head_size, "
+                "key_size is a multiple of head_size, num_attention_heads times, "
                 f"got {self.key_size} with {heads} heads of {self.head_size}; leave out "
                 "num_attention_heads or head_size, or change the width."
             )

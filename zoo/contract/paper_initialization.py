@@ -236,5 +236,28 @@ def rwkv7(config):
     }
 
 
+def lightning(config):
+    """OpenNLPLab's TransNormerLLM; transformers' MiniMax has the same."""
+    normal = (0.0, config.initializer_range, "normal")
+    table = {"model.embed_tokens.weight": normal, "lm_head.weight": normal}
+    table |= {"*.mixer.*_proj.weight": normal, "*.mlp.*_proj.weight": normal}
+    if config.bias:
+        table["*_proj.bias"] = ZERO
+    if config.norm_weight:
+        table["*norm.weight"] = ONE
+    channels = config.num_attention_heads * config.head_dim
+    for layer in config.lrpe_layers:
+        angles = [10000 ** (-2 * i / channels) for i in range(channels)]
+        table[f"model.layers.{layer}.mixer.lrpe_theta"] = angles
+    return table
+
+
 # By the name in zoo.MODELS; each takes the config.
-TABLES = {"retnet": retnet, "rwkv4": rwkv4, "rwkv5": rwkv5, "rwkv6": rwkv6, "rwkv7": rwkv7}
+TABLES = {
+    "retnet": retnet,
+    "rwkv4": rwkv4,
+    "rwkv5": rwkv5,
+    "rwkv6": rwkv6,
+    "rwkv7": rwkv7,
+    "lightning": lightning,
+}
