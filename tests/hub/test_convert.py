@@ -332,10 +332,71 @@ FLA_CONFIGS = {
 }
 
 
+LIGHTNING_CONFIGS = {
+    "transnormerllm": {
+        "model_type": "transnormer",
+        "vocab_size": 19,
+        "decoder_embed_dim": 16,
+        "hidden_dim": 16,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "glu_dim": 24,
+        "linear_use_lrpe_list": [1, 0],
+    },
+    "hf-minimax": {
+        "model_type": "minimax",
+        "vocab_size": 19,
+        "hidden_size": 16,
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "num_local_experts": 1,
+        "layer_types": ["linear_attention"] * 2,
+    },
+}
+
+
+def lightning_shapes(format):
+    """The shapes of its tensors by their names there."""
+    shapes = {"model.embed_tokens.weight": (19, 16), "lm_head.weight": (19, 16)}
+    if format == "hf-minimax":
+        shapes["model.norm.weight"] = (16,)
+    for layer in range(2):
+        here = f"model.layers.{layer}"
+        if format == "transnormerllm":
+            shapes |= {
+                f"{here}.token_mixer.qkvu_proj.weight": (64, 16),
+                f"{here}.token_mixer.out_proj.weight": (16, 16),
+                f"{here}.channel_mixer.l1.weight": (24, 16),
+                f"{here}.channel_mixer.l2.weight": (24, 16),
+                f"{here}.channel_mixer.l3.weight": (16, 24),
+            }
+        else:
+            shapes |= {
+                f"{here}.self_attn.qkv_proj.weight": (48, 16),
+                f"{here}.self_attn.output_gate.weight": (16, 16),
+                f"{here}.self_attn.out_proj.weight": (16, 16),
+                f"{here}.self_attn.norm.weight": (16,),
+                f"{here}.input_layernorm.weight": (16,),
+                f"{here}.post_attention_layernorm.weight": (16,),
+                f"{here}.block_sparse_moe.gate.weight": (1, 16),
+                f"{here}.block_sparse_moe.experts.0.w1.weight": (24, 16),
+                f"{here}.block_sparse_moe.experts.0.w2.weight": (16, 24),
+                f"{here}.block_sparse_moe.experts.0.w3.weight": (24, 16),
+            }
+    if format == "transnormerllm":
+        shapes["model.layers.0.token_mixer.lrpe.theta"] = (2, 1, 8)
+    return shapes
+
+
 def make_source(format, folder):
     """A small checkpoint of any format."""
     folder.mkdir()
-    if format in FLA_CONFIGS:
+    if format in LIGHTNING_CONFIGS:
+        (folder / "config.json").write_text(json.dumps(LIGHTNING_CONFIGS[format]))
+        save_file(random_weights(lightning_shapes(format)), folder / "model.safetensors")
+    elif format in FLA_CONFIGS:
         ranks = (4, 5) if format == "fla-rwkv6" else (5, 6, 7, 8)
         shapes = fla_shapes(format[-1], 32, 2, 32, 32, 64, 2, 19, ranks, True, False)
         (folder / "config.json").write_text(json.dumps(FLA_CONFIGS[format]))

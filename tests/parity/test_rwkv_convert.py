@@ -12,8 +12,9 @@ import torch
 from goldens import COPIES, SHARED, golden_folder, golden_tensors
 from rwkv_files import VERSIONS, authors_shapes, fla_shapes, random_weights
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy, group_norm, layer_norm, normalize, silu
+from torch.nn.functional import group_norm, layer_norm, normalize, silu
 from transformers import AutoModelForCausalLM, AutoTokenizer, RwkvForCausalLM
+from ways import WAYS, gradients, run, worst
 
 from zoo import MODELS
 from zoo.hub.convert import FORMATS, convert, convert_back
@@ -46,29 +47,6 @@ def load(tmp_path_factory):
     return load
 
 
-@torch.no_grad()
-def run(model, ids, way):
-    """Logits [B, T, vocab] and the cache after the last token."""
-    if way == "left padding":
-        padded = torch.nn.functional.pad(ids, (5, 0), value=3)
-        mask = torch.nn.functional.pad(torch.ones_like(ids), (5, 0))
-        output = model(padded, attention_mask=mask, use_cache=True)
-        return output.logits[:, 5:], output.past_key_values
-    sizes = {"whole": [ids.shape[1]], "chunks": [1, 7, 37, 3, ids.shape[1] - 48]}
-    cache, logits = None, []
-    for chunk in ids.split(sizes.get(way, 1), dim=1):
-        output = model(chunk, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        logits.append(output.logits)
-    return torch.cat(logits, dim=1), cache
-
-
-def worst(ours, official, relative=False):
-    """Largest difference; relative: to the largest official value."""
-    difference = (ours.double() - official.double()).abs().max()
-    return (difference / official.abs().max() if relative else difference).item()
-
-
 def states(name, golden, cache):
     """Pairs of our state and the official one, of all layers."""
     stacked = {
@@ -87,9 +65,6 @@ def states(name, golden, cache):
         yield stacked["memory_NHKV"], memory.mT if name == "rwkv7-blinkdl" else memory
     yield stacked["mixer_shift_ND"], mixer
     yield stacked["mlp_shift_ND"], mlp
-
-
-WAYS = ("whole", "chunks", "token by token", "left padding")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -125,14 +100,6 @@ def test_official_step_by_step_logits(load, name, monkeypatch):
         monkeypatch.setattr("zoo.rwkv7.math", SimpleNamespace(exp=lambda x: 0.606531))
     logits, _ = run(load(name, torch.float64), golden["input_ids"], "token by token")
     assert worst(logits, golden["step_logits_f64"]) < 1e-9
-
-
-def gradients(model, ids):
-    """By name. transformers' loss is in float32 at best; this one stays in the model's dtype."""
-    model.zero_grad()
-    logits = model(ids, use_cache=False).logits
-    cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", FORMAT_OF)
