@@ -2,11 +2,13 @@
 
     make bench
 
-One thread, CPU time of the process (other jobs on the machine count for little), the two sides in
-turns, medians over the repetitions. Writes kernels/bench/results/cpu.json.
+Operators on one thread, in CPU time of the process (other jobs on the machine count for little); a
+whole training step on all cores, in wall time. The two sides in turns, medians over the
+repetitions. Writes kernels/bench/results/cpu.json.
 """
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -134,25 +136,29 @@ CASES = {
 }
 # Half a minute and more a call on the other side.
 ONCE = {rwkv4, rwkv4_model}
+# A step is mostly matrix products, which take every core there is; a loop leaves the others idle.
+ALL_CORES = {rwkv4_model}
 
 
-def seconds(function, inputs):
-    """(forward, forward and backward) CPU seconds of one call."""
+def seconds(function, inputs, clock):
+    """(forward, forward and backward) seconds of one call."""
     for x in inputs:
         x.grad = None
-    start = time.process_time()
+    start = clock()
     output = function(*inputs)
-    forward = time.process_time()
+    forward = clock()
     output.backward(torch.ones_like(output))
-    return forward - start, time.process_time() - start
+    return forward - start, clock() - start
 
 
 def measure(case, *shape):
     """Medians in milliseconds of both sides, and their ratio, for forward and with backward."""
+    torch.set_num_threads(os.cpu_count() if case in ALL_CORES else 1)
+    clock = time.perf_counter if case in ALL_CORES else time.process_time
     inputs, ours, theirs = case(*shape)
-    seconds(ours, inputs)  # the first call allocates
+    seconds(ours, inputs, clock)  # the first call allocates
     times = 1 if case in ONCE else REPETITIONS
-    samples = [(seconds(ours, inputs), seconds(theirs, inputs)) for _ in range(times)]
+    samples = [tuple(seconds(side, inputs, clock) for side in (ours, theirs)) for _ in range(times)]
     figures = {}
     for index, name in enumerate(("forward", "forward and backward")):
         a, b = ([1000 * sample[side][index] for sample in samples] for side in (0, 1))
@@ -168,7 +174,6 @@ def measure(case, *shape):
 
 def main():
     """Prints a table and writes the results."""
-    torch.set_num_threads(1)
     results = {}
     print(f"{'':88} {'ours':>9} {'theirs':>9} {'ratio':>6}")
     for name, case in CASES.items():
@@ -183,7 +188,7 @@ def main():
     ).stdout.strip()
     record = {
         "device": platform.processor() or platform.machine(),
-        "threads": 1,
+        "threads": f"1, and {os.cpu_count()} for the training step",
         "repetitions": f"{REPETITIONS}, or 1 where one takes half a minute",
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -797,7 +797,7 @@ def cpu_table(record):
         for direction, figures in directions.items():
             cells = [name, direction, figures["ours_ms"], figures["theirs_ms"], figures["ratio"]]
             rows.append("| " + " | ".join(map(str, cells)) + " |")
-    title = f"**CPU**, {record['device']}, one thread (torch {record['torch']}, "
+    title = f"**CPU**, {record['device']}, threads: {record['threads']} (torch {record['torch']}, "
     title += f"transformers {record['transformers']}, commit {record['commit']})."
     return "\n".join([title, "", *rows])
 
@@ -805,6 +805,7 @@ def cpu_table(record):
 def records(folder=RESULTS):
     """(GPU results, CPU results): the files of run.py and those of cpu.py."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [x for x in found if "results" in x]
     return [x for x in found if "versions" in x], [x for x in found if "versions" not in x]
 
 

@@ -207,3 +207,31 @@ def test_only_matrices_decay():
     assert min(p.ndim for p in matrices["params"]) == 2
     count = len(matrices["params"]) + len(vectors["params"])
     assert count == len(list(model.parameters()))
+
+
+def test_parameters_learn_at_the_models_rates(workshop):
+    """RWKV-4's decays twice as fast, its bonus three times, through every step and a resumption."""
+    text = workshop.recipe.read_text().replace('"retnet"', '"rwkv4"').replace("dropout = 0.1", "")
+    workshop.recipe.write_text(text)
+    sizes = ["--checkpoint_every", "20", "--eval_every", "0", "--decay_steps", "10"]
+    first = workshop.run("--name", "a", "--steps", "40", *sizes)
+    assert first.returncode == 0, first.stderr
+    states = {}
+    for step in (20, 40):
+        folder = workshop.folder / "a" / f"checkpoint-{step}"
+        state = torch.load(folder / "training_state.pt", weights_only=True)["optimizer"]
+        states[step] = {
+            name: group["lr"] for group in state["param_groups"] for name in group["params"]
+        }
+    for rates in states.values():
+        base = rates["model.layers.0.mixer.k_proj.weight"]
+        scales = {name: rate / base for name, rate in rates.items()}
+        faster = {name: x for name, x in scales.items() if x != pytest.approx(1)}
+        assert faster == pytest.approx(
+            {
+                f"model.layers.{layer}.mixer.{name}": scale
+                for layer in range(2)
+                for name, scale in (("time_decay", 2), ("time_first", 3))
+            }
+        )
+    assert states[20] != states[40]
