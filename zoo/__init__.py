@@ -44,6 +44,12 @@ from .rwkv7 import (
     RWKV7ForSequenceClassification,
     RWKV7Model,
 )
+from .sliding_window import (
+    SlidingWindowConfig,
+    SlidingWindowForCausalLM,
+    SlidingWindowForSequenceClassification,
+    SlidingWindowModel,
+)
 
 __version__ = "0.1.0"
 
@@ -95,6 +101,13 @@ MODELS = {
             RWKV7Model,
             RWKV7ForCausalLM,
             RWKV7ForSequenceClassification,
+        ),
+        Architecture(
+            "sliding_window",
+            SlidingWindowConfig,
+            SlidingWindowModel,
+            SlidingWindowForCausalLM,
+            SlidingWindowForSequenceClassification,
         ),
     )
 }

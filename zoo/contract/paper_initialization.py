@@ -236,5 +236,22 @@ def rwkv7(config):
     }
 
 
+def sliding_window(config):
+    """transformers' Mistral and, for the sinks' logits, its gpt-oss."""
+    normal = (0.0, config.initializer_range, "normal")
+    table = dict.fromkeys(("*_proj.weight", "model.embed_tokens.weight", "lm_head.weight"), normal)
+    table["*norm.weight"] = ONE
+    if config.learnable_sinks:
+        table["*.mixer.sink_logits"] = normal
+    return table
+
+
 # By the name in zoo.MODELS; each takes the config.
-TABLES = {"retnet": retnet, "rwkv4": rwkv4, "rwkv5": rwkv5, "rwkv6": rwkv6, "rwkv7": rwkv7}
+TABLES = {
+    "retnet": retnet,
+    "rwkv4": rwkv4,
+    "rwkv5": rwkv5,
+    "rwkv6": rwkv6,
+    "rwkv7": rwkv7,
+    "sliding_window": sliding_window,
+}

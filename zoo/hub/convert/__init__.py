@@ -30,10 +30,18 @@ from ..folder import (
     read_tensors,
     settings,
 )
-from . import fla_retnet, fla_rwkv6, fla_rwkv7, hf_rwkv, rwkv_pth, torchscale_retnet
+from . import (
+    fla_retnet,
+    fla_rwkv6,
+    fla_rwkv7,
+    hf_mistral,
+    hf_rwkv,
+    rwkv_pth,
+    torchscale_retnet,
+)
 from .format import Fields, Weights
 
-_FILES = (torchscale_retnet, fla_retnet, rwkv_pth, hf_rwkv, fla_rwkv6, fla_rwkv7)
+_FILES = (torchscale_retnet, fla_retnet, rwkv_pth, hf_rwkv, fla_rwkv6, fla_rwkv7, hf_mistral)
 FORMATS = {file.FORMAT.name: file.FORMAT for file in _FILES}
 
 
