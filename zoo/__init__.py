@@ -50,6 +50,12 @@ from .rwkv7 import (
     RWKV7ForSequenceClassification,
     RWKV7Model,
 )
+from .sliding_window import (
+    SlidingWindowConfig,
+    SlidingWindowForCausalLM,
+    SlidingWindowForSequenceClassification,
+    SlidingWindowModel,
+)
 
 __version__ = "0.1.0"
 
@@ -108,6 +114,13 @@ MODELS = {
             LightningModel,
             LightningForCausalLM,
             LightningForSequenceClassification,
+        ),
+        Architecture(
+            "sliding_window",
+            SlidingWindowConfig,
+            SlidingWindowModel,
+            SlidingWindowForCausalLM,
+            SlidingWindowForSequenceClassification,
         ),
     )
 }

@@ -42,19 +42,22 @@ class State:
 
     An attribute is [N, *shape], N sequences, or None when all of them start here.
     `is_kept` says whether anybody will read the state afterwards: without that, skip computing it.
+    `may_overwrite` says that nobody else looks at the tensors, so that a mixer may write into them.
     """
 
-    def __init__(self, tensors, is_kept):
+    def __init__(self, tensors, is_kept, may_overwrite=False):
         vars(self).update(tensors)
         self.is_kept = is_kept
+        self.may_overwrite = may_overwrite
 
     def tensors(self):
         """The tensors by name."""
-        return {name: value for name, value in vars(self).items() if name != "is_kept"}
+        flags = ("is_kept", "may_overwrite")
+        return {name: value for name, value in vars(self).items() if name not in flags}
 
     def copy(self):
-        """A state that can be written without changing this one."""
-        return State(self.tensors(), self.is_kept)
+        """A state whose attributes can be set without changing this one's."""
+        return State(self.tensors(), self.is_kept, self.may_overwrite)
 
     def to(self, device, non_blocking=False):
         """The same state on another device."""
@@ -62,7 +65,7 @@ class State:
             name: None if x is None else x.to(device, non_blocking=non_blocking)
             for name, x in self.tensors().items()
         }
-        return State(tensors, self.is_kept)
+        return State(tensors, self.is_kept, self.may_overwrite)
 
 
 @dataclass
@@ -170,6 +173,13 @@ class StateLayer(CacheLayerMixin):
         """
         if self.record_past:
             self._record(sequence.shape[1], inputs)
+        self.tensors = self._rows(sequence, specs, state)
+        self.clock = sequence.clock_after.expand(sequence.shape[0])
+        self.length += sequence.shape[1]
+        self.pending, self.pending_length = None, 0
+
+    def _rows(self, sequence, specs, state):
+        """The state of each row, from that of each document."""
         tensors = {}
         for name, new in state.tensors().items():
             # Rows without a token in this pass keep what they had.
@@ -186,10 +196,7 @@ class StateLayer(CacheLayerMixin):
                 old = specs[name].fill if old is None else old.to(new.device)
                 new = torch.where(untouched.view(-1, *[1] * (new.ndim - 1)), old, new)
             tensors[name] = new
-        self.tensors = tensors
-        self.clock = sequence.clock_after.expand(sequence.shape[0])
-        self.length += sequence.shape[1]
-        self.pending, self.pending_length = None, 0
+        return tensors
 
     def _record(self, length, inputs):
         self.segments.append(Segment(self.tensors, self.clock, self.length, length, inputs))
@@ -284,9 +291,45 @@ class StateLayer(CacheLayerMixin):
 
 
 class SlidingStateLayer(StateLayer):
-    """A `StateLayer` of a mixer whose state is a window of past tokens."""
+    """A `StateLayer` of a mixer whose state is a window of past tokens.
+
+    A window is large, and a stream may hold many short documents. So the mixer is handed the state
+    by row, [B, *shape], and hands it back by row, rows without a token included: clocks and
+    boundaries in the `Sequence` say what is whose.
+    """
 
     _layer_type = "zoo_sliding_attention"
+
+    def read(self, sequence, specs):
+        """The state of each row, as a `State`."""
+        if not self.tensors:
+            return State(dict.fromkeys(specs), is_kept=True)
+        tensors = {name: x.to(sequence.clock.device) for name, x in self.tensors.items()}
+        if sequence.continues is not None and sequence.row_of_document is None:
+            held = sequence.continues
+            if sequence.keep is not None:
+                # The position of padding says nothing.
+                held = held | ~sequence.keep
+            for name, x in tensors.items():
+                is_held = held.view(-1, *[1] * (x.ndim - 1))
+                tensors[name] = torch.where(is_held, x, specs[name].fill)
+        may_overwrite = not (
+            self.record_past
+            or torch.is_grad_enabled()
+            or any(_must_stay(x) for x in tensors.values())
+        )
+        return State(tensors, is_kept=True, may_overwrite=may_overwrite)
+
+    def _rows(self, sequence, specs, state):
+        return state.tensors()
+
+
+def _must_stay(x):
+    """Whether a tensor belongs to a graph, or to inference mode while that is off."""
+    # Tracing knows nothing of inference mode, and copies what must be copied by itself.
+    if torch.compiler.is_compiling():
+        return x.requires_grad
+    return x.requires_grad or (x.is_inference() and not torch.is_inference_mode_enabled())
 
 
 LAYERS = {layer._layer_type: layer for layer in (StateLayer, SlidingStateLayer)}

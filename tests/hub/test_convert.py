@@ -405,7 +405,8 @@ def make_source(format, folder):
         version = format.removeprefix("rwkv-pth").strip() or "7"
         save_file(random_weights(authors_shapes(version)), folder / "model.safetensors")
     else:
-        golden = GOLDENS / {**GOLDEN_OF, "hf-rwkv": "rwkv4-hf"}[format]
+        others = {"hf-rwkv": "rwkv4-hf", "hf-mistral": "swa-mistral-hf"}
+        golden = GOLDENS / {**GOLDEN_OF, **others}[format]
         for name in ("config.json", "model.safetensors"):
             shutil.copyfile(golden / name, folder / name)
     return folder

@@ -252,6 +252,16 @@ def lightning(config):
     return table
 
 
+def sliding_window(config):
+    """transformers' Mistral and, for the sinks' logits, its gpt-oss."""
+    normal = (0.0, config.initializer_range, "normal")
+    table = dict.fromkeys(("*_proj.weight", "model.embed_tokens.weight", "lm_head.weight"), normal)
+    table["*norm.weight"] = ONE
+    if config.learnable_sinks:
+        table["*.mixer.sink_logits"] = normal
+    return table
+
+
 # By the name in zoo.MODELS; each takes the config.
 TABLES = {
     "retnet": retnet,
@@ -260,4 +270,5 @@ TABLES = {
     "rwkv6": rwkv6,
     "rwkv7": rwkv7,
     "lightning": lightning,
+    "sliding_window": sliding_window,
 }

@@ -35,6 +35,7 @@ from . import (
     fla_rwkv6,
     fla_rwkv7,
     hf_minimax,
+    hf_mistral,
     hf_rwkv,
     rwkv_pth,
     torchscale_retnet,
@@ -51,6 +52,7 @@ _FILES = (
     fla_rwkv7,
     transnormerllm,
     hf_minimax,
+    hf_mistral,
 )
 FORMATS = {file.FORMAT.name: file.FORMAT for file in _FILES}
 

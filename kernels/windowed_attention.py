@@ -1,0 +1,290 @@
+"""Softmax attention over a window of W keys, in time and memory linear in the length.
+
+Child et al. 2019, https://arxiv.org/abs/1904.10509; Mistral 7B, https://arxiv.org/abs/2310.06825.
+Query i of a document sees the W keys up to and including its own:
+
+    o_i = sum_j p_ij v_j,   p_ij = exp(scale q_i^T k_j) / Z_i   for i - W < j <= i
+    Z_i = sum_j exp(scale q_i^T k_j)  [+ sum over sinks]  [+ exp(sink_logit)]
+
+Sinks: M first keys of each document, which a query can go on to see after they left its window,
+with a query of its own for them (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). A sink
+logit per head takes part in the softmax without a value (as in gpt-oss).
+
+`windowed_attention` is the function to call: it cuts the queries into blocks and gives each the
+band of keys it can see. `windowed_attention_reference` is the definition, with the whole mask.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+# Queries per block: a block of C sees a band of C + W - 1 keys, so small blocks waste less of it,
+# and large ones make larger matrix products.
+MIN_BLOCK, MAX_BLOCK = 128, 512
+
+
+class Sinks(NamedTuple):
+    """First keys of each document, for queries that they left the window of.
+
+    Attributes:
+        q: [B, T, H, K], the queries, rotated for the sinks.
+        k: [N, M, G, K] for N documents (N = B where nothing is packed).
+        v: [N, M, G, V].
+        count: [B, T], how many of its document's M sinks a query sees beside its window.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    count: torch.Tensor
+
+
+def document_of_token(cu_seqlens, length):
+    """The index of each token's document, [T]; documents may be empty."""
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+
+
+def first_keys(length, cu_seqlens, first_key):
+    """The first key that each query may see, [B or 1, T or 1]; None: all."""
+    if cu_seqlens is not None:
+        return cu_seqlens[document_of_token(cu_seqlens, length)][None]
+    return None if first_key is None else first_key[:, None]
+
+
+def visible_keys(num_queries, num_keys, window=None, *, cu_seqlens=None, first_key=None, device):
+    """Which keys each query sees, [B or 1, T, S] bool; arguments as of `windowed_attention`."""
+    i_T1 = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    j_S = torch.arange(num_keys, device=device)
+    visible_BTS = ((j_S <= i_T1) & (j_S > i_T1 - (window or num_keys)))[None]
+    first_BT = first_keys(num_queries, cu_seqlens, first_key)
+    return visible_BTS if first_BT is None else visible_BTS & (j_S >= first_BT[..., None])
+
+
+def windowed_attention_reference(
+    q,
+    k,
+    v,
+    window=None,
+    *,
+    scale=None,
+    cu_seqlens=None,
+    first_key=None,
+    sinks=None,
+    sink_logits=None,
+):
+    """The definition: all scores [B, H, T, S] and a mask. As `windowed_attention`."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    length, repeats = q.shape[1], q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q_BTHK, k_BSHK, v_BSHV = (
+        q.to(dtype),
+        *(x.to(dtype).repeat_interleave(repeats, dim=2) for x in (k, v)),
+    )
+    visible_BTS = visible_keys(
+        length, k.shape[1], window, cu_seqlens=cu_seqlens, first_key=first_key, device=q.device
+    )
+    score_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * scale
+    scores = [score_BHTS.masked_fill(~visible_BTS[:, None], -torch.inf)]
+    if sinks is not None:
+        # [B, T, M, H, K]: each query's own document's
+        k_BTMHK, v_BTMHV = (
+            (x[:, None] if cu_seqlens is None else x[document_of_token(cu_seqlens, length)][None])
+            .to(dtype)
+            .repeat_interleave(repeats, dim=3)
+            for x in (sinks.k, sinks.v)
+        )
+        k_BTMHK, v_BTMHV = (x.expand(-1, length, -1, -1, -1) for x in (k_BTMHK, v_BTMHV))
+        score_BHTM = torch.einsum("bthk,btmhk->bhtm", sinks.q.to(dtype), k_BTMHK) * scale
+        seen_BTM = torch.arange(k_BTMHK.shape[2], device=q.device) < sinks.count[..., None]
+        scores.append(score_BHTM.masked_fill(~seen_BTM[:, None], -torch.inf))
+    if sink_logits is not None:
+        scores.append(sink_logits.to(dtype)[:, None, None].expand(*score_BHTS.shape[:3], 1))
+    p_BHTS = torch.cat(scores, dim=-1).softmax(-1)
+    o_BTHV = torch.einsum("bhts,bshv->bthv", p_BHTS[..., : k.shape[1]], v_BSHV)
+    if sinks is not None:
+        p_BHTM = p_BHTS[..., k.shape[1] :][..., : v_BTMHV.shape[2]]
+        o_BTHV = o_BTHV + torch.einsum("bhtm,btmhv->bthv", p_BHTM, v_BTMHV)
+    return o_BTHV.to(v.dtype)
+
+
+def windowed_attention(
+    q,
+    k,
+    v,
+    window=None,
+    *,
+    scale=None,
+    cu_seqlens=None,
+    first_key=None,
+    sinks=None,
+    sink_logits=None,
+    block_length=None,
+):
+    """Attention of each query to the `window` keys up to its own.
+
+    Args:
+        q: [B, T, H, K]. Any float dtype; scores and sums are in float32 at least.
+        k: [B, S, G, K], S >= T: the last T are the queries' own, those before them are older. G
+            divides H: that many query heads share a head of keys and values.
+        v: [B, S, G, V].
+        window: how many keys a query sees, itself included; None: all before it.
+        scale: of the scores; None: K^-1/2.
+        cu_seqlens: [N + 1] boundaries of documents packed in one row (B = 1, S = T).
+        first_key: [B], the first key of each row that is one; None: all are.
+        sinks: `Sinks`; None: there are none.
+        sink_logits: [H], a logit in each head's softmax that has no value; None: there is none.
+        block_length: queries computed at a time; None: by the window.
+
+    Returns:
+        o [B, T, H, V] in v's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, or a window without keys.
+    """
+    _check(q, k, v, window, cu_seqlens, first_key, sinks)
+    (length, num_heads), (num_keys, num_groups) = q.shape[1:3], k.shape[1:3]
+    window = num_keys if window is None else window
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if block_length is None:
+        block_length = min(max(MIN_BLOCK, window // 4), MAX_BLOCK)
+    older = num_keys - length
+    sizes = [min(block_length, length - start) for start in range(0, length, block_length)]
+
+    def grouped(x_BTHK):
+        return x_BTHK.transpose(1, 2).unflatten(1, (num_groups, num_heads // num_groups))
+
+    # Pieces of the keys that bands are put together from: a view into the whole would have a
+    # gradient as long as the whole for every block, which is quadratic.
+    pieces = ([older] if older else []) + sizes
+    starts = [sum(pieces[:n]) for n in range(len(pieces))]
+    k_pieces = k.transpose(1, 2).split(pieces, dim=2)
+    v_pieces = v.transpose(1, 2).split(pieces, dim=2)
+    q_blocks = grouped(q).split(sizes, dim=3)
+    first_BT = first_keys(length, cu_seqlens, first_key)
+    extra = _SinkBlocks(sinks, cu_seqlens, sizes, grouped, scale, dtype)
+    logits_GR = None
+    if sink_logits is not None:
+        logits_GR = sink_logits.to(dtype).view(num_groups, -1)
+
+    outputs, low = [], 0
+    for n, q_BGRCK in enumerate(q_blocks):
+        own = n + len(pieces) - len(sizes)
+        while starts[low] + pieces[low] <= starts[own] - window + 1:
+            low += 1
+        k_BGSK, v_BGSV = (
+            torch.cat(x[low : own + 1], dim=2).to(dtype) for x in (k_pieces, v_pieces)
+        )
+        i_C1 = starts[own] + torch.arange(sizes[n], device=q.device)[:, None]
+        j_S = starts[low] + torch.arange(k_BGSK.shape[2], device=q.device)
+        visible_BCS = ((j_S <= i_C1) & (j_S > i_C1 - window))[None]
+        if first_BT is not None:
+            first_BC = first_BT if first_BT.shape[1] == 1 else first_BT[:, i_C1[:, 0] - older]
+            visible_BCS = visible_BCS & (j_S >= first_BC[..., None])
+        o_BGRCV = _attend(
+            q_BGRCK.to(dtype) * scale, k_BGSK, v_BGSV, visible_BCS, extra.block(n), logits_GR
+        )
+        outputs.append(o_BGRCV.to(v.dtype))
+    return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
+
+
+def attention_step(q, k, v, visible, *, scale=None, sinks=None, sink_logits=None):
+    """Attention of one query per row to the keys it is shown, in any order.
+
+    Args:
+        q: [B, 1, H, K].
+        k: [B, S, G, K].
+        v: [B, S, G, V].
+        visible: [B, S] bool.
+        scale, sinks, sink_logits: as of `windowed_attention`.
+
+    Returns:
+        o [B, 1, H, V] in v's dtype.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    num_groups = k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def grouped(x_BTHK):
+        return x_BTHK.transpose(1, 2).unflatten(1, (num_groups, -1))
+
+    extra = _SinkBlocks(sinks, None, [1], grouped, scale, dtype).block(0)
+    logits_GR = None if sink_logits is None else sink_logits.to(dtype).view(num_groups, -1)
+    k_BGSK, v_BGSV = (x.transpose(1, 2).to(dtype) for x in (k, v))
+    q_BGRCK = grouped(q).to(dtype) * scale
+    o_BGRCV = _attend(q_BGRCK, k_BGSK, v_BGSV, visible[:, None], extra, logits_GR)
+    return o_BGRCV.flatten(1, 2).transpose(1, 2).to(v.dtype)
+
+
+class _SinkBlocks:
+    """The sinks' scores and values for each block of queries."""
+
+    def __init__(self, sinks, cu_seqlens, sizes, grouped, scale, dtype):
+        self.sinks, self.scale, self.dtype = sinks, scale, dtype
+        if sinks is None:
+            return
+        self.q_blocks = grouped(sinks.q).split(sizes, dim=3)
+        self.counts = sinks.count.split(sizes, dim=1)
+        self.documents = None
+        if cu_seqlens is not None:
+            self.documents = document_of_token(cu_seqlens, sum(sizes)).split(sizes)
+
+    def block(self, n):
+        """(scores [B, G, R, C, M], values [B, C or 1, M, G, V]) of block n, or None."""
+        if self.sinks is None:
+            return None
+        k_BCMGK, v_BCMGV = (
+            (x[:, None] if self.documents is None else x[self.documents[n]][None]).to(self.dtype)
+            for x in (self.sinks.k, self.sinks.v)
+        )
+        q_BGRCK = self.q_blocks[n].to(self.dtype) * self.scale
+        k_BCMGK = k_BCMGK.expand(-1, q_BGRCK.shape[3], -1, -1, -1)
+        score_BGRCM = torch.einsum("bgrck,bcmgk->bgrcm", q_BGRCK, k_BCMGK)
+        indices_M = torch.arange(k_BCMGK.shape[2], device=q_BGRCK.device)
+        seen_BCM = indices_M < self.counts[n][..., None]
+        score_BGRCM = score_BGRCM.masked_fill(~seen_BCM[:, None, None], -torch.inf)
+        return score_BGRCM, v_BCMGV.expand(-1, q_BGRCK.shape[3], -1, -1, -1)
+
+
+def _attend(q_BGRCK, k_BGSK, v_BGSV, visible_BCS, extra, logits_GR):
+    """Softmax attention of a block of queries, already scaled, in its accumulators' dtype."""
+    shape = q_BGRCK.shape[2:4]
+    score_BGRCS = (q_BGRCK.flatten(2, 3) @ k_BGSK.mT).unflatten(2, shape)
+    score_BGRCS = score_BGRCS.masked_fill(~visible_BCS[:, None, None], -torch.inf)
+    size = score_BGRCS.shape[-1]
+    scores = [score_BGRCS]
+    if extra is not None:
+        scores.append(extra[0])
+    if logits_GR is not None:
+        scores.append(logits_GR[..., None, None].expand(*score_BGRCS.shape[:4], 1))
+    p_BGRCS = (torch.cat(scores, dim=-1) if len(scores) > 1 else score_BGRCS).softmax(-1)
+    o_BGRCV = (p_BGRCS[..., :size].flatten(2, 3) @ v_BGSV).unflatten(2, shape)
+    if extra is not None:
+        p_BGRCM = p_BGRCS[..., size : size + extra[0].shape[-1]]
+        o_BGRCV = o_BGRCV + torch.einsum("bgrcm,bcmgv->bgrcv", p_BGRCM, extra[1])
+    return o_BGRCV
+
+
+def _check(q, k, v, window, cu_seqlens, first_key, sinks):
+    (batch, length, num_heads, _), (num_keys, num_groups) = q.shape, k.shape[1:3]
+    if k.shape[0] != batch or k.shape[:3] != v.shape[:3] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            "expected q [B, T, H, K], k [B, S, G, K] and v [B, S, G, V], got "
+            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}."
+        )
+    if num_keys < length or num_heads % num_groups:
+        raise ValueError(
+            f"S is at least T and G divides H, got S = {num_keys}, T = {length}, G = {num_groups}, "
+            f"H = {num_heads}; the last T keys are the queries' own."
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window is at least 1, the query's own key, got {window}.")
+    if cu_seqlens is not None and (batch != 1 or num_keys != length or first_key is not None):
+        raise ValueError(
+            "packed documents lie in one row (B = 1) with their own keys (S = T) and without "
+            f"first_key, got B = {batch}, S = {num_keys}, T = {length}; put older keys into the "
+            "documents, with queries of any value."
+        )
+    if sinks is not None and sinks.q.shape != q.shape:
+        raise ValueError(f"sinks.q is {list(q.shape)} as q, got {list(sinks.q.shape)}.")
