@@ -9,7 +9,7 @@ import pytest
 import torch
 from rwkv_files import authors_shapes, fla_shapes, random_weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from zoo.hub.convert import FORMATS, convert
 
@@ -404,9 +404,12 @@ def make_source(format, folder):
     elif format.startswith("rwkv-pth"):
         version = format.removeprefix("rwkv-pth").strip() or "7"
         save_file(random_weights(authors_shapes(version)), folder / "model.safetensors")
+    elif format == "hf-mistral":
+        sizes = {"vocab_size": 19, "hidden_size": 16, "intermediate_size": 24}
+        sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        MistralForCausalLM(MistralConfig(**sizes)).save_pretrained(folder)
     else:
-        others = {"hf-rwkv": "rwkv4-hf", "hf-mistral": "swa-mistral-hf"}
-        golden = GOLDENS / {**GOLDEN_OF, **others}[format]
+        golden = GOLDENS / {**GOLDEN_OF, "hf-rwkv": "rwkv4-hf"}[format]
         for name in ("config.json", "model.safetensors"):
             shutil.copyfile(golden / name, folder / name)
     return folder
