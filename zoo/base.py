@@ -556,10 +556,21 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_TD).float()
         return F.cross_entropy(logits, target_T, ignore_index=LOSS_IGNORES, reduction="sum")
 
-    def state_size(self):
-        """Bytes of state for one sequence, at any length."""
+    def state_size(self, num_tokens=None):
+        """Bytes of state for one sequence.
+
+        Args:
+            num_tokens: of the text so far, for a model whose state grows with it; others have one
+                size at any length.
+        """
         dtype = torch.promote_types(self.dtype, torch.float32)
-        return state_size(self.model.state_specs(), dtype)
+        return state_size(self.model.state_specs(), dtype, num_tokens)
+
+    @property
+    def has_constant_state(self):
+        """Whether the state has one size at any length."""
+        specs = (spec for specs in self.model.state_specs() for spec in specs.values())
+        return all(None not in spec.shape for spec in specs)
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):

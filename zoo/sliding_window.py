@@ -50,7 +50,7 @@ from .kernels.windowed_attention import (
     windowed_attention,
     windowed_attention_reference,
 )
-from .state import SlidingStateLayer, StateSpec
+from .state import GrowingStateLayer, SlidingStateLayer, StateSpec
 from .window import (
     Past,
     document_spans,
@@ -94,6 +94,7 @@ class SlidingWindowConfig(ZooConfig):
         "default": {"sliding_window": 16, "num_key_value_heads": 2},
         "sinks": {"sliding_window": 16, "num_key_value_heads": 2, "num_sink_tokens": 3},
         "learnable-sinks": {"sliding_window": 16, "head_dim": 10, "learnable_sinks": True},
+        "full": {"sliding_window": None, "num_key_value_heads": 2},
     }
 
     num_key_value_heads: int | None = None
@@ -114,6 +115,8 @@ class SlidingWindowConfig(ZooConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 7 * self.hidden_size // 2
+        if self.layer_types is None and self.sliding_window is None:
+            self.layer_types = [GrowingStateLayer._layer_type] * self.num_hidden_layers
         # transformers fills the rest of it in.
         self.rope_parameters = dict(self.rope_parameters or {})
         super().__post_init__(**kwargs)
@@ -341,6 +344,13 @@ def mask_arguments(name, q_BTHK, k_BSHK, window, cu_seqlens=None, first_key=None
     return {"attention_mask": visible_BTS[:, None]}
 
 
+def longer(held_BSHK, more, like_BTHK, spec):
+    """A state with that many more slots, of zeros; held None: with these alone."""
+    shape = len(like_BTHK), more, *like_BTHK.shape[2:]
+    zeros_BSHK = like_BTHK.new_zeros(shape, dtype=spec.dtype)
+    return zeros_BSHK if held_BSHK is None else torch.cat([held_BSHK, zeros_BSHK], dim=1)
+
+
 class SlidingWindowAttention(nn.Module):
     """Attention over a window and, if the config has them, sinks."""
 
@@ -368,7 +378,7 @@ class SlidingWindowAttention(nn.Module):
             init.normal_(self.sink_logits, std=self.config.initializer_range)
 
     def state_specs(self):
-        """Keys and values in a ring of W slots and, if there are sinks, in S more.
+        """Keys and values in a ring of W slots, or one per token, and those of S sinks.
 
         In the dtype of the weights, which is that of a key before it is stored.
         """
@@ -400,14 +410,16 @@ class SlidingWindowAttention(nn.Module):
         for name, spec in specs.items():
             x_BTHK, slot_B, is_written_B = new[name.rpartition("_")[0]], clock_B, sequence.keep
             held_BSHK, may_overwrite = getattr(state, name), state.may_overwrite
-            if held_BSHK is None:
+            if self.window is None:
+                held_BSHK = longer(held_BSHK, 1, x_BTHK, spec)
+            elif held_BSHK is None:
                 held_BSHK = x_BTHK.new_zeros(len(clock_B), *spec.shape, dtype=spec.dtype)
             if name.startswith("sink"):
                 slot_B = clock_B.clamp(max=self.num_sinks - 1)
                 is_sink_B = clock_B < self.num_sinks
                 is_written_B = is_sink_B if is_written_B is None else is_sink_B & is_written_B
             else:
-                slot_B = clock_B % self.window
+                slot_B = clock_B if self.window is None else clock_B % self.window
             held_BSHK = write_slot(held_BSHK, x_BTHK[:, 0], slot_B, is_written_B, may_overwrite)
             setattr(state, name, held_BSHK)
         keys_BWHK, values_BWHV = state.keys_BWHK, state.values_BWHV
@@ -426,7 +438,8 @@ class SlidingWindowAttention(nn.Module):
             sinks = self.sinks_of_documents(k_BTHK, v_BTHV, sink_q_BTHK, sequence, state)
         past, keys_BSHK, values_BSHV = None, k_BTHK, v_BTHV
         if state.keys_BWHK is not None:
-            past = Past(sequence, state.keys_BWHK, self.window - 1)
+            size = state.keys_BWHK.shape[1] if self.window is None else self.window - 1
+            past = Past(sequence, state.keys_BWHK, size)
             documents = {"cu_seqlens": past.cu_seqlens, "first_key": past.first_key}
             keys_BSHK = past.put_before(k_BTHK, state.keys_BWHK)
             values_BSHV = past.put_before(v_BTHV, state.values_BWHV)
@@ -442,7 +455,11 @@ class SlidingWindowAttention(nn.Module):
         """Brings the state up to date."""
         spans, dtype = row_spans(sequence), self.state_specs()["keys_BWHK"].dtype
         k_BTHK, v_BTHV = k_BTHK.to(dtype), v_BTHV.to(dtype)
-        positions_BW = ring_positions(spans.after, self.window)
+        if self.window is None:
+            self.make_room(k_BTHK, sequence, state)
+            positions_BW = first_positions(spans.after, state.keys_BWHK.shape[1])
+        else:
+            positions_BW = ring_positions(spans.after, self.window)
         state.keys_BWHK = gather_tokens(k_BTHK, state.keys_BWHK, positions_BW, spans)
         state.values_BWHV = gather_tokens(v_BTHV, state.values_BWHV, positions_BW, spans)
         if self.num_sinks:
@@ -450,6 +467,18 @@ class SlidingWindowAttention(nn.Module):
             held = state.sink_keys_BSHK, state.sink_values_BSHV
             state.sink_keys_BSHK = gather_tokens(k_BTHK, held[0], positions_BS, spans)
             state.sink_values_BSHV = gather_tokens(v_BTHV, held[1], positions_BS, spans)
+
+    def make_room(self, k_BTHK, sequence, state):
+        """Full attention: slots for all tokens of the longest row."""
+        held, specs = state.keys_BWHK, self.state_specs()
+        if sequence.cu_seqlens is None:
+            more = sequence.shape[1]
+        else:
+            longest = int(sequence.clock_after.max())
+            more = max(0, longest - (0 if held is None else held.shape[1]))
+        empty_BTHK = k_BTHK.new_zeros(sequence.shape[0], 0, *k_BTHK.shape[2:])
+        for name, spec in specs.items():
+            setattr(state, name, longer(getattr(state, name), more, empty_BTHK, spec))
 
     def num_visible_sinks(self, clock_BT):
         """How many sinks have left the window; those inside are seen there."""

@@ -29,10 +29,11 @@ ROLLBACK_TOKENS = 128
 class StateSpec(NamedTuple):
     """A tensor of a mixer's state: its shape for one sequence, and its value before any token.
 
-    dtype None is that of accumulators: float32, or float64 in a float64 model.
+    A size of None is as large as the number of tokens so far. dtype None is that of accumulators:
+    float32, or float64 in a float64 model.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     fill: float = 0.0
     dtype: torch.dtype | None = None
 
@@ -324,6 +325,14 @@ class SlidingStateLayer(StateLayer):
         return state.tensors()
 
 
+class GrowingStateLayer(SlidingStateLayer):
+    """A `StateLayer` of a mixer that keeps every token: its tensors grow with the text."""
+
+    # Not transformers' name for it: nobody may take this for a cache that can be cut in pieces.
+    _layer_type = "zoo_growing_sliding_attention"
+    is_compileable = False
+
+
 def _must_stay(x):
     """Whether a tensor belongs to a graph, or to inference mode while that is off."""
     # Tracing knows nothing of inference mode, and copies what must be copied by itself.
@@ -332,8 +341,8 @@ def _must_stay(x):
     return x.requires_grad or (x.is_inference() and not torch.is_inference_mode_enabled())
 
 
-LAYERS = {layer._layer_type: layer for layer in (StateLayer, SlidingStateLayer)}
-# A state has the same shape at every step: a static cache holds it as it is.
+LAYERS = {layer._layer_type: layer for layer in (StateLayer, SlidingStateLayer, GrowingStateLayer)}
+# A static cache holds a state as it is: most have the same shape at every step.
 STATIC_LAYER_TYPE_MAPPING.update(LAYERS)
 
 
@@ -348,17 +357,24 @@ def new_cache(config):
     return cache
 
 
-def state_size(specs_by_layer, dtype=torch.float32):
+def state_size(specs_by_layer, dtype=torch.float32, num_tokens=None):
     """Bytes of state for one sequence.
 
     Args:
         specs_by_layer: for each layer its `StateSpec` by name (`ZooModel.state_specs`).
         dtype: dtype of accumulators.
+        num_tokens: of the text so far, where the state grows with it.
+
+    Raises:
+        ValueError: the state grows, and num_tokens was not given.
     """
+    specs = [spec for specs in specs_by_layer for spec in specs.values()]
+    if num_tokens is None and any(None in spec.shape for spec in specs):
+        raise ValueError("this state grows with the text: pass num_tokens, got None.")
     return sum(
-        math.prod(spec.shape) * (spec.dtype or dtype).itemsize
-        for specs in specs_by_layer
-        for spec in specs.values()
+        math.prod(num_tokens if size is None else size for size in spec.shape)
+        * (spec.dtype or dtype).itemsize
+        for spec in specs
     )
 
 

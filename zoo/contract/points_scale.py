@@ -32,6 +32,9 @@ def constant_state(subject, checks, num_tokens):
         num_tokens: length of the long prefill.
     """
     model = subject.model(torch.float32)
+    if not getattr(model, "has_constant_state", True):
+        _growing_state(subject, checks, model)
+        return
     lengths = (1, 65, 700)
     with checks.case("state"), torch.no_grad():
         # The first piece may be shorter than whatever a state keeps, so all begin with one token.
@@ -51,6 +54,18 @@ def constant_state(subject, checks, num_tokens):
             checks.not_run("bytes of the live cache = state_size()", "the model has no state_size")
     with checks.case(f"prefill of {num_tokens:,} tokens"), torch.no_grad():
         _prefill(subject, checks, model, num_tokens)
+
+
+def _growing_state(subject, checks, model):
+    """A model that promises no constant state says how its state grows, and is held to that."""
+    with checks.case("state"), torch.no_grad():
+        for length in (1, 65, 700):
+            tensors = cache_tensors(subject.run(model, subject.ids(1, length))[1])
+            size = sum(x.nbytes for k, x in tensors.items() if not k.endswith(".clock"))
+            difference = abs(size - model.state_size(length))
+            checks.below(f"{length} tokens: bytes of the live cache - state_size()", difference, 0)
+        for name in ("state of one size", "long prefill in constant memory"):
+            checks.not_run(name, "full attention: the state grows with the tokens")
 
 
 def _prefill(subject, checks, model, num_tokens):

@@ -27,7 +27,8 @@ class Subject(NamedTuple):
         license: of the weights.
         has_tokenizer: whether the folder holds one.
         num_parameters: tied ones count once.
-        state_bytes: recurrent state of one sequence.
+        state_bytes: recurrent state of one sequence, or of one token where that grows.
+        has_constant_state: whether it has one size at any length.
         run_folder: where run.json and metrics.jsonl may be, or in its parent.
     """
 
@@ -39,6 +40,7 @@ class Subject(NamedTuple):
     has_tokenizer: bool
     num_parameters: int
     state_bytes: int
+    has_constant_state: bool
     run_folder: Path
 
 
@@ -56,6 +58,11 @@ def render_card(subject):
         dtype=subject.dtype,
         num_parameters=f"{subject.num_parameters:,}",
         state_bytes=f"{subject.state_bytes:,}",
+        state_unit=(
+            "sequence, however long the text"
+            if subject.has_constant_state
+            else "token of each sequence"
+        ),
         config=_config_table(subject.config),
         usage=_usage(subject),
         training=_training(run, metrics),

@@ -99,7 +99,8 @@ def export(checkpoint, out, overwrite=False, license="apache-2.0", max_shard_siz
             license=license,
             has_tokenizer=tokenizer is not None,
             num_parameters=sum(p.numel() for p in model.parameters()),
-            state_bytes=model.state_size(),
+            state_bytes=model.state_size(None if model.has_constant_state else 1),
+            has_constant_state=model.has_constant_state,
             run_folder=checkpoint,
         )
         (new / "README.md").write_text(render_card(subject), encoding="utf-8")

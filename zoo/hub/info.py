@@ -35,7 +35,7 @@ def describe(model):
     lines = [
         f"{architecture.name}: {architecture.causal_lm.__name__}, model_type {config.model_type}",
         f"parameters {num_parameters:,}",
-        f"state {network.state_size():,} bytes per sequence, at any length (float32)",
+        f"state {_state(network)} (float32)",
         "config",
         *(f"  {name} = {value!r}" for name, value in settings(config).items()),
     ]
@@ -45,3 +45,9 @@ def describe(model):
             listed = ", ".join(f"{key} = {value!r}" for key, value in fields.items())
             lines.append(f"  {name}: {listed or 'the defaults'}")
     return "\n".join(lines)
+
+
+def _state(network):
+    if network.has_constant_state:
+        return f"{network.state_size():,} bytes per sequence, at any length"
+    return f"{network.state_size(1):,} bytes per token of each sequence: it grows with the text"
