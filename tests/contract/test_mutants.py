@@ -88,9 +88,9 @@ MUTANTS = {
     ),
     "state kept in bf16: between two pieces": (
         StateLayer,
-        "write",
-        "            tensors[name] = new\n        self.tensors",
-        "            tensors[name] = new.bfloat16()\n        self.tensors",
+        "_rows",
+        "            tensors[name] = new\n        return",
+        "            tensors[name] = new.bfloat16()\n        return",
         1,
         ("token by token, fp64: logits", "token by token, fp32: logits"),
     ),

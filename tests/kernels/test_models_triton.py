@@ -8,6 +8,8 @@ import torch
 import zoo
 from zoo.kernels.launch_triton import recording
 
+# Softmax attention has kernels in PyTorch.
+NAMES = [name for name in zoo.MODELS if name != "sliding_window"]
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -45,7 +47,7 @@ def ways_to_run(model):
     yield from (p.grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_the_pytorch_path(name, on_triton):
     torch.manual_seed(0)
     classes = zoo.MODELS[name]
