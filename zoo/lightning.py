@@ -203,7 +203,6 @@ class LightningAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx
         self.head_shape = config.num_attention_heads, config.head_dim
         width, size = config.hidden_size, config.num_attention_heads * config.head_dim
         self.q_proj = nn.Linear(width, size, bias=config.bias)
@@ -213,13 +212,14 @@ class LightningAttention(nn.Module):
         self.out_proj = nn.Linear(size, width, bias=config.bias)
         self.out_norm = Norm(config, size, config.out_norm_eps)
         self.act = ACT2FN[config.feature_act]
-        if layer_idx in config.lrpe_layers:
+        self.has_lrpe = layer_idx in config.lrpe_layers
+        if self.has_lrpe:
             self.lrpe_theta = nn.Parameter(torch.empty(self.head_shape))
         self.log_decay = Constant(lambda: log_decay(config, layer_idx))
 
     def init_weights_of_paper(self):
         """Angles from 1 to nearly 1e-8 over the channels of all heads."""
-        if self.layer_idx in self.config.lrpe_layers:
+        if self.has_lrpe:
             steps = torch.arange(self.lrpe_theta.numel(), dtype=torch.float64)
             theta = 10000 ** (-2 * steps / len(steps))
             init.copy_(self.lrpe_theta, theta.view(self.head_shape))
@@ -227,7 +227,7 @@ class LightningAttention(nn.Module):
     def state_specs(self):
         """The memory S: one [K, V] matrix per head, of twice the keys where there is LRPE."""
         heads, head_dim = self.head_shape
-        key_dim = head_dim * (2 if self.layer_idx in self.config.lrpe_layers else 1)
+        key_dim = head_dim * (2 if self.has_lrpe else 1)
         return {"memory_BHKV": StateSpec((heads, key_dim, head_dim))}
 
     def rotate(self, x_BTHK, positions_BT):
@@ -247,7 +247,7 @@ class LightningAttention(nn.Module):
         q_BTHK, k_BTHK = self.act(q_BTHK), self.act(k_BTHK)
         if self.config.activate_values:
             v_BTHV = self.act(v_BTHV)
-        if self.layer_idx in self.config.lrpe_layers:
+        if self.has_lrpe:
             q_BTHK = self.rotate(q_BTHK, sequence.positions)
             k_BTHK = self.rotate(k_BTHK, sequence.positions)
         y_BTHV, state.memory_BHKV = linear_recurrence(

@@ -40,6 +40,7 @@ from .base import (
     in_range,
 )
 from .kernels.linear_recurrence import linear_recurrence
+from .positions import rotate
 from .state import StateSpec
 
 
@@ -175,19 +176,6 @@ class Rotation(nn.Module):
         """
         radians_BTK = positions_BT[..., None] * self.angle()
         return radians_BTK.cos()[:, :, None], radians_BTK.sin()[:, :, None]
-
-
-def rotate(x_BTHK, cos_BTHK, sin_BTHK, interleaved):
-    """Turns pairs of channels, in float32 or better; returned in x's own dtype."""
-    dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
-    cos_BTHK, sin_BTHK = cos_BTHK.to(dtype), sin_BTHK.to(dtype)
-    if interleaved:
-        a_BTHK, b_BTHK = x_BTHK.unflatten(-1, (-1, 2)).unbind(-1)
-    else:
-        a_BTHK, b_BTHK = x_BTHK.chunk(2, dim=-1)
-    turned = a_BTHK * cos_BTHK - b_BTHK * sin_BTHK, b_BTHK * cos_BTHK + a_BTHK * sin_BTHK
-    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    return joined.to(x_BTHK.dtype)
 
 
 class HeadRMSNorm(nn.RMSNorm):

@@ -21,6 +21,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .base import ZooConfig, ZooModel, ZooPreTrainedModel
+from .kernels.linear_recurrence import accumulator_dtype
 from .state import StateSpec
 
 
@@ -199,11 +200,6 @@ class HeadNorm(nn.GroupNorm):
         size = y_BTHV.shape[-2:]
         y_BTHV = nn.functional.layer_norm(y_BTHV, size[1:], eps=self.eps)
         return y_BTHV * self.weight.view(size) + self.bias.view(size)
-
-
-def accumulator_dtype(x):
-    """float32, or float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def unit_steps(size, include_end=False):

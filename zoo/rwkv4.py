@@ -25,6 +25,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .base import ZooForCausalLM, ZooForSequenceClassification
+from .kernels.linear_recurrence import accumulator_dtype
 from .kernels.wkv4 import EMPTY_MAX, wkv4
 from .rwkv import (
     ChannelMix,
@@ -33,7 +34,6 @@ from .rwkv import (
     RwkvModel,
     RwkvPreTrainedModel,
     TimeMix,
-    accumulator_dtype,
     orthogonal_,
     unit_steps,
 )

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .base import ZooForCausalLM, ZooForSequenceClassification, in_range
-from .kernels.linear_recurrence import linear_recurrence
+from .kernels.linear_recurrence import accumulator_dtype, linear_recurrence
 from .rwkv import (
     HeadNorm,
     RwkvBlock,
@@ -32,7 +32,6 @@ from .rwkv import (
     RwkvModel,
     RwkvPreTrainedModel,
     TimeMix,
-    accumulator_dtype,
     init_decay_and_bonus_,
     orthogonal_,
 )

@@ -32,6 +32,7 @@ from transformers import initialization as init
 
 from .base import ZooForCausalLM, ZooForSequenceClassification, in_range
 from .kernels.delta_recurrence import delta_recurrence
+from .kernels.linear_recurrence import accumulator_dtype
 from .rwkv import (
     HeadNorm,
     Mixer,
@@ -40,7 +41,6 @@ from .rwkv import (
     RwkvModel,
     RwkvPreTrainedModel,
     TimeMix,
-    accumulator_dtype,
     orthogonal_,
     unit_steps,
 )

@@ -50,6 +50,7 @@ from .kernels.windowed_attention import (
     windowed_attention,
     windowed_attention_reference,
 )
+from .positions import rotate
 from .state import GrowingStateLayer, SlidingStateLayer, StateSpec
 from .window import (
     Past,
@@ -225,15 +226,6 @@ class RotaryPositions(nn.Module):
         growth_BT1 = (factor * length_BT1 / trained - (factor - 1)) ** (dim / (dim - 2))
         steps_K = torch.arange(0, dim, 2, device=positions_BT.device, dtype=dtype) / dim
         return growth_BT1**-steps_K
-
-
-def rotate(x_BTHK, cos_BTHK, sin_BTHK):
-    """Turns pairs of channels (j, j + K/2) in float32 or better; returned in x's own dtype."""
-    dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
-    cos_BTHK, sin_BTHK = cos_BTHK.to(dtype), sin_BTHK.to(dtype)
-    a_BTHK, b_BTHK = x_BTHK.chunk(2, dim=-1)
-    turned = a_BTHK * cos_BTHK - b_BTHK * sin_BTHK, b_BTHK * cos_BTHK + a_BTHK * sin_BTHK
-    return torch.cat(turned, dim=-1).to(x_BTHK.dtype)
 
 
 def banded_attention_forward(module, query, key, value, attention_mask=None, **settings):
