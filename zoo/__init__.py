@@ -14,6 +14,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .infini import (
+    InfiniConfig,
+    InfiniForCausalLM,
+    InfiniForSequenceClassification,
+    InfiniModel,
+)
 from .lightning import (
     LightningConfig,
     LightningForCausalLM,
@@ -114,6 +120,13 @@ MODELS = {
             LightningModel,
             LightningForCausalLM,
             LightningForSequenceClassification,
+        ),
+        Architecture(
+            "infini",
+            InfiniConfig,
+            InfiniModel,
+            InfiniForCausalLM,
+            InfiniForSequenceClassification,
         ),
         Architecture(
             "sliding_window",

@@ -539,7 +539,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         hidden_TD = hidden_BTD.flatten(0, 1)
         fused = _fused_linear_cross_entropy(self.lm_head, hidden_TD)
         if fused is not None:
-            total = fused(self.lm_head.weight, hidden_TD, target_T)
+            total = fused(self.lm_head.weight, hidden_TD, target_T, self.lm_head.bias)
         else:
             total = hidden_TD.new_zeros((), dtype=torch.float32)
             size = self.loss_chunk_size

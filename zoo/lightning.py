@@ -43,6 +43,7 @@ from .base import (
     in_range,
 )
 from .kernels.linear_recurrence import linear_recurrence
+from .mlp import GatedMLP
 from .positions import RotaryPositions, check_rope_parameters
 from .softmax_attention import (
     SoftmaxAttention,
@@ -351,26 +352,13 @@ class LightningAttention(nn.Module):
         return self.out_proj(gate_BTD * self.out_norm(y_BTHV.flatten(2)).to(gate_BTD.dtype)), state
 
 
-class MLP(nn.Module):
-    """down(act(gate x) * up x); without the activation, the papers' SGLU."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, size = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, size, bias=config.bias)
-        self.up_proj = nn.Linear(width, size, bias=config.bias)
-        self.down_proj = nn.Linear(size, width, bias=config.bias)
-        self.act = nn.Identity() if config.hidden_act is None else ACT2FN[config.hidden_act]
-
-    def forward(self, x_BTD):
-        """[B, T, D] to the same."""
-        return self.down_proj(self.act(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
-
-
 class LightningBlock(ZooBlock):
     """A pre-norm block; with MiniMax's options, its residual is the normalised input."""
 
-    mlp_class = MLP
+    @staticmethod
+    def mlp_class(config):
+        """SGLU, or what hidden_act says."""
+        return GatedMLP(config, bias=config.bias)
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)

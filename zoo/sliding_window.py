@@ -25,10 +25,10 @@ Weights of Mistral load through `zoo convert hf-mistral` and `zoo convert mistra
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
-from torch import nn
 from transformers.activations import ACT2FN
 
 from .base import ZooBlock, ZooConfig, ZooForCausalLM, ZooForSequenceClassification, ZooModel
+from .mlp import GatedMLP
 from .positions import RotaryPositions, check_rope_parameters
 from .softmax_attention import (
     SoftmaxAttention,
@@ -126,27 +126,11 @@ class SlidingWindowAttention(SoftmaxAttention):
         super().__init__(config, layer_idx, config.num_sink_tokens, config.learnable_sinks)
 
 
-class MLP(nn.Module):
-    """SwiGLU: down(act(gate x) * up x)."""
-
-    def __init__(self, config):
-        super().__init__()
-        width = config.intermediate_size
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.act = ACT2FN[config.hidden_act]
-
-    def forward(self, x_BTD):
-        """[B, T, D] to the same."""
-        return self.down_proj(self.act(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
-
-
 class SlidingWindowBlock(ZooBlock):
     """Mistral's block."""
 
     mixer_class = SlidingWindowAttention
-    mlp_class = MLP
+    mlp_class = GatedMLP
 
 
 class SlidingWindowPreTrainedModel(SoftmaxPreTrainedModel):
