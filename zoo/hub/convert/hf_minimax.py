@@ -124,6 +124,7 @@ FORMAT = Format(
     title="transformers' MiniMaxForCausalLM with one expert, all of its layers lightning",
     recognizes=is_one,
     expects="model_type 'minimax'",
+    is_native=True,
     read_config=read_config,
     read_weights=read_weights,
 )
