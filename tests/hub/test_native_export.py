@@ -145,13 +145,16 @@ def test_options(folder, models, tmp_path, capsys):
     assert not list((tmp_path / "out").glob("model-*.safetensors"))
 
 
-def test_it_can_be_pushed(folder, models, monkeypatch, capsys):
+def test_it_can_be_pushed(folder, models, monkeypatch, capsys, tmp_path):
     url = type("Url", (str,), {"repo_id": "me/tiny"})("https://hub.example/me/tiny")
     hub = SimpleNamespace(create_repo=lambda *_, **__: url, upload_folder=lambda **_: None)
     monkeypatch.setattr("zoo.hub.push.HfApi", lambda: hub)
     monkeypatch.setattr("zoo.hub.push.get_token", lambda: "token")
     assert main(["push", str(folder / "window"), "me/tiny"]) == 0
-    assert main(["push", str(folder / "run-window" / "checkpoint-3"), "me/tiny"]) == 2
+    # Ours, with a README but without the code that it needs.
+    ours = shutil.copytree(folder / "run-window" / "checkpoint-3", tmp_path / "ours")
+    shutil.copy(folder / "window" / "README.md", ours)
+    assert main(["push", str(ours), "me/tiny"]) == 2
     assert "is not an exported folder" in capsys.readouterr().err
 
 
