@@ -19,7 +19,9 @@ another schedule (`LightningConfig.decay_schedule`).
 MiniMax-Text-01 (https://arxiv.org/abs/2501.08313) has the same attention in other surroundings
 (`LightningConfig.variants["minimax"]`, `zoo convert hf-minimax`): silu on the values too, a sigmoid
 gate, norms with a weight, SwiGLU, and a residual stream of normalised inputs,
-alpha norm(x) + beta f(norm(x)).
+alpha norm(x) + beta f(norm(x)). There every eighth layer has softmax attention instead, which is
+that of `zoo/sliding_window.py`: `softmax_layers` makes such hybrids, whose state grows with the
+text unless `sliding_window` bounds it.
 """
 
 import math
@@ -38,10 +40,17 @@ from .base import (
     ZooForCausalLM,
     ZooForSequenceClassification,
     ZooModel,
-    ZooPreTrainedModel,
     in_range,
 )
 from .kernels.linear_recurrence import linear_recurrence
+from .positions import RotaryPositions, check_rope_parameters
+from .softmax_attention import (
+    SoftmaxAttention,
+    SoftmaxPreTrainedModel,
+    check_key_value_heads,
+    check_window,
+    softmax_layer_type,
+)
 from .state import StateSpec
 
 
@@ -74,10 +83,20 @@ class LightningConfig(ZooConfig):
         bias: biases in all linear layers of the blocks.
         scale_embedding: embeddings times sqrt(hidden_size).
         residual_of_norm: the residual stream goes on from the normalised input (MiniMax).
-        attention_alpha: factor on the residual stream where the attention is added.
-        attention_beta: factor on what the attention adds.
+        attention_alpha: factor on the residual stream where lightning attention is added.
+        attention_beta: factor on what lightning attention adds.
         mlp_alpha: factor on the residual stream where the MLP is added.
         mlp_beta: factor on what the MLP adds.
+        softmax_layers: indices of the layers with softmax attention instead; MiniMax-Text-01 has
+            every eighth, list(range(7, 80, 8)). The fields below are theirs, and None without them.
+        softmax_alpha: factor on the residual stream where softmax attention is added; None:
+            attention_alpha.
+        softmax_beta: factor on what softmax attention adds; None: attention_beta.
+        num_key_value_heads: heads of keys and values; None: num_attention_heads.
+        rope_parameters: as in `SlidingWindowConfig`; MiniMax-Text-01 turns half of each head:
+            {"rope_theta": 10e6, "partial_rotary_factor": 0.5}.
+        max_position_embeddings: as in `SlidingWindowConfig`.
+        sliding_window: tokens softmax attention sees, the current one included; None: all.
         initializer_range: standard deviation of fresh weights.
     """
 
@@ -98,6 +117,17 @@ class LightningConfig(ZooConfig):
             "mlp_alpha": 2.0,
         },
     }
+    variants["hybrid"] = variants["minimax"] | {
+        "num_hidden_layers": 3,
+        "softmax_layers": [1],
+        "num_key_value_heads": 2,
+        "softmax_beta": 0.5,
+    }
+    variants["hybrid-window"] = variants["hybrid"] | {
+        "softmax_layers": [0, 2],
+        "sliding_window": 16,
+        "rope_parameters": {"partial_rotary_factor": 0.5},
+    }
 
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
@@ -117,6 +147,13 @@ class LightningConfig(ZooConfig):
     attention_beta: float = 1.0
     mlp_alpha: float = 1.0
     mlp_beta: float = 1.0
+    softmax_layers: list[int] | None = None
+    softmax_alpha: float | None = None
+    softmax_beta: float | None = None
+    num_key_value_heads: int | None = None
+    rope_parameters: dict | None = None
+    max_position_embeddings: int | None = None
+    sliding_window: int | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -125,9 +162,27 @@ class LightningConfig(ZooConfig):
             self.head_dim = self.hidden_size // heads if self.hidden_size % heads == 0 else 0
         if self.intermediate_size is None:
             self.intermediate_size = round(2.75 * self.hidden_size)
+        if self.softmax_layers is None:
+            self.softmax_layers = []
         if self.lrpe_layers is None:
-            self.lrpe_layers = [0]
+            self.lrpe_layers = [0] if 0 not in self.softmax_layers else []
+        if self.softmax_layers:
+            if self.num_key_value_heads is None:
+                self.num_key_value_heads = self.num_attention_heads
+            if self.softmax_alpha is None:
+                self.softmax_alpha = self.attention_alpha
+            if self.softmax_beta is None:
+                self.softmax_beta = self.attention_beta
+            # transformers fills the rest of it in.
+            self.rope_parameters = dict(self.rope_parameters or {})
+            if self.layer_types is None:
+                self.layer_types = [self.layer_type] * self.num_hidden_layers
+                for layer in set(self.softmax_layers) & set(range(self.num_hidden_layers)):
+                    self.layer_types[layer] = softmax_layer_type(self.sliding_window)
+        has_rope = self.rope_parameters is not None
         super().__post_init__(**kwargs)
+        if not has_rope:  # transformers fills that in too
+            self.rope_parameters = None
 
     def validate_architecture(self):
         """Checks heads, layers with LRPE, slopes and activations."""
@@ -138,10 +193,11 @@ class LightningConfig(ZooConfig):
                 f"got {self.hidden_size}, {self.num_attention_heads} and head_dim {self.head_dim}."
             )
         layers, heads = self.num_hidden_layers, self.num_attention_heads
-        if not all(0 <= layer < layers for layer in self.lrpe_layers):
-            raise ValueError(
-                f"lrpe_layers are indices from 0 to {layers - 1}, got {self.lrpe_layers}."
-            )
+        for name in ("lrpe_layers", "softmax_layers"):
+            if not all(0 <= layer < layers for layer in getattr(self, name)):
+                raise ValueError(
+                    f"{name} are indices from 0 to {layers - 1}, got {getattr(self, name)}."
+                )
         if self.slopes is not None:
             sizes = [len(row) for row in self.slopes]
             if sizes != [heads] * layers or min(map(min, self.slopes)) < 0:
@@ -156,6 +212,36 @@ class LightningConfig(ZooConfig):
                     f"{name} is one of transformers' activations ({', '.join(sorted(ACT2FN))}), "
                     f"got {value!r}."
                 )
+        self._validate_softmax_layers()
+
+    def _validate_softmax_layers(self):
+        both = sorted(set(self.lrpe_layers) & set(self.softmax_layers))
+        if both:
+            raise ValueError(
+                f"layers {both} are in lrpe_layers and in softmax_layers, which have RoPE; take "
+                "them out of one."
+            )
+        if not self.softmax_layers:
+            set_fields = [name for name in SOFTMAX_FIELDS if getattr(self, name) is not None]
+            if set_fields:
+                raise ValueError(
+                    f"{', '.join(set_fields)}: for layers with softmax attention, got no "
+                    "softmax_layers; name those layers, or leave this out."
+                )
+            return
+        check_key_value_heads(self)
+        check_window(self.sliding_window)
+        check_rope_parameters(self)
+
+
+SOFTMAX_FIELDS = (
+    "softmax_alpha",
+    "softmax_beta",
+    "num_key_value_heads",
+    "rope_parameters",
+    "max_position_embeddings",
+    "sliding_window",
+)
 
 
 def alibi_slopes(num_heads):
@@ -284,30 +370,41 @@ class MLP(nn.Module):
 class LightningBlock(ZooBlock):
     """A pre-norm block; with MiniMax's options, its residual is the normalised input."""
 
-    mixer_class = LightningAttention
     mlp_class = MLP
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
         self.config = config
+        self.is_softmax = layer_idx in config.softmax_layers
+        self.alpha, self.beta = config.attention_alpha, config.attention_beta
+        if self.is_softmax:
+            self.alpha, self.beta = config.softmax_alpha, config.softmax_beta
+
+    @staticmethod
+    def mixer_class(config, layer_idx):
+        """Lightning attention, or what stands in its place in this layer."""
+        if layer_idx in config.softmax_layers:
+            return SoftmaxAttention(config, layer_idx, bias=config.bias)
+        return LightningAttention(config, layer_idx)
 
     def build_norm(self, config):
         """The norms before attention and MLP."""
         return Norm(config, config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BTD, sequence, state, **inputs):
+    def forward(self, x_BTD, sequence, state, rotation=None):
         """Returns (x_BTD, state); the state that came in is left as it was."""
         config = self.config
         normed_BTD = self.mixer_norm(x_BTD)
+        inputs = {"rotation": rotation} if self.is_softmax else {}
         y_BTD, state = self.mixer(normed_BTD, sequence, state.copy(), **inputs)
         x_BTD = normed_BTD if config.residual_of_norm else x_BTD
-        x_BTD = config.attention_alpha * x_BTD + config.attention_beta * y_BTD
+        x_BTD = self.alpha * x_BTD + self.beta * y_BTD
         normed_BTD = self.mlp_norm(x_BTD)
         x_BTD = normed_BTD if config.residual_of_norm else x_BTD
         return config.mlp_alpha * x_BTD + config.mlp_beta * self.mlp(normed_BTD), state
 
 
-class LightningPreTrainedModel(ZooPreTrainedModel):
+class LightningPreTrainedModel(SoftmaxPreTrainedModel):
     """The config, layers and initialisation for transformers."""
 
     config: LightningConfig
@@ -319,6 +416,15 @@ class LightningModel(LightningPreTrainedModel, ZooModel):
     """The decoder."""
 
     block_class = LightningBlock
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rotation = RotaryPositions(config) if config.softmax_layers else None
+        self.post_init()
+
+    def mixer_inputs(self, x_BTD, sequence):
+        """The rotation of each position, for the layers with softmax attention."""
+        return {"rotation": self.rotation(sequence.positions)} if self.rotation else {}
 
     def build_norm(self, config):
         """The norm after the last block."""

@@ -1,9 +1,16 @@
 """Positions as rotations of queries and keys (RoPE, Su et al. 2021, section 3.2).
 
-https://arxiv.org/abs/2104.09864. The angles are the architectures' own.
+https://arxiv.org/abs/2104.09864. `RotaryPositions` has the angles of Transformers, as transformers
+describes them; other architectures have their own.
 """
 
 import torch
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .base import Constant
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 def rotate(x_BTHK, cos_BTHK, sin_BTHK, interleaved=False):
@@ -11,9 +18,14 @@ def rotate(x_BTHK, cos_BTHK, sin_BTHK, interleaved=False):
 
     Args:
         x_BTHK: queries or keys.
-        cos_BTHK, sin_BTHK: of each pair's angle, K / 2 wide.
+        cos_BTHK, sin_BTHK: of each pair's angle, K / 2 wide; narrower: the channels after those
+            pairs stay as they are.
         interleaved: pairs (2j, 2j + 1), else (j, j + K/2).
     """
+    size = 2 * cos_BTHK.shape[-1]
+    if size < x_BTHK.shape[-1]:
+        turned_BTHK = rotate(x_BTHK[..., :size], cos_BTHK, sin_BTHK, interleaved)
+        return torch.cat([turned_BTHK, x_BTHK[..., size:]], dim=-1)
     dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
     cos_BTHK, sin_BTHK = cos_BTHK.to(dtype), sin_BTHK.to(dtype)
     if interleaved:
@@ -23,3 +35,89 @@ def rotate(x_BTHK, cos_BTHK, sin_BTHK, interleaved=False):
     turned = a_BTHK * cos_BTHK - b_BTHK * sin_BTHK, b_BTHK * cos_BTHK + a_BTHK * sin_BTHK
     joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
     return joined.to(x_BTHK.dtype)
+
+
+def num_rotated_channels(config):
+    """How many channels of a head are turned, the first: all but for a partial_rotary_factor."""
+    return int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+def check_rope_parameters(config):
+    """Raises a ValueError if `RotaryPositions` cannot be built from a config."""
+    if config.head_dim < 2 or config.head_dim % 2:
+        raise ValueError(f"head_dim is even (RoPE turns pairs), got {config.head_dim}.")
+    rope_type = config.rope_parameters.get("rope_type")
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(
+            f"rope_parameters['rope_type'] is one of {', '.join(ROPE_TYPES)}, got {rope_type!r}."
+        )
+    known = config.max_position_embeddings
+    if rope_type in ("yarn", "llama3", "longrope"):
+        known = config.rope_parameters.get("original_max_position_embeddings")
+    needs_length = rope_type in ("dynamic", "yarn", "llama3", "longrope")
+    if needs_length and not (isinstance(known, int) and known > 0):
+        raise ValueError(
+            f"RoPE of type {rope_type} starts from the length the model was trained for, "
+            f"got {known!r}; set max_position_embeddings."
+        )
+    size = num_rotated_channels(config)
+    if not 2 <= size <= config.head_dim or size % 2:
+        raise ValueError(
+            "partial_rotary_factor makes an even number of a head's channels, from 2 to head_dim "
+            f"{config.head_dim}, got {size} from "
+            f"{config.rope_parameters['partial_rotary_factor']}."
+        )
+
+
+class RotaryPositions(nn.Module):
+    """The angle of each position, as transformers computes it from `rope_parameters`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.angle = Constant(lambda: self.angles(config))
+        self.scaling = 1.0
+        if self.rope_type != "default":
+            self.scaling = ROPE_INIT_FUNCTIONS[self.rope_type](config)[1]
+        if self.rope_type == "longrope":
+            self.trained_length = config.rope_parameters["original_max_position_embeddings"]
+            self.long_angle = Constant(lambda: self.angles(config, self.trained_length + 1))
+
+    @staticmethod
+    def angles(config, length=None):
+        """Radians per position for each pair of channels that is turned, in float64.
+
+        Those of scaled rotations are transformers' float32 numbers.
+        """
+        rope_type = config.rope_parameters["rope_type"]
+        if rope_type in ("default", "dynamic"):
+            size = num_rotated_channels(config)
+            steps_K = torch.arange(0, size, 2, dtype=torch.float64) / size
+            return config.rope_parameters["rope_theta"] ** -steps_K
+        return ROPE_INIT_FUNCTIONS[rope_type](config, seq_len=length)[0].double()
+
+    def forward(self, positions_BT):
+        """(cos, sin) of each position, [B, T, 1, K / 2].
+
+        A product of a position that may exceed a million with a small number: in float32 the angle
+        would be off by hundredths of a radian.
+        """
+        angle_BTK = self.angle()
+        if self.rope_type == "longrope":
+            is_long_BT1 = positions_BT[..., None] >= self.trained_length
+            angle_BTK = torch.where(is_long_BT1, self.long_angle(), angle_BTK)
+        elif self.rope_type == "dynamic":
+            angle_BTK = angle_BTK * self.dynamic_scale(positions_BT, angle_BTK.dtype)
+        radians_BTK = positions_BT[..., None] * angle_BTK
+        cos_BTK, sin_BTK = radians_BTK.cos() * self.scaling, radians_BTK.sin() * self.scaling
+        return cos_BTK[:, :, None], sin_BTK[:, :, None]
+
+    def dynamic_scale(self, positions_BT, dtype):
+        """What a base that grows with the length of the text makes of each angle, [B, T, K / 2]."""
+        dim, factor = num_rotated_channels(self.config), self.config.rope_parameters["factor"]
+        trained = self.config.max_position_embeddings
+        length_BT1 = (positions_BT[..., None] + 1).clamp(min=trained).to(dtype)
+        growth_BT1 = (factor * length_BT1 / trained - (factor - 1)) ** (dim / (dim - 2))
+        steps_K = torch.arange(0, dim, 2, device=positions_BT.device, dtype=dtype) / dim
+        return growth_BT1**-steps_K

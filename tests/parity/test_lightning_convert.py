@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MiniMaxConfig, MiniMaxForCausalLM
 from ways import WAYS, gradients, run, worst
 
 from zoo import LightningConfig, LightningForCausalLM
-from zoo.hub.convert import FORMATS, convert
+from zoo.hub.convert import FORMATS, convert, convert_back
 from zoo.hub.convert.format import Weights
 from zoo.lightning import alibi_slopes, log_decay
 
@@ -136,35 +136,105 @@ def test_the_definition(lrpe_layers, way):
     assert worst(logits, definition(model, ids), relative=True) < 1e-10
 
 
-@pytest.mark.parametrize("heads", [3, 4])
-def test_equals_transformers_minimax(heads, tmp_path):
+LIGHTNING, SOFTMAX = "linear_attention", "full_attention"
+# layer_types and the fields of transformers' config that go with them.
+MINIMAX = {
+    "lightning, 3 heads": ([LIGHTNING] * 3, {"num_attention_heads": 3, "num_key_value_heads": 3}),
+    "lightning, 4 heads": ([LIGHTNING] * 3, {"tie_word_embeddings": True}),
+    "softmax last": ([LIGHTNING, LIGHTNING, SOFTMAX], {"rope_parameters": {"rope_theta": 1e4}}),
+    "softmax first": ([SOFTMAX, LIGHTNING, SOFTMAX], {"tie_word_embeddings": True}),
+    "softmax alone": ([SOFTMAX] * 3, {"num_key_value_heads": 1}),
+    "window": ([LIGHTNING, SOFTMAX, LIGHTNING], {"sliding_window": 9}),
+    "yarn": (
+        [LIGHTNING, SOFTMAX, LIGHTNING],
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 24,
+            }
+        },
+    ),
+}
+
+
+@pytest.fixture(params=MINIMAX)
+def minimax(request, tmp_path):
+    """transformers' model with random weights, whose folder is tmp_path / "theirs"."""
     torch.manual_seed(0)
-    config = MiniMaxConfig(
-        **SMALL | {"num_attention_heads": heads},
-        head_dim=8,
-        num_local_experts=1,
-        num_experts_per_tok=1,
-        num_key_value_heads=heads,
-        layer_types=["linear_attention"] * 3,
-        linear_attn_alpha_factor=1.5,
-        linear_attn_beta_factor=0.7,
-        mlp_alpha_factor=1.2,
-        mlp_beta_factor=0.9,
-        block_size=16,
-        initializer_range=0.2,
-        pad_token_id=None,
-        experts_implementation="eager",  # the other ways have no float64
-    )
-    theirs = MiniMaxForCausalLM(config).double().eval()
-    theirs.save_pretrained(tmp_path / "theirs")
+    layer_types, fields = MINIMAX[request.param]
+    settings = SMALL | {
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "num_local_experts": 1,
+        "num_experts_per_tok": 1,
+        "num_key_value_heads": 2,
+        "layer_types": layer_types,
+        "linear_attn_alpha_factor": 1.5,
+        "linear_attn_beta_factor": 0.7,
+        "full_attn_alpha_factor": 0.8,
+        "full_attn_beta_factor": 1.3,
+        "mlp_alpha_factor": 1.2,
+        "mlp_beta_factor": 0.9,
+        "block_size": 16,
+        "initializer_range": 0.3,
+        "pad_token_id": None,
+        "experts_implementation": "eager",  # the other ways have no float64
+        "attn_implementation": "eager",
+    }
+    model = MiniMaxForCausalLM(MiniMaxConfig(**settings | fields)).double().eval()
+    model.save_pretrained(tmp_path / "theirs")
+    return model
+
+
+def test_equals_transformers_minimax(minimax, tmp_path):
     convert("hf-minimax", tmp_path / "theirs", tmp_path / "ours")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64)
     ids = torch.randint(0, 61, (2, 70))
     with torch.no_grad():
-        expected = theirs(ids).logits
-    for way in WAYS[:3]:
-        # Their norms and decays are computed in float32.
-        assert worst(run(ours, ids, way)[0], expected, relative=True) < 1e-6
+        expected = minimax(ids).logits
+    for way in WAYS:
+        # Their norms, softmax and decays are computed in float32.
+        assert worst(run(ours, ids, way)[0], expected, relative=True) < 3e-6
+
+
+def test_minimax_and_back(minimax, tmp_path):
+    """The way back is bit for bit, but for the router and the constants, which are computed."""
+    theirs, ours, back = (tmp_path / name for name in ("theirs", "ours", "back"))
+    convert("hf-minimax", theirs, ours)
+    convert_back("hf-minimax", ours, back)
+    before, after = (load_file(folder / "model.safetensors") for folder in (theirs, back))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        if not name.endswith(("_decay", "slope_rate", ".gate.weight")):
+            assert torch.equal(value, after[name]), name
+    model = MiniMaxForCausalLM.from_pretrained(
+        back, dtype=torch.float64, experts_implementation="eager", attn_implementation="eager"
+    )
+    ids = torch.randint(0, 61, (2, 70))
+    with torch.no_grad():
+        assert worst(model(ids).logits, minimax(ids).logits, relative=True) < 3e-6
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "norm_weight is False"),  # TransNormerLLM itself
+        (
+            LightningConfig.variants["hybrid"]
+            | {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "whole heads",
+        ),
+        (LightningConfig.variants["minimax"] | {"gate": "linear"}, "gate is 'linear'"),
+        (LightningConfig.variants["minimax"] | {"feature_act": "relu"}, "would become"),
+    ],
+)
+def test_what_minimax_cannot_express(fields, message, tmp_path):
+    settings = SMALL | {"num_attention_heads": 4, "head_dim": 8} | fields
+    LightningForCausalLM(LightningConfig(**settings)).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=message):
+        convert_back("hf-minimax", tmp_path / "ours", tmp_path / "back")
 
 
 def test_slopes_are_the_authors():
@@ -203,6 +273,15 @@ def test_decay_schedules():
         ({"hidden_act": "silly"}, "hidden_act is one of"),
         ({"feature_act": None}, "feature_act"),
         ({"num_attention_heads": 5}, "multiple of num_attention_heads"),
+        ({"softmax_layers": [3]}, "softmax_layers are indices from 0 to 2"),
+        ({"softmax_layers": [1], "lrpe_layers": [1]}, "layers \\[1\\] are in lrpe_layers"),
+        ({"sliding_window": 9, "softmax_alpha": 1.0}, "softmax_alpha, sliding_window: for layers"),
+        ({"softmax_layers": [1], "num_key_value_heads": 2}, "multiple of num_key_value_heads"),
+        ({"softmax_layers": [1], "sliding_window": 0}, "at least 1, got 0"),
+        (
+            {"softmax_layers": [1], "rope_parameters": {"partial_rotary_factor": 0.1}},
+            "partial_rotary_factor makes an even number",
+        ),
     ],
 )
 def test_configs_that_do_not_fit(fields, message):
@@ -214,8 +293,13 @@ def test_configs_that_do_not_fit(fields, message):
     ("format", "fields", "message"),
     [
         ("hf-minimax", {"num_local_experts": 4}, "mixtures of experts"),
-        ("hf-minimax", {"layer_types": ["linear_attention", "full_attention"]}, "layers \\[1\\]"),
-        ("hf-minimax", {"num_hidden_layers": 2, "layer_types": None}, "layers \\[0\\]"),
+        ("hf-minimax", {"layer_types": ["linear_attention", "mamba"]}, "layer_types are"),
+        ("hf-minimax", {"num_hidden_layers": 2, "head_dim": 8, "rotary_dim": 4}, "rotary_dim = 4"),
+        (
+            "hf-minimax",
+            {"num_hidden_layers": 2, "rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5",
+        ),
         ("transnormerllm", {"norm_type": "layernorm"}, "norm_type"),
         ("transnormerllm", {"linear_act_fun": "sine"}, "linear_act_fun"),
         ("transnormerllm", {"linear_use_lrpe_list": [1]}, "one entry for each"),

@@ -4,6 +4,7 @@ The same numbers under other names. A config without sliding_window, as of v0.2 
 attention; one that lacks the field has transformers' default, 4096.
 """
 
+from ...positions import num_rotated_channels
 from ...sliding_window import SlidingWindowConfig
 from .format import Format, read_by_name, write_by_name
 
@@ -23,6 +24,11 @@ def read_config(fields, weights):
     rope.setdefault("rope_type", rope_type)
     rope.setdefault("rope_theta", fields.take("rope_theta", 10000.0))
     fields.take("rope_theta", None)
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"config.json has partial_rotary_factor = {rope['partial_rotary_factor']}, which "
+            "transformers' Mistral does not obey: it turns whole heads."
+        )
     layers = fields.take("num_hidden_layers", 32)
     window = fields.take("sliding_window", 4096)
     kind = "full_attention" if window is None else "sliding_attention"
@@ -55,6 +61,8 @@ def write_config(config):
     for name in ("num_sink_tokens", "learnable_sinks"):
         if getattr(config, name):
             raise ValueError(f"{name} is {getattr(config, name)}: transformers' model has none.")
+    if num_rotated_channels(config) != config.head_dim:
+        raise ValueError("partial_rotary_factor is not 1: transformers' model turns whole heads.")
     values = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     values |= {name: getattr(config, name) for name in WRITTEN}
     notes = []
