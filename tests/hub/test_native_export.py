@@ -21,14 +21,21 @@ from zoo.hub.export import export
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 256}
-MISTRAL = SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+HEADS = SIZES | {"num_attention_heads": 4, "head_dim": 12}
+MISTRAL = HEADS | {"num_key_value_heads": 2}
 CONFIGS = {
     "window": ("sliding_window", MISTRAL | {"sliding_window": 5}),
     "full": ("sliding_window", MISTRAL | {"sliding_window": None}),
     "tied": ("sliding_window", MISTRAL | {"tie_word_embeddings": True, "sliding_window": 5}),
     "rwkv4": ("rwkv4", SIZES),
+    "minimax": ("lightning", HEADS | zoo.LightningConfig.variants["minimax"]),
+    "hybrid": ("lightning", HEADS | zoo.LightningConfig.variants["hybrid"]),
 }
-CLASS_OF = {"sliding_window": "MistralForCausalLM", "rwkv4": "RwkvForCausalLM"}
+CLASS_OF = {
+    "sliding_window": "MistralForCausalLM",
+    "rwkv4": "RwkvForCausalLM",
+    "lightning": "MiniMaxForCausalLM",
+}
 
 
 def save_checkpoint(folder, architecture, fields):
@@ -163,6 +170,7 @@ REFUSED = [
     ("sliding_window", {"learnable_sinks": True}, "learnable_sinks is True: transformers' model"),
     ("rwkv4", {"attention_hidden_size": 64}, "transformers cannot decode when they differ"),
     ("rwkv4", {"embedding_norm": False}, "transformers' model always has that norm"),
+    ("lightning", {}, "norm_weight is False: transformers' model has True"),  # TransNormerLLM
     ("retnet", {}, "transformers has no class for retnet, .* it has for .*sliding_window"),
 ]
 
@@ -170,7 +178,7 @@ REFUSED = [
 @pytest.mark.parametrize(("architecture", "fields", "message"), REFUSED)
 def test_what_no_class_computes_is_refused(architecture, fields, message, tmp_path):
     sizes = MISTRAL if architecture == "sliding_window" else SIZES
-    if architecture == "retnet":
+    if architecture in ("retnet", "lightning"):
         sizes = sizes | {"num_attention_heads": 2}
     save_checkpoint(tmp_path / "checkpoint", architecture, sizes | fields)
     with pytest.raises(ValueError, match=message) as error:

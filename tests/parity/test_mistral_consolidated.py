@@ -376,6 +376,7 @@ def test_refused_in_one_line(damage, message, tmp_path):
         ({"num_sink_tokens": 2}, "num_sink_tokens is 2: the authors' model has none"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "RoPE is of type linear"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "turns whole heads"),
     ],
 )
 def test_what_it_cannot_express_does_not_go_back(fields, message, tmp_path):

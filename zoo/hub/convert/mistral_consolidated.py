@@ -13,6 +13,7 @@ the rule of the authors' code of the time. Their latest has 1,000,000 for both, 
 written always says it.
 """
 
+from ...positions import num_rotated_channels
 from ...sliding_window import SlidingWindowConfig
 from .format import Format, read_by_name, write_by_name
 
@@ -124,6 +125,8 @@ def write_config(config):
             f"RoPE is of type {config.rope_parameters['rope_type']}: the authors' code has the "
             "default one."
         )
+    if num_rotated_channels(config) != config.head_dim:
+        raise ValueError("partial_rotary_factor is not 1: the authors' code turns whole heads.")
     values = {
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,
