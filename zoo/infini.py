@@ -73,6 +73,8 @@ class InfiniConfig(ZooConfig):
         mlp_bias: biases in the MLP.
         lm_head_bias: a bias on the logits.
         rms_norm_eps: epsilon of the norms.
+        norm_adds_one: norms multiply with 1 + weight (Gemma).
+        scale_embedding: embeddings times sqrt(hidden_size) (Gemma).
         rope_parameters: as in `SlidingWindowConfig`.
         max_position_embeddings: as in `SlidingWindowConfig`.
         initializer_range: standard deviation of matrices and embeddings at the start.
@@ -94,6 +96,15 @@ class InfiniConfig(ZooConfig):
             "mlp_bias": True,
             "lm_head_bias": True,
         },
+        "gemma": {
+            "segment_length": 16,
+            "num_key_value_heads": 1,
+            "head_dim": 20,
+            "hidden_act": "gelu_pytorch_tanh",
+            "norm_adds_one": True,
+            "scale_embedding": True,
+            "tie_word_embeddings": True,
+        },
     }
 
     num_key_value_heads: int | None = None
@@ -107,6 +118,8 @@ class InfiniConfig(ZooConfig):
     mlp_bias: bool = False
     lm_head_bias: bool = False
     rms_norm_eps: float = 1e-6
+    norm_adds_one: bool = False
+    scale_embedding: bool = False
     rope_parameters: dict | None = None
     max_position_embeddings: int | None = None
     initializer_range: float = 0.02
@@ -379,10 +392,29 @@ class InfiniAttention(nn.Module):
         return y_BHTV.transpose(1, 2)
 
 
+class GemmaNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) (1 + weight)."""
+
+    def init_weights_of_paper(self):
+        """The weight at 0."""
+        init.zeros_(self.weight)
+
+    def forward(self, x_BTD):
+        """[B, T, D] to the same."""
+        return F.rms_norm(x_BTD, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+def build_norm(config):
+    """The norm of this model."""
+    norm_class = GemmaNorm if config.norm_adds_one else nn.RMSNorm
+    return norm_class(config.hidden_size, eps=config.rms_norm_eps)
+
+
 class InfiniBlock(ZooBlock):
     """Llama's block around Infini-attention."""
 
     mixer_class = InfiniAttention
+    build_norm = staticmethod(build_norm)
 
     @staticmethod
     def mlp_class(config):
@@ -402,6 +434,7 @@ class InfiniModel(InfiniPreTrainedModel, ZooModel):
     """The decoder."""
 
     block_class = InfiniBlock
+    build_norm = staticmethod(build_norm)
 
     def __init__(self, config):
         super().__init__(config)
@@ -411,6 +444,10 @@ class InfiniModel(InfiniPreTrainedModel, ZooModel):
     def mixer_inputs(self, x_BTD, sequence):
         """The rotation of each token by its place in its segment."""
         return {"rotation": self.rotation(sequence.clock % self.config.segment_length)}
+
+    def embed(self, embeds_BTD):
+        """The scale of the embeddings."""
+        return embeds_BTD * (self.config.hidden_size**0.5 if self.config.scale_embedding else 1.0)
 
 
 class InfiniForCausalLM(InfiniPreTrainedModel, ZooForCausalLM):

@@ -38,6 +38,8 @@ from . import (
     hf_minimax,
     hf_mistral,
     hf_rwkv,
+    infini_beomi,
+    infini_lucidrains,
     mistral_consolidated,
     rwkv_pth,
     torchscale_retnet,
@@ -56,6 +58,8 @@ _FILES = (
     hf_minimax,
     hf_mistral,
     mistral_consolidated,
+    infini_beomi,
+    infini_lucidrains,
 )
 FORMATS = {file.FORMAT.name: file.FORMAT for file in _FILES}
 
