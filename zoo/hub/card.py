@@ -30,8 +30,8 @@ class Subject(NamedTuple):
         license: of the weights.
         has_tokenizer: whether the folder holds one.
         num_parameters: tied ones count once.
-        state_bytes: recurrent state of one sequence, or of one token where that grows.
-        has_constant_state: whether it has one size at any length.
+        state_bytes: recurrent state of one sequence, without what grows with its tokens.
+        state_bytes_per_token: what grows.
         run_folder: where run.json and metrics.jsonl may be, or in its parent.
         native_format: name of the format whose class in transformers loads it; None: ours does.
         native_config: config.json of that class.
@@ -46,7 +46,7 @@ class Subject(NamedTuple):
     has_tokenizer: bool
     num_parameters: int
     state_bytes: int
-    has_constant_state: bool
+    state_bytes_per_token: int
     run_folder: Path
     native_format: str | None = None
     native_config: dict | None = None
@@ -77,11 +77,7 @@ def render_card(subject):
         dtype=subject.dtype,
         num_parameters=f"{subject.num_parameters:,}",
         state_bytes=f"{subject.state_bytes:,}",
-        state_unit=(
-            "sequence, however long the text"
-            if subject.has_constant_state
-            else "token of each sequence"
-        ),
+        state=state_in_words(subject.state_bytes, subject.state_bytes_per_token),
         config=_config_table(values),
         model_class=subject.model_class,
         model_type=subject.config.model_type if is_ours else values["model_type"],
@@ -105,6 +101,14 @@ def render_card(subject):
             )
         ]
     return card.content
+
+
+def state_in_words(num_bytes, num_bytes_per_token):
+    """What a sequence's state takes: always, and for each token."""
+    if not num_bytes_per_token:
+        return f"{num_bytes:,} bytes of state per sequence, however long the text"
+    beside = f", and {num_bytes:,} beside" if num_bytes else ""
+    return f"{num_bytes_per_token:,} bytes of state per token of each sequence{beside}"
 
 
 def find_template(name):
