@@ -46,7 +46,7 @@ from .positions import RotaryPositions, check_rope_parameters, rotate
 from .segments import SegmentGrid
 from .softmax_attention import check_key_value_heads
 from .state import SlidingStateLayer, StateSpec
-from .window import row_spans, write_slot
+from .window import gather_tokens, ring_positions, row_spans, write_slot
 
 # A memory that no key has been like reads as 0, not as 0 / 0.
 SMALLEST_DENOMINATOR = 1e-10
@@ -161,8 +161,9 @@ class InfiniConfig(ZooConfig):
 
 
 def feature_map(x):
-    """sigma(x) = ELU(x) + 1, above 0; in float32 at least."""
-    return F.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1
+    """sigma(x) = ELU(x) + 1, which is x + 1 or exp(x), above 0; in float32 at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
 def read_memory(q_SHQK, memory_SHKV):
@@ -276,8 +277,10 @@ class InfiniAttention(nn.Module):
                 state.memory_BHKV = grid.documents_to_rows(after, state.memory_BHKV)
                 state.partial_BHKV = grid.documents_to_rows(partial, state.partial_BHKV)
             spans, dtype = row_spans(sequence), self.state_specs()["keys_BLHK"].dtype
+            # A ring, as decoding leaves it: behind the unfinished segment lies the one before.
+            number_BL = ring_positions(spans.after, self.length)
             for name, x_BTHK in (("keys_BLHK", turned_k_BTHK), ("values_BLHV", v_BTHV)):
-                held_BLHK = grid.held_after(x_BTHK.to(dtype), getattr(state, name), spans)
+                held_BLHK = gather_tokens(x_BTHK.to(dtype), getattr(state, name), number_BL, spans)
                 setattr(state, name, held_BLHK)
         return grid.join(y_SHQV.transpose(1, 2))
 
@@ -461,10 +464,11 @@ class InfiniForCausalLM(InfiniPreTrainedModel, ZooForCausalLM):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
             self.post_init()
 
-    @property
-    def receptive_field(self):
-        """How many tokens up to its own a logit depends on; None: all."""
-        return self.config.segment_length if self.config.memory_update == "none" else None
+    def visible_tokens(self, length):
+        """Of so many tokens, those the last one's logits depend on, [length] bool."""
+        segment = self.config.segment_length
+        begin = (length - 1) // segment * segment if self.config.memory_update == "none" else 0
+        return torch.arange(length) >= begin
 
     @torch.no_grad()
     def diagnostics(self, past_key_values=None):

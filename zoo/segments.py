@@ -10,7 +10,7 @@ alone, padded, packed and in pieces.
 import torch
 from torch.nn.functional import pad
 
-from .window import document_spans, gather_tokens
+from .window import document_spans
 
 
 class SegmentGrid:
@@ -183,20 +183,6 @@ class SegmentGrid:
         x_B = x_N[last_B.clamp(min=0)]
         held_B = 0 if held_B is None else held_B
         return torch.where(_like(last_B >= 0, x_B), x_B, held_B)
-
-    def held_after(self, x_BTHK, held_BLHK, spans):
-        """The state by slot after this pass: the last segment's tokens; others' are of no meaning.
-
-        Args:
-            x_BTHK: the pass's tokens.
-            held_BLHK: the state before it, or None.
-            spans: `row_spans` of the sequence.
-        """
-        slots_L = torch.arange(self.length, device=self.offset.device)
-        begin_B1 = ((spans.after - 1) // self.length * self.length)[:, None]
-        number_BL = begin_B1 + slots_L
-        number_BL = torch.where(number_BL < spans.after[:, None], number_BL, -1)
-        return gather_tokens(x_BTHK, held_BLHK, number_BL, spans)
 
 
 def _like(condition, x):

@@ -24,6 +24,7 @@ Weights of Mistral load through `zoo convert hf-mistral` and `zoo convert mistra
 
 from typing import ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
@@ -169,17 +170,13 @@ class SlidingWindowForCausalLM(SlidingWindowPreTrainedModel, ZooForCausalLM):
 
     model_class = SlidingWindowModel
 
-    @property
-    def receptive_field(self):
-        """How many tokens up to its own a logit depends on; None: all."""
-        if self.config.sliding_window is None:
-            return None
-        return self.config.num_hidden_layers * (self.config.sliding_window - 1) + 1
-
-    @property
-    def num_permanent_tokens(self):
-        """How many of a document's first tokens every logit depends on, however far."""
-        return self.config.num_sink_tokens
+    def visible_tokens(self, length):
+        """Of so many tokens, those the last one's logits depend on, [length] bool."""
+        config, tokens_T = self.config, torch.arange(length)
+        if config.sliding_window is None:
+            return tokens_T >= 0
+        reach = config.num_hidden_layers * (config.sliding_window - 1) + 1
+        return (tokens_T >= length - reach) | (tokens_T < config.num_sink_tokens)
 
 
 class SlidingWindowForSequenceClassification(

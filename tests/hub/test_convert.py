@@ -413,12 +413,57 @@ def consolidated_shapes():
     return {f"{name}.weight": shape for name, shape in shapes.items()}
 
 
+INFINI_CONFIGS = {
+    "infini-beomi": {
+        "model_type": "llama",
+        "vocab_size": 19,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "rms_norm_eps": 1e-6,
+    },
+    "infini-lucidrains": {"num_tokens": 19, "dim": 16, "depth": 2, "heads": 4, "dim_head": 4},
+}
+
+
+def infini_shapes(format):
+    """The shapes of their tensors by their names."""
+    shapes = {}
+    for layer in range(2):
+        if format == "infini-beomi":
+            here = f"model.layers.{layer}"
+            parts = dict.fromkeys("qkvo", (16, 16))
+            shapes |= {f"{here}.self_attn.{x}_proj.weight": shape for x, shape in parts.items()}
+            shapes |= {f"{here}.self_attn.gate": (1, 4, 1, 1)}
+            shapes |= {f"{here}.mlp.{x}_proj.weight": (24, 16) for x in ("gate", "up")}
+            shapes |= {f"{here}.mlp.down_proj.weight": (16, 24)}
+            norms = ("input_layernorm", "post_attention_layernorm")
+            shapes |= {f"{here}.{norm}.weight": (16,) for norm in norms}
+        else:
+            here, size = f"layers.{layer}", 42
+            shapes |= {f"{here}.{x}.norm.gamma": (16,) for x in (0, 1)}
+            shapes |= {f"{here}.0.to_qkv.weight": (48, 16), f"{here}.0.to_out.weight": (16, 16)}
+            shapes |= {f"{here}.0.fastweight_mem.head_gates": (4,)}
+            shapes |= {f"{here}.1.proj_in.weight": (2 * size, 16)}
+            shapes |= {f"{here}.1.proj_in.bias": (2 * size,), f"{here}.1.proj_out.bias": (16,)}
+            shapes |= {f"{here}.1.proj_out.weight": (16, size)}
+    if format == "infini-beomi":
+        names = ("model.embed_tokens", "lm_head")
+        return shapes | {f"{n}.weight": (19, 16) for n in names} | {"model.norm.weight": (16,)}
+    shapes |= {"token_emb.weight": (19, 16), "to_logits.weight": (19, 16), "to_logits.bias": (19,)}
+    return shapes | {"norm.gamma": (16,)}
+
+
 def make_source(format, folder):
     """A small checkpoint of any format."""
     folder.mkdir()
     if format in LIGHTNING_CONFIGS:
         (folder / "config.json").write_text(json.dumps(LIGHTNING_CONFIGS[format]))
         save_file(random_weights(lightning_shapes(format)), folder / "model.safetensors")
+    elif format in INFINI_CONFIGS:
+        (folder / "config.json").write_text(json.dumps(INFINI_CONFIGS[format]))
+        save_file(random_weights(infini_shapes(format)), folder / "model.safetensors")
     elif format in FLA_CONFIGS:
         ranks = (4, 5) if format == "fla-rwkv6" else (5, 6, 7, 8)
         shapes = fla_shapes(format[-1], 32, 2, 32, 32, 64, 2, 19, ranks, True, False)

@@ -262,6 +262,20 @@ def sliding_window(config):
     return table
 
 
+def infini(config):
+    """transformers' Llama and Gemma; the gates as in Beomi's code."""
+    normal = (0.0, config.initializer_range, "normal")
+    table = dict.fromkeys(("*_proj.weight", "model.embed_tokens.weight", "lm_head.weight"), normal)
+    table["*norm.weight"] = ZERO if config.norm_adds_one else ONE
+    if config.memory_update != "none":
+        table["*.mixer.gate"] = (config.gate_init, 0.0, "constant")
+    if config.mlp_bias:
+        table["*_proj.bias"] = ZERO
+    if config.lm_head_bias:
+        table["lm_head.bias"] = ZERO
+    return table
+
+
 # By the name in zoo.MODELS; each takes the config.
 TABLES = {
     "retnet": retnet,
@@ -271,4 +285,5 @@ TABLES = {
     "rwkv7": rwkv7,
     "lightning": lightning,
     "sliding_window": sliding_window,
+    "infini": infini,
 }

@@ -375,12 +375,10 @@ def no_future_leaks(subject, checks):
     model = subject.model()
     length = LENGTHS[-1]
     ids = subject.ids(1, length)
-    # An architecture that sees a window over all its layers says how many tokens that is, and how
-    # many first tokens it sees for ever.
-    promised = getattr(model, "receptive_field", None) or length
-    permanent = getattr(model, "num_permanent_tokens", 0)
-    is_seen = torch.arange(length) >= length - promised
-    is_seen[:permanent] = True
+    # An architecture that does not see all tokens says which.
+    is_seen = torch.ones(length, dtype=torch.bool)
+    if hasattr(model, "visible_tokens"):
+        is_seen = model.visible_tokens(length)
     with torch.no_grad():
         for name, run in {
             "whole": lambda x: subject.forward(model, x).logits,
