@@ -35,8 +35,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .sequence import Sequence
-from .state import LAYERS, Inputs, State, StateLayer, new_cache, state_size
+from .replay import replay
+from .sequence import Sequence, restarting_positions
+from .state import (
+    LAYERS,
+    Inputs,
+    State,
+    StateLayer,
+    new_cache,
+    put_together,
+    state_size,
+    take_apart,
+)
 
 LOSS_IGNORES = -100
 
@@ -252,9 +262,16 @@ class ZooModel(ZooPreTrainedModel):
 
     A block is called as `ZooBlock` is. What it returns beyond (x_BTD, state), the next one gets as
     positional arguments.
+
+    Attributes:
+        replay_segment_length: if set, a training step keeps the states after every so many tokens
+            instead of all activations, and backward runs each of these segments again
+            (zoo/replay.py): the same gradients in the memory of one segment. How to run, not part
+            of the model: set it on the instance.
     """
 
     block_class: type[nn.Module]
+    replay_segment_length: int | None = None
 
     def __init__(self, config):
         super().__init__(config)
@@ -322,12 +339,27 @@ class ZooModel(ZooPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self.config)
-        inputs = Inputs(inputs_embeds, attention_mask, position_ids)
-        num_pending = 0
         if past_key_values is not None:
             self._check_cache(past_key_values, inputs_embeds)
-            inputs, num_pending = _with_pending(inputs, past_key_values.layers[0])
+        replays = self.training and torch.is_grad_enabled() and self.replay_segment_length
+        run = self._run
+        if replays and inputs_embeds.shape[1] > self.replay_segment_length:
+            run = self._run_with_replay
+        output = run(
+            Inputs(inputs_embeds, attention_mask, position_ids),
+            past_key_values,
+            cu_seq_lens_q,
+            seq_idx,
+            **kwargs,
+        )
+        output["past_key_values"] = past_key_values if use_cache else None
+        return output
 
+    def _run(self, inputs, cache, cu_seq_lens_q=None, seq_idx=None, **kwargs):
+        """Runs tokens, and brings the cache up to date if there is one."""
+        num_pending = 0
+        if cache is not None:
+            inputs, num_pending = _with_pending(inputs, cache.layers[0])
         sequence = Sequence.open(
             tuple(inputs.embeds_BTD.shape[:2]),
             inputs.embeds_BTD.device,
@@ -335,11 +367,11 @@ class ZooModel(ZooPreTrainedModel):
             inputs.position_ids,
             cu_seq_lens_q,
             seq_idx,
-            None if past_key_values is None else past_key_values.layers[0].clock,
+            None if cache is None else cache.layers[0].clock,
         )
         x_BTD = self.embed(inputs.embeds_BTD)
         output = self._run_blocks(
-            sequence.pack(x_BTD), sequence, past_key_values, inputs, return_dict=True, **kwargs
+            sequence.pack(x_BTD), sequence, cache, inputs, return_dict=True, **kwargs
         )
         output["last_hidden_state"] = _unpack(sequence, output.last_hidden_state, num_pending)
         if output.hidden_states is not None:
@@ -349,8 +381,47 @@ class ZooModel(ZooPreTrainedModel):
             if first is not None:
                 first = x_BTD[:, num_pending:] if num_pending else x_BTD
             output["hidden_states"] = (first, *rest)
-        output["past_key_values"] = past_key_values if use_cache else None
         return output
+
+    def _run_with_replay(self, inputs, cache, cu_seq_lens_q=None, seq_idx=None, **kwargs):
+        """The same in segments, whose activations exist one at a time."""
+        if kwargs.get("output_hidden_states") or self.config.output_hidden_states:
+            raise ValueError(
+                "segment replay keeps no hidden states, got output_hidden_states; set "
+                "replay_segment_length to None, or leave them out."
+            )
+        if cache is not None and cache.layers[0].pending_length:
+            raise ValueError(
+                "segment replay starts from a state, got a cache with tokens to run again after "
+                "crop(); run the model on a token without gradients first."
+            )
+        embeds_BTD, mask = inputs.embeds_BTD, inputs.attention_mask
+        batch, time = embeds_BTD.shape[:2]
+        sizes = [
+            min(self.replay_segment_length, time - start)
+            for start in range(0, time, self.replay_segment_length)
+        ]
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        frame, states = take_apart(new_cache(self.config) if cache is None else cache)
+        frames, clock = {0: frame}, frame[0].clock
+        positions = inputs.position_ids
+        if cu_seq_lens_q is not None or seq_idx is not None:
+            positions = restarting_positions(
+                (batch, time), mask, positions, cu_seq_lens_q, seq_idx, clock
+            )
+
+        def run(index, x_BTD, states):
+            columns = slice(starts[index], starts[index] + sizes[index])
+            pieces = (None if x is None else x[:, -time:][:, columns] for x in (mask, positions))
+            own = put_together(self.config, frames[index], states)
+            output = self._run(Inputs(x_BTD, *pieces), own, **kwargs)
+            frames[index + 1], states = take_apart(own)
+            return output.last_hidden_state, states
+
+        hidden_BTD, states = replay(run, embeds_BTD, sizes, states, list(self.parameters()))
+        if cache is not None:
+            cache.layers = put_together(self.config, frames[len(sizes)], states).layers
+        return BaseModelOutputWithPast(last_hidden_state=hidden_BTD)
 
     @capture_outputs
     def _run_blocks(self, x_BTD, sequence, cache, inputs, **kwargs):

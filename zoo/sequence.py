@@ -240,6 +240,52 @@ class Sequence:
         return replace(self, **moved)
 
 
+def restarting_positions(shape, attention_mask, position_ids, cu_seq_lens_q, seq_idx, clock_before):
+    """Positions that are 0 where a document starts, from other words for its boundaries.
+
+    Where a sequence is cut at a boundary, these alone say that the next piece does not go on.
+
+    Args:
+        shape: (B, T).
+        attention_mask, position_ids, cu_seq_lens_q, seq_idx: as of `Sequence.open`, the last two
+            not both None.
+        clock_before: [B], as there; None: no state.
+
+    Returns:
+        [B, T].
+
+    Raises:
+        ValueError: position_ids that do not restart where the others do.
+    """
+    batch, time = shape
+    device = (seq_idx if cu_seq_lens_q is None else cu_seq_lens_q).device
+    is_start_BT = torch.zeros(batch, time + 1, dtype=torch.bool, device=device)
+    if cu_seq_lens_q is not None:
+        is_start_BT[:, cu_seq_lens_q.long()] = True
+    if seq_idx is not None:
+        seq_idx = _last_columns("seq_idx", seq_idx, shape)
+        is_start_BT[:, 1:time] |= seq_idx[:, 1:] != seq_idx[:, :-1]
+    is_start_BT = is_start_BT[:, :time]
+    is_start_BT[:, 0] = False  # the state says whether that is one
+    if position_ids is not None:
+        position_ids = _last_columns("position_ids", position_ids, shape).expand(shape)
+        if bool(position_ids[is_start_BT].any()):
+            raise ValueError(
+                "position_ids do not restart at 0 where cu_seq_lens_q or seq_idx start a document; "
+                "segment replay needs them to: leave position_ids out, or correct them."
+            )
+        return position_ids
+    is_token_BT = torch.ones(shape, dtype=torch.long, device=device)
+    if attention_mask is not None:
+        is_token_BT = (_last_columns("attention_mask", attention_mask, shape) != 0).long()
+    before_BT = is_token_BT.cumsum(1) - is_token_BT
+    # What came before the document: the largest so far, as counts only grow.
+    base_BT = torch.where(is_start_BT, before_BT, 0).cummax(1).values
+    if clock_before is not None:
+        base_BT = torch.where(is_start_BT.cumsum(1) > 0, base_BT, base_BT - clock_before[:, None])
+    return before_BT - base_BT
+
+
 def _last_columns(name, x, shape):
     """The columns of the new tokens, checked."""
     batch, time = shape

@@ -357,6 +357,29 @@ def new_cache(config):
     return cache
 
 
+class LayerFrame(NamedTuple):
+    """What a `StateLayer` holds beside its tensors: their names, and how much it has seen."""
+
+    names: tuple[str, ...]
+    clock: torch.Tensor | None
+    length: int
+
+
+def take_apart(cache):
+    """(a `LayerFrame` for each layer, all tensors in one list); `put_together` undoes it."""
+    frame = [LayerFrame(tuple(x.tensors), x.clock, x.length) for x in cache.layers]
+    return frame, [x for layer in cache.layers for x in layer.tensors.values()]
+
+
+def put_together(config, frame, tensors):
+    """A cache from what `take_apart` returned, or from other tensors of the same meaning."""
+    cache, tensors = new_cache(config), iter(tensors)
+    for layer, (names, clock, length) in zip(cache.layers, frame, strict=True):
+        layer.tensors = {name: next(tensors) for name in names}
+        layer.clock, layer.length = clock, length
+    return cache
+
+
 def state_size(specs_by_layer, dtype=torch.float32, num_tokens=None):
     """Bytes of state for one sequence.
 

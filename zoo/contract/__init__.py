@@ -38,7 +38,7 @@ POINTS = {
     5: ("generate and the state's own operations", generation),
     6: ("save, load, export", files),
     7: ("state of constant size", constant_state),
-    8: ("gradient checkpointing and torch.compile change nothing", training_and_compiling),
+    8: ("checkpointing, segment replay and torch.compile change nothing", training_and_compiling),
     9: ("16 bits cost no more than they must", low_precision),
     10: ("everything learns, from the paper's initialisation", initialization),
 }

@@ -1,5 +1,6 @@
 """Points 7 and 8: what a long sequence costs, and training and compiling it."""
 
+import copy
 import ctypes
 import gc
 import sys
@@ -16,7 +17,7 @@ except ImportError:  # Windows
 from .compare import BOUNDS, gradients, loss_of, relative, relative_gradients
 from .points_sequence import cut
 from .report import NotApplicable
-from .subject import cache_tensors
+from .subject import cache_tensors, state_tensors
 
 BOUND = BOUNDS[torch.float64]
 SEGMENT = 4096
@@ -128,7 +129,7 @@ def peak_memory():
 
 
 def training_and_compiling(subject, checks):
-    """Point 8: checkpointing and compiling change nothing."""
+    """Point 8: checkpointing, segment replay and compiling change nothing."""
     ids = subject.ids(2, 131)
     with checks.case("gradient checkpointing"):
         model, other = subject.model(), subject.model()
@@ -147,7 +148,8 @@ def training_and_compiling(subject, checks):
             found = gradients(other, loss_of(subject.run(other, ids, pieces, cache)[0]))
             expected = gradients(model, loss_of(subject.run(model, ids, pieces)[0]))
             checks.below("gradients", relative_gradients(found, expected), BOUND)
-    checks.not_run("segment replay = full backpropagation", "comes in a later version")
+    with checks.case("segment replay"):
+        _replayed(subject, checks)
     model = subject.model()
     with checks.case("torch.compile, full graph"):
         _compiled(subject, checks, model, ids)
@@ -158,6 +160,49 @@ def training_and_compiling(subject, checks):
         expected = subject.forward(model, ids).logits
         compiled = torch.compile(lambda ids: subject.forward(model, ids).logits, fullgraph=True)
         checks.below("logits", relative(compiled(ids), expected), BOUND)
+
+
+def _replayed(subject, checks):
+    """Gradients with activations of one segment at a time, however the documents lie."""
+    model = subject.model()
+    decoder = model.base_model
+    if not hasattr(decoder, "replay_segment_length"):
+        raise NotApplicable("it has no replay_segment_length")
+    without_dropout(model.train())
+    ids, packed = subject.ids(2, 131), subject.ids(1, 131)
+    mask = torch.ones(2, 131, dtype=torch.long)
+    mask[0, :50] = mask[1, 39:43] = mask[1, 100:] = 0
+    # Documents that begin inside segments, at their boundaries, and right after one another.
+    bounds = torch.tensor([0, 7, 40, 41, 80, 131])
+    positions = torch.cat([torch.arange(n) for n in bounds.diff().tolist()])[None]
+    documents = torch.arange(5).repeat_interleave(bounds.diff())[None]
+    with torch.no_grad():
+        state = subject.run(model, subject.ids(2, 33, seed=1))[1]
+    cases = {
+        "whole": (ids, {}),
+        "padded rows": (ids, {"attention_mask": mask}),
+        "packed by position_ids": (packed, {"position_ids": positions}),
+        "packed by cu_seq_lens_q": (packed, {"cu_seq_lens_q": bounds}),
+        "packed by seq_idx": (packed, {"seq_idx": documents}),
+        "from a state": (ids, {"past_key_values": state}),
+    }
+    for name, (ids, inputs) in cases.items():
+        results = []
+        for length in (None, 40):
+            decoder.replay_segment_length = length
+            own = {key: copy.deepcopy(value) for key, value in inputs.items()}
+            output = model(input_ids=ids, use_cache=True, **own)
+            logits = output.logits
+            if "attention_mask" in inputs:
+                logits = logits * mask[..., None]
+            ends = []
+            if model.has_constant_state:  # else its size depends on how the text was cut
+                # Through the state after the sequence too, as if text followed.
+                ends = state_tensors(output.past_key_values).values()
+                ends = [x for x in ends if x.requires_grad]
+            loss = loss_of(logits) + sum(loss_of(x) for x in ends)
+            results.append(gradients(model, loss))
+        checks.below(f"{name}: gradients", relative_gradients(*reversed(results)), BOUND)
 
 
 def without_dropout(model):
