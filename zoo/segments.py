@@ -16,8 +16,9 @@ from .window import document_spans
 class SegmentGrid:
     """S segments of a pass, each with its keys by slot and its new tokens from the left.
 
-    A dense batch needs no look at the values of its clocks, and so no synchronisation with a GPU:
-    its rows get as many segments as any clock could ask for, of which the last may be empty.
+    A dense batch without a state needs no look at the values of its clocks, and so no
+    synchronisation with a GPU. With one it costs a look, or, while it is compiled, as many segments
+    as any clock could ask for, of which the last may be empty.
 
     Args:
         sequence: the `Sequence` of the pass.
@@ -36,7 +37,7 @@ class SegmentGrid:
     """
 
     def __init__(self, sequence, length, is_fresh):
-        self.sequence, self.length, self.is_fresh = sequence, length, is_fresh
+        self.sequence, self.length = sequence, length
         self.spans = document_spans(sequence)
         self.is_dense = sequence.cu_seqlens is None
         start_N, after_N = self.spans.start, self.spans.after
@@ -44,8 +45,12 @@ class SegmentGrid:
         device = start_N.device
         if self.is_dense:
             batch, time = sequence.shape
-            self.num_ranks = -(-time // length) if is_fresh else (time + length - 2) // length + 1
-            self.width = min(time, length) if is_fresh else length
+            first_slot = 0 if is_fresh else length - 1
+            if not (is_fresh or torch.compiler.is_compiling()):
+                first_slot = int((start_N % length).max())
+            self.num_ranks = (first_slot + time - 1) // length + 1
+            self.width = min(first_slot + time, length)
+            is_aligned = first_slot == 0
             self.document = torch.arange(batch, device=device).repeat_interleave(self.num_ranks)
             self.rank = torch.arange(self.num_ranks, device=device).repeat(batch)
             self.first_row = torch.arange(batch, device=device) * self.num_ranks
@@ -61,6 +66,9 @@ class SegmentGrid:
             self.first_row = num_N.cumsum(0) - num_N
             rows_S = torch.arange(len(self.document), device=device)
             self.rank = rows_S - self.first_row[self.document]
+            is_aligned = is_fresh or not bool((start_N % length).any())
+        # Every document begins with a segment: slot q is query q.
+        self.is_aligned = is_aligned
         self.num_queries = min(self.width, longest)
         begin_S = (self.first_segment[self.document] + self.rank) * length
         from_S = torch.maximum(begin_S, start_N[self.document])
@@ -72,7 +80,7 @@ class SegmentGrid:
 
     def queries(self, x_BTHK):
         """The new tokens of each segment, from the left, [S, Q, ...]; zeros behind them."""
-        if self.is_dense and self.is_fresh:
+        if self.is_dense and self.is_aligned:
             return self._reshaped(x_BTHK)
         slots_Q = torch.arange(self.num_queries, device=self.offset.device)
         return self._gathered(x_BTHK, self.offset[:, None] + slots_Q)
@@ -84,7 +92,7 @@ class SegmentGrid:
             x_BTHK: those of the pass.
             held_NLHK: for each document the state by slot, [N, L, ...]; None: there is none.
         """
-        if self.is_dense and self.is_fresh:
+        if self.is_dense and self.is_aligned:
             return self._reshaped(x_BTHK)
         slots_L = torch.arange(self.width, device=self.offset.device)
         x_SLHK = self._gathered(x_BTHK, slots_L.expand(len(self.offset), -1))
@@ -110,7 +118,7 @@ class SegmentGrid:
     def join(self, x_SQHV):
         """The inverse of `queries`: every token of the pass from its segment, [B, T, ...]."""
         batch, time = self.sequence.shape
-        if self.is_dense and self.is_fresh:
+        if self.is_dense and self.is_aligned:
             return x_SQHV.unflatten(0, (batch, self.num_ranks)).flatten(1, 2)[:, :time]
         row_BT, slot_BT = self.places()
         return x_SQHV[row_BT, slot_BT - self.offset[row_BT]]
@@ -130,7 +138,7 @@ class SegmentGrid:
     def visible(self):
         """[S, Q, width] bool, which slots a new token sees: its own and those before it in its
         segment. None where slot q is query q: plain causal attention."""
-        if self.is_fresh:
+        if self.is_aligned:
             return None
         slots_L = torch.arange(self.width, device=self.offset.device)
         own_SQ1 = self.offset[:, None, None] + slots_L[: self.num_queries, None]
