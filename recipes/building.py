@@ -80,17 +80,26 @@ def build_model(recipe, config, checkpoint=None):
         model.loss_chunk_size = recipe.loss_chunk_size or None
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    model.base_model.replay_segment_length = recipe.replay_segment_length or None
     return model
 
 
-def parameter_groups(model, weight_decay, learning_rate):
-    """The optimizer's groups, as the model wants them: weight decay, and factors on the rate."""
+def parameter_groups(model, recipe):
+    """The optimizer's groups, as model and recipe want them: weight decay, factors on the rate.
+
+    Raises:
+        UsageError: the recipe names parameters that there are not.
+    """
+    try:
+        groups = model.optimizer_groups(recipe.learning_rate_scales)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     return [
         {
             "params": group["params"],
-            "weight_decay": weight_decay if group["decays"] else 0.0,
-            "lr": learning_rate * group["lr_scale"],
+            "weight_decay": recipe.weight_decay if group["decays"] else 0.0,
+            "lr": recipe.learning_rate * group["lr_scale"],
             "lr_scale": group["lr_scale"],
         }
-        for group in model.optimizer_groups()
+        for group in groups
     ]

@@ -35,6 +35,29 @@ def held_out_bits_per_byte(accelerator, model, tokens, recipe):
 
 
 @torch.no_grad()
+def diagnostics(accelerator, model, tokens=None, recipe=None):
+    """What an architecture wants watched (its `diagnostics`), by name; {} if there is nothing.
+
+    Args:
+        accelerator: of the run.
+        model: the language model.
+        tokens: held-out text, whose first window fills the state; None: no state.
+        recipe: of the run.
+    """
+    model = accelerator.unwrap_model(model)
+    if not hasattr(model, "diagnostics"):
+        return {}
+    if tokens is None:
+        return model.diagnostics()
+    model.eval()
+    batch = next(iter(held_out_batches(tokens, recipe.sequence_length, 1, recipe.packing, 0, 1)))
+    inputs = {key: x.to(accelerator.device) for key, x in batch.items() if key != "shift_labels"}
+    cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    model.train()
+    return model.diagnostics(cache)
+
+
+@torch.no_grad()
 def sample(accelerator, model, tokenizer, prompt, num_tokens, seed):
     """A prompt as the start of a document, and its continuation at temperature 0.8."""
     model = accelerator.unwrap_model(model)

@@ -48,12 +48,14 @@ class Recipe:
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
+    learning_rate_scales: dict = field(default_factory=dict)  # parameters' names (*) -> factor
     weight_decay: float = 0.1  # per unit of learning rate; matrices alone decay
     gradient_clip: float = 1.0  # l2 norm over all parameters; 0: not clipped
 
     precision: str = "auto"  # "bf16" autocast, "fp32", or bf16 where the device computes in it
     cpu_threads: int = 0  # per process; 0: every physical core, shared by this machine's processes
     gradient_checkpointing: bool = False
+    replay_segment_length: int = 0  # tokens whose activations exist at once (zoo/replay.py); 0: all
     loss_chunk_size: int = 1024  # tokens whose logits exist at once; 0: all of them
 
     eval_every: int = 200  # steps; 0: at the end alone
@@ -88,9 +90,15 @@ class Recipe:
                 raise UsageError(f"{key} must be positive, got {getattr(self, key)}.")
         at_least_zero = "micro_batch_size seed warmup_steps decay_steps weight_decay gradient_clip"
         at_least_zero += " cpu_threads loss_chunk_size eval_every eval_bytes sample_tokens"
+        at_least_zero += " replay_segment_length"
         for key in (at_least_zero + " checkpoint_every").split():
             if not 0 <= getattr(self, key) < math.inf:
                 raise UsageError(f"{key} must not be negative, got {getattr(self, key)}.")
+        for name, factor in self.learning_rate_scales.items():
+            if type(factor) not in (int, float) or not 0 <= factor < math.inf:
+                raise UsageError(
+                    f"learning_rate_scales.{name} is a factor of at least 0, got {factor!r}."
+                )
         for key in ("beta1", "beta2", "min_learning_rate", "held_out"):
             if not 0 <= getattr(self, key) < 1:
                 raise UsageError(f"{key} is a fraction in [0, 1), got {getattr(self, key)}.")
@@ -155,8 +163,8 @@ class Recipe:
 # depend on it (micro_batch_size and cpu_threads move them by rounding alone).
 FREE_KEYS = frozenset(
     "name output_dir cache_dir micro_batch_size cpu_threads gradient_checkpointing loss_chunk_size "
-    "eval_every eval_batch_size sample_prompts sample_tokens log_every checkpoint_every "
-    "keep_checkpoints trackers".split()
+    "replay_segment_length eval_every eval_batch_size sample_prompts sample_tokens log_every "
+    "checkpoint_every keep_checkpoints trackers".split()
 )
 SCHEDULE_KEYS = frozenset(
     "learning_rate schedule warmup_steps decay_steps min_learning_rate steps".split()
@@ -212,8 +220,8 @@ def read_recipe(path, overrides=()):
     types = typing.get_type_hints(Recipe)
     for key, text in _pairs(overrides):
         table, _, entry = key.partition(".")
-        if entry and table == "model":
-            values.setdefault("model", {})[entry] = _parse(text)
+        if entry and types.get(table) is dict:
+            values.setdefault(table, {})[entry] = _parse(text)
         else:
             values[key] = text if types.get(key) is str else _parse(text)
     for key, value in values.items():

@@ -29,7 +29,7 @@ from checkpointing import (
 )
 from corpus import Windows, load_corpus
 from launching import StopSignals
-from measuring import held_out_bits_per_byte, sample
+from measuring import diagnostics, held_out_bits_per_byte, sample
 from recipe import UsageError, changes_history
 from reporting import Metrics, Progress, bits_per_byte, duration, environment, plot_loss, write_json
 
@@ -98,7 +98,7 @@ class Run:
         model = build_model(recipe, config, folder)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, recipe.weight_decay, recipe.learning_rate),
+            parameter_groups(model, recipe),
             lr=recipe.learning_rate,
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.epsilon,
@@ -226,6 +226,7 @@ class Run:
             "gradient_norm": norm,
             "learning_rate": rate,
             "tokens_per_second": speed,
+            **diagnostics(self.accelerator, self.model),
         }
         self._record("train", figures)
         self.progress.update(self.step, loss, speed)
@@ -242,7 +243,8 @@ class Run:
         value = held_out_bits_per_byte(accelerator, self.model, self.corpus.held_out, recipe)
         if accelerator.is_main_process:
             gzip = self.corpus.record["held_out"]["gzip_bits_per_byte"]
-            self._record("held_out", {"bits_per_byte": value})
+            watched = diagnostics(accelerator, self.model, self.corpus.held_out, recipe)
+            self._record("held_out", {"bits_per_byte": value, **watched})
             self.progress.say(
                 f"step {self.step}: held-out {value:.4f} bits per byte (gzip -9: {gzip:.4f})"
             )

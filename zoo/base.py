@@ -196,22 +196,34 @@ class ZooPreTrainedModel(PreTrainedModel):
         # guards against initialisers that ignore what is loaded already; ours do not.
         super()._initialize_weights(module, is_custom_code=False)
 
-    def optimizer_groups(self):
+    def optimizer_groups(self, learning_rate_scales=None):
         """How to train each parameter that is trained, as data for any optimizer.
 
-        Matrices of linear layers and embeddings decay; norms, biases, gains, decays and the like
-        do not.
+        Matrices of linear layers and embeddings decay; norms, biases, gains, gates, decays and the
+        like do not.
+
+        Args:
+            learning_rate_scales: name pattern (fnmatch) -> factor, before the model's own.
 
         Returns:
             A list of {"params": parameters, "decays": bool, "lr_scale": factor on the rate}.
+
+        Raises:
+            ValueError: a pattern that matches none of the parameters that are trained.
         """
-        groups = {}
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
+        named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        scales = dict(learning_rate_scales or {})
+        for pattern in scales:
+            if not fnmatch.filter(named, pattern):
+                raise ValueError(
+                    f"learning_rate_scales: no trained parameter is called {pattern!r}; patterns "
+                    f"are of names such as {', '.join(list(named)[:3])}, with * for any part."
+                )
+        patterns, groups = scales | self.learning_rate_scales | scales, {}
+        for name, parameter in named.items():
             decays = parameter.ndim >= 2 and name.endswith(".weight")
-            patterns = self.learning_rate_scales.items()
-            scale = next((x for pattern, x in patterns if fnmatch.fnmatch(name, pattern)), 1.0)
+            matching = (x for pattern, x in patterns.items() if fnmatch.fnmatch(name, pattern))
+            scale = next(matching, 1.0)
             groups.setdefault((not decays, scale), []).append(parameter)
         return [
             {"params": parameters, "decays": not is_plain, "lr_scale": scale}

@@ -1,5 +1,6 @@
 """Pretraining as users run it: resuming, stopping, and errors of one line."""
 
+import dataclasses
 import json
 import signal
 import time
@@ -201,12 +202,62 @@ def test_accumulation_equals_one_batch():
 def test_only_matrices_decay():
     recipe = recipe_with(head_norm_weight=True)
     model = build_model(recipe, build_config(recipe, load_tokenizer("tokenizers/byte")))
-    matrices, vectors = parameter_groups(model, 0.1, 1e-3)
+    matrices, vectors = parameter_groups(model, recipe)
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert {p.ndim for p in vectors["params"]} == {1}
     assert min(p.ndim for p in matrices["params"]) == 2
     count = len(matrices["params"]) + len(vectors["params"])
     assert count == len(list(model.parameters()))
+
+
+def test_rates_of_a_recipe():
+    """Its own factors come before the model's; a name that matches nothing is refused."""
+    scales = {"*.mixer.gate": 10.0, "*norm.weight": 0.5}
+    recipe = Recipe(
+        name="x", architecture="infini", model=MODEL, learning_rate_scales=scales, steps=300
+    )
+    model = build_model(recipe, build_config(recipe, load_tokenizer("tokenizers/byte")))
+    rates = {id(p): g["lr"] for g in parameter_groups(model, recipe) for p in g["params"]}
+    named = dict(model.named_parameters())
+    assert rates[id(named["model.layers.0.mixer.gate"])] == 10 * recipe.learning_rate
+    assert rates[id(named["model.norm.weight"])] == 0.5 * recipe.learning_rate
+    assert rates[id(named["model.layers.0.mixer.q_proj.weight"])] == recipe.learning_rate
+    gates = [g for g in parameter_groups(model, recipe) if g["lr_scale"] == 10]
+    assert [g["weight_decay"] for g in gates] == [0.0]
+    with pytest.raises(UsageError, match="no trained parameter is called 'gates'"):
+        parameter_groups(model, dataclasses.replace(recipe, learning_rate_scales={"gates": 2.0}))
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_segment_replay_trains_the_same(workshop, processes):
+    text = workshop.recipe.read_text().replace("dropout = 0.1", "")
+    workshop.recipe.write_text(text)
+    short = ["--steps", "30", "--decay_steps", "5", "--eval_every", "0", "--checkpoint_every", "0"]
+    short += ["--learning_rate", "1e-3"]  # at a high one, rounding grows from step to step
+    curves = []
+    for name, segment in (("whole", "0"), ("replayed", "12")):
+        run = workshop.run(
+            "--name", name, "--replay_segment_length", segment, *short, processes=processes
+        )
+        assert run.returncode == 0, run.stderr
+        curves.append([line for line in workshop.curve(name) if line["kind"] == "train"])
+    assert len(curves[0]) == 30
+    for whole, replayed in zip(*curves, strict=True):
+        # float32, with sums in another order.
+        assert replayed["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+        assert replayed["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-3)
+
+
+def test_what_an_architecture_wants_watched(workshop):
+    text = workshop.recipe.read_text().replace('"retnet"', '"infini"')
+    workshop.recipe.write_text(text.replace("dropout = 0.1", "segment_length = 8"))
+    run = workshop.run("--steps", "25", "--decay_steps", "5", "--eval_every", "20", "--name", "a")
+    assert run.returncode == 0, run.stderr
+    train = [line for line in workshop.curve("a") if line["kind"] == "train"]
+    held_out = [line for line in workshop.curve("a") if line["kind"] == "held_out"]
+    assert all(0 < line["gate/least"] <= line["gate/largest"] < 1 for line in train)
+    assert train[0]["gate/mean"] != train[-1]["gate/mean"]
+    assert held_out[-1]["memory_norm/layer_1"] > 0
 
 
 def test_parameters_learn_at_the_models_rates(workshop):

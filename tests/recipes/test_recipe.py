@@ -57,6 +57,9 @@ def test_unknown_key(toml):
         (["--steps", "100"], "warmup_steps + decay_steps must fit into steps, got 100 + 200 > 100"),
         (["--name", "a/b"], "name is the name of a folder, without slashes, got 'a/b'."),
         (["--steps"], "--steps needs a value"),
+        (["--replay_segment_length", "-1"], "replay_segment_length must not be negative"),
+        (["--learning_rate_scales.gate", "fast"], "learning_rate_scales.gate is a factor"),
+        (["--learning_rate_scales.gate", "-1"], "learning_rate_scales.gate is a factor"),
         (["7"], "expected --key value, got '7'."),
     ],
 )
