@@ -56,11 +56,11 @@ def test_segments_of_a_token(name):
     subject = zoo_subject(name)
     model, ids = subject.model().train(), subject.ids(2, 21)
     results = []
-    for length in (None, 4):  # pieces of 4, 4, 4, 4, 4, 1
+    for length in (None, 1, 4):  # the last: pieces of 4, 4, 4, 4, 4, 1
         model.model.replay_segment_length = length
         hidden = model.model(ids, use_cache=True).last_hidden_state
         results.append(gradients(model.model, hidden.square().sum()))
-    assert relative_gradients(results[1], results[0]) < 1e-9
+    assert max(relative_gradients(found, results[0]) for found in results[1:]) < 1e-9
 
 
 def test_no_replay_where_nothing_is_trained():

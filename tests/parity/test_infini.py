@@ -15,6 +15,14 @@ from zoo.hub.convert import FORMATS, convert
 from zoo.hub.convert.format import Weights
 from zoo.infini import InfiniAttention, read_memory, update_of
 
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "segment_length": 13,
+}
 BEOMI, LUCIDRAINS = "infini-beomi-llama", "infini-lucidrains"
 SEGMENT = 32
 CASES = {
@@ -183,17 +191,8 @@ def definition(model, ids):
 def test_the_definition(update, groups, way):
     """For clones without the goldens, and for grouped queries, which the public code has wrong."""
     torch.manual_seed(0)
-    config = InfiniConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=groups,
-        segment_length=13,
-        memory_update=update,
-        initializer_range=0.3,
-    )
+    fields = {"num_key_value_heads": groups, "memory_update": update}
+    config = InfiniConfig(**SMALL, **fields, initializer_range=0.3)
     model = InfiniForCausalLM(config).double().eval()
     with torch.no_grad():
         for layer in model.model.layers:
@@ -201,3 +200,34 @@ def test_the_definition(update, groups, way):
     ids = torch.randint(0, 61, (2, 75))
     logits, _ = run(model, ids, way)
     assert worst(logits, definition(model, ids), relative=True) < 1e-10
+
+
+def test_segments_count_tokens_not_positions():
+    torch.manual_seed(0)
+    config = InfiniConfig(**SMALL, initializer_range=0.3)
+    model = InfiniForCausalLM(config).double().eval()
+    ids = torch.randint(0, 61, (2, 40))
+    shifted = torch.arange(5, 45).expand(2, -1)
+    with torch.no_grad():
+        logits = model(ids, position_ids=shifted).logits
+        assert worst(logits, model(ids).logits, relative=True) < 1e-12
+
+
+def test_diagnostics():
+    model = InfiniForCausalLM(InfiniConfig(**SMALL))
+    with torch.no_grad():
+        for layer, gates in zip(model.model.layers, ([-1.0, 0.0, 0.0, 2.0], [3.0] * 4)):
+            layer.mixer.gate.copy_(torch.tensor(gates))
+    shares = torch.tensor([-1.0, 0.0, 0.0, 2.0, 3.0, 3.0, 3.0, 3.0]).sigmoid()
+    found = model.diagnostics()
+    assert found == pytest.approx(
+        {
+            "gate/least": shares.min().item(),
+            "gate/mean": shares.mean().item(),
+            "gate/largest": shares.max().item(),
+        }
+    )
+    cache = model(torch.ones(1, 12, dtype=torch.long), use_cache=True).past_key_values
+    assert model.diagnostics(cache)["memory_norm/layer_0"] == 0  # no segment is complete
+    cache = model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache).past_key_values
+    assert model.diagnostics(cache)["memory_norm/layer_1"] > 0
