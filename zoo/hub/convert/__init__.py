@@ -37,6 +37,7 @@ from . import (
     hf_minimax,
     hf_mistral,
     hf_rwkv,
+    meliad,
     rwkv_pth,
     torchscale_retnet,
     transnormerllm,
@@ -53,6 +54,7 @@ _FILES = (
     transnormerllm,
     hf_minimax,
     hf_mistral,
+    meliad,
 )
 FORMATS = {file.FORMAT.name: file.FORMAT for file in _FILES}
 
