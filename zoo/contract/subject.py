@@ -52,7 +52,7 @@ class Subject:
         pretrained: a model whose weights are to be tested as they are; None: initialised ones,
             moved away from the special values of an initialisation.
         initialization: the statistics the paper's initialisation has, for point 10: parameter name
-            pattern (as in fnmatch) -> (mean, standard deviation, "normal", "uniform" or
+            pattern (as in fnmatch) -> (mean, standard deviation, "normal", "truncated", "uniform" or
             "constant"). None: not known.
     """
 
