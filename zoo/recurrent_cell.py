@@ -28,6 +28,8 @@ from torch import nn
 from transformers import initialization as init
 
 from .kernels.linear_recurrence import accumulator_dtype
+from .segments import SegmentGrid
+from .window import document_spans
 
 GATES = ("bias", "full", "lstm")
 CONFIGURATIONS = ("skip", "dual", "single")
@@ -195,3 +197,125 @@ class RecurrentCell(nn.Module):
             hidden_NMF = self.up_proj(self.norm(state_NMD, self.mlp_norm_weight)).relu()
             state_NMD = self.mlp_out(state_NMD, hidden_NMF)
         return state_NMD
+
+    def states_before(self, sequence, states_BMD):
+        """The states of each document (row, if dense) before a pass, [N, M, D].
+
+        Args:
+            sequence: of the pass.
+            states_BMD: of each row; None: all documents start.
+        """
+        start_N = document_spans(sequence).start
+        initial_MD = self.initial.to(accumulator_dtype(self.initial))
+        if states_BMD is None:
+            return initial_MD.expand(len(start_N), -1, -1)
+        if sequence.row_of_document is not None:
+            states_BMD = states_BMD[sequence.row_of_document]
+        return torch.where((start_N == 0)[:, None, None], initial_MD, states_BMD)
+
+    def walk(self, q_BTHK, k_BTHK, v_BTHV, sequence, state):
+        """All windows of a pass in their order: tokens look at the states, these at the tokens.
+
+        Args:
+            q_BTHK: the tokens' queries for the states.
+            k_BTHK: their keys.
+            v_BTHV: their values.
+            sequence: how they lie.
+            state: before them; its `states_BMD` is brought up to date.
+
+        Returns:
+            What the tokens see, [B, T, H, V].
+        """
+        grid = SegmentGrid(sequence, self.config.sliding_window, state.keys_BWHK is None)
+        states_NMD = self.states_before(sequence, state.states_BMD)
+        if grid.walk is not None:
+            states_NMD = states_NMD[grid.walk]
+        is_filled = self.filled_ranks(grid, state.is_kept)
+        tokens = [None] * grid.num_ranks
+        if any(is_filled):
+            held = held_windows(grid, state.keys_BWHK), held_windows(grid, state.values_BWHV)
+            tokens = zip(
+                windows_with_last(grid, k_BTHK, *held[0]),
+                windows_with_last(grid, v_BTHV, *held[1]),
+            )
+        reads, after = [], []
+        complete = grid.by_rank(grid.is_complete)
+        for is_filled_here, is_complete_N, window in zip(is_filled, complete, tokens):
+            states_NMD = states_NMD[: len(is_complete_N)]
+            read = self.keys_values(states_NMD)
+            reads.append(read[1:])
+            if is_filled_here:
+                next_NMD = self(states_NMD, read, *window)
+                states_NMD = torch.where(is_complete_N[:, None, None], next_NMD, states_NMD)
+            after.append(states_NMD)
+        if state.is_kept:
+            state.states_BMD = self.states_after(grid, after, state.states_BMD)
+        rk_SMHK, rv_SMHV = (grid.from_ranks(list(xs)) for xs in zip(*reads))
+        return grid.join(look(grid.queries(q_BTHK), rk_SMHK, rv_SMHV))
+
+    def filled_ranks(self, grid, is_kept):
+        """For each rank, whether a window may be filled there, so that states change."""
+        window, ranks = self.config.sliding_window, range(grid.num_ranks)
+        if grid.width < window:
+            return [False] * grid.num_ranks
+        # Nobody reads what comes after the last window, unless the state is kept.
+        is_read = [is_kept or rank + 1 < grid.num_ranks for rank in ranks]
+        if grid.is_dense and grid.is_fresh:
+            num_filled = grid.sequence.shape[1] // window
+            return [is_read[rank] and rank < num_filled for rank in ranks]
+        if torch.compiler.is_compiling():
+            return is_read
+        # A look at the values saves the update where there is none: one token in W fills a window.
+        filled = torch.stack([x_N.any() for x_N in grid.by_rank(grid.is_complete)]).tolist()
+        return [a and b for a, b in zip(is_read, filled)]
+
+    def states_after(self, grid, after, states_BMD):
+        """The states of each row after a pass, from those after each rank."""
+        sequence, states_NMD = grid.sequence, after[-1]
+        if grid.walk is not None:
+            states_NMD = grid.last(grid.from_ranks(after))
+        if sequence.keep is not None:
+            held = 0 if states_BMD is None else states_BMD
+            return torch.where(sequence.keep[:, None, None], states_NMD, held)
+        return grid.documents_to_rows(states_NMD, states_BMD)
+
+
+def held_windows(grid, held_BWHK):
+    """The tokens that each document's state holds, in two windows [N, W, H, K].
+
+    Args:
+        grid: the `SegmentGrid` of the pass.
+        held_BWHK: a ring of 2 W by row; None: there is none.
+
+    Returns:
+        (The window the pass begins in, of which only tokens before the pass have a meaning; the one
+        before it, zeros where the document begins.) None for both without a state.
+    """
+    if held_BWHK is None:
+        return None, None
+    rows_N = grid.sequence.row_of_document
+    if rows_N is None:
+        rows_N = torch.arange(len(held_BWHK), device=held_BWHK.device)
+    # The halves take turns.
+    halves_BRWHK, half_N = held_BWHK.unflatten(1, (2, -1)), grid.first_segment % 2
+    has_last_N = (grid.first_segment > 0)[:, None, None, None]
+    last_NWHK = torch.where(has_last_N, halves_BRWHK[rows_N, 1 - half_N], 0)
+    return halves_BRWHK[rows_N, half_N], last_NWHK
+
+
+def windows_with_last(grid, x_BTHK, held_NWHK, last_NWHK):
+    """By rank, the tokens of each window and of the one before it, [N, 2 W, H, K].
+
+    Args:
+        grid: the `SegmentGrid` of the pass.
+        x_BTHK: keys or values of the pass.
+        held_NWHK, last_NWHK: of `held_windows`.
+    """
+    by_rank = grid.by_rank(grid.keys(x_BTHK, held_NWHK))
+    if last_NWHK is None:
+        last_NWHK = torch.zeros_like(by_rank[0])
+    elif grid.walk is not None:
+        last_NWHK = last_NWHK[grid.walk]
+    for own_NWHK in by_rank:
+        yield torch.cat([last_NWHK[: len(own_NWHK)].to(own_NWHK.dtype), own_NWHK], dim=1)
+        last_NWHK = own_NWHK

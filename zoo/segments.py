@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from .sequence import Sequence
+from .state import State
 from .window import document_spans, gather_tokens
 
 
@@ -254,32 +255,31 @@ def segment_passes(sequence, length, is_fresh):
         return [
             _columns(sequence, start, min(start + length, time)) for start in range(0, time, length)
         ]
-    spans, clock_T = document_spans(sequence), sequence.clock.expand(batch, -1).flatten()
-    if is_dense:
-        clock_T = sequence.clock.expand(batch, time).flatten()
+    spans, rows = document_spans(sequence), batch if is_dense else 1
+    clock_T, positions_T = (
+        x.expand(rows, -1).flatten() for x in (sequence.clock, sequence.positions)
+    )
     lengths_N = spans.after - spans.start
     documents_N = torch.arange(len(lengths_N), device=clock_T.device)
     document_T = documents_N.repeat_interleave(lengths_N)
-    positions_T = sequence.positions.expand(batch if is_dense else 1, -1).flatten()
     rank_T = clock_T // length - (spans.start // length)[document_T]
     passes = []
     for rank in range(int(rank_T.max()) + 1):
         token_T = (rank_T == rank).nonzero()[:, 0]
-        present_N = document_T[token_T].unique_consecutive()
-        count_N = document_T[token_T].bincount(minlength=len(lengths_N))
+        present_N, count_N = document_T[token_T].unique_consecutive(return_counts=True)
+        cu_seqlens = pad(count_N.cumsum(0), (1, 0))
         last_N = torch.full_like(documents_N, -1)
         last_N[present_N] = torch.arange(len(present_N), device=clock_T.device)
-        begin_N = (spans.start // length + rank) * length
-        after_N = torch.maximum(begin_N, spans.start) + count_N
+        end_N = (spans.start // length + rank + 1) * length
         own = Sequence(
             (len(lengths_N), len(token_T)),
             positions_T[token_T][None],
             clock_T[token_T][None],
-            torch.minimum(after_N, spans.after),
-            cu_seqlens=pad(count_N[present_N].cumsum(0), (1, 0)),
+            torch.minimum(end_N, spans.after),
+            cu_seqlens=cu_seqlens,
             token_index=token_T,
             row_of_document=present_N,
-            continues=clock_T[token_T][pad(count_N[present_N].cumsum(0), (1, 0))[:-1]] > 0,
+            continues=clock_T[token_T][cu_seqlens[:-1]] > 0,
             last_document=last_N,
         )
         passes.append((token_T, own))
@@ -297,3 +297,52 @@ def _columns(sequence, start, end):
         clock_after=clock_BT[:, -1] + 1,
     )
     return slice(start, end), own
+
+
+def take_tokens(x_BTD, places):
+    """The tokens of one of `segment_passes`."""
+    if isinstance(places, slice):
+        return x_BTD[:, places]
+    return x_BTD.flatten(0, 1)[places][None]
+
+
+def put_tokens(pieces, places, shape):
+    """The inverse of `take_tokens` for all passes together.
+
+    Args:
+        pieces: of each pass.
+        places: of each pass.
+        shape: of the result.
+    """
+    if isinstance(places[0], slice):
+        return torch.cat(pieces, dim=1)
+    order_T = torch.cat(places).argsort()
+    return torch.cat(pieces, dim=1)[0, order_T].reshape(shape)
+
+
+def state_by_document(state, sequence):
+    """A `State` by row as one by document; what it says of documents that start has no meaning."""
+    if sequence.row_of_document is None:
+        return state.copy()
+    tensors = {
+        name: None if x is None else x[sequence.row_of_document]
+        for name, x in state.tensors().items()
+    }
+    return State(tensors, state.is_kept)
+
+
+def state_by_row(state, before, sequence):
+    """The inverse: of each row its last document's.
+
+    Args:
+        state: by document, after the pass.
+        before: by row, before it; rows without a token keep theirs.
+        sequence: the `Sequence` of the pass.
+    """
+    if sequence.row_of_document is None:
+        return state
+    last_B, tensors = sequence.last_document, {}
+    for name, x_N in state.tensors().items():
+        x_B, held_B = x_N[last_B.clamp(min=0)], getattr(before, name)
+        tensors[name] = torch.where(_like(last_B >= 0, x_B), x_B, 0 if held_B is None else held_B)
+    return State(tensors, is_kept=True)
