@@ -232,9 +232,9 @@ def _band_of_bias(bias_HW, first_distance, num_queries, num_keys):
     """
     before = num_keys - 1 - first_distance
     after = first_distance + num_queries - bias_HW.shape[1]
-    row_HD = torch.nn.functional.pad(bias_HW, (before, max(after, 0)))
-    row_HD = row_HD[:, : num_queries + num_keys - 1]
-    return row_HD.unfold(1, num_keys, 1).flip(2)
+    row_HS = torch.nn.functional.pad(bias_HW, (before, max(after, 0)))
+    row_HS = row_HS[:, : num_queries + num_keys - 1]
+    return row_HS.unfold(1, num_keys, 1).flip(2)
 
 
 def attention_step(q, k, v, visible, *, scale=None, sinks=None, sink_logits=None, slot_bias=None):
