@@ -181,8 +181,10 @@ def small_model(variant="default", seed=0, **fields):
     torch.manual_seed(seed)
     model = BlockRecurrentForCausalLM(config).double().eval()
     with torch.no_grad():
-        for x in model.parameters():
+        for name, x in model.named_parameters():
             x += 0.3 * torch.randn_like(x)
+            if name.endswith("scale"):
+                x[0].neg_()  # its sign says nothing
     return model
 
 
@@ -295,9 +297,16 @@ class Definition:
         return torch.cat(logits), states
 
 
-@pytest.mark.parametrize("variant", BlockRecurrentConfig.variants)
-def test_definition(variant):
-    model = small_model(variant)
+# With several recurrent layers, the last is the one that others read.
+TWO_SOURCES = {"num_hidden_layers": 4, "recurrent_layers": [0, 2]}
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields"),
+    [*((variant, {}) for variant in BlockRecurrentConfig.variants), ("feedback", TWO_SOURCES)],
+)
+def test_definition(variant, fields):
+    model = small_model(variant, **fields)
     definition = Definition(dict(model.named_parameters()), model.config)
     ids = torch.randint(61, (2, 59), generator=torch.Generator().manual_seed(1))
     expected, states = zip(*(definition(row) for row in ids))
@@ -321,11 +330,12 @@ def test_windows_are_counted_per_document(variant):
     """In a batch whose rows are padded and whose documents begin in the middle of a pass."""
     model = small_model(variant)
     definition = Definition(dict(model.named_parameters()), model.config)
-    rows = [(15, 3, 22), (1, 7, 8, 31), (44,)]
+    # The last document of the last row begins after one that filled windows, in a later piece.
+    rows = [(15, 3, 22), (1, 7, 8, 31), (44,), (20, 25)]
     width = 53
-    ids = torch.randint(61, (3, width), generator=torch.Generator().manual_seed(1))
-    mask, positions = torch.zeros(2, 3, width, dtype=torch.long)
-    for row, (lengths, offset) in enumerate(zip(rows, (4, 0, 9))):
+    ids = torch.randint(61, (4, width), generator=torch.Generator().manual_seed(1))
+    mask, positions = torch.zeros(2, 4, width, dtype=torch.long)
+    for row, (lengths, offset) in enumerate(zip(rows, (4, 0, 9, 1))):
         span = slice(offset, offset + sum(lengths))
         mask[row, span] = 1
         positions[row, span] = torch.cat([torch.arange(n) for n in lengths])
