@@ -51,7 +51,7 @@ def _parser():
     )
     command.add_argument("format", metavar="FORMAT", help="the foreign one; see --list")
     command.add_argument(
-        "src", metavar="SRC", help="folder with config.json and weights, or weight file"
+        "src", metavar="SRC", help="folder with config and weights, or weight file"
     )
     command.add_argument("dst", metavar="DST", help="folder to write")
     command.add_argument(
@@ -72,6 +72,12 @@ def _parser():
     )
     command.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (%(default)s)"
+    )
+    command.add_argument(
+        "--format",
+        default="zoo",
+        choices=("zoo", "native"),
+        help="native: for transformers' own class, where it has one (%(default)s: with our code)",
     )
     command.set_defaults(run=_export)
 
@@ -108,9 +114,13 @@ def _convert(arguments):
         f"{arguments.dst}: {report.num_parameters:,} parameters in {report.num_tensors} tensors, "
         f"{dtype}, {'from' if report.is_rounded else 'exactly as in'} {arguments.src}"
     )
-    for note in report.notes:
-        print(textwrap.fill(note, 100, initial_indent="  ", subsequent_indent="    "))
+    _print_notes(report.notes)
     return 0
+
+
+def _print_notes(notes):
+    for note in notes:
+        print(textwrap.fill(note, 100, initial_indent="  ", subsequent_indent="    "))
 
 
 def _export(arguments):
@@ -123,8 +133,11 @@ def _export(arguments):
         arguments.overwrite,
         arguments.license,
         arguments.max_shard_size,
+        arguments.format,
     )
-    print(f"{arguments.out}: {exported.num_parameters:,} parameters, {', '.join(exported.code)}")
+    runs_on = ", ".join(exported.code) or f"transformers' {exported.model_class}"
+    print(f"{arguments.out}: {exported.num_parameters:,} parameters, {runs_on}")
+    _print_notes(exported.notes)
     if not exported.has_tokenizer:
         print("  without a tokenizer: the checkpoint has none")
     return 0

@@ -81,7 +81,7 @@ def test_info(subject, exported, capsys):
         model = zoo.RetNetForCausalLM.from_pretrained(exported)
         assert "rotation = 'half'" in text
     assert f"parameters {sum(p.numel() for p in model.parameters()):,}\n" in text
-    assert f"state {model.state_size():,} bytes" in text
+    assert f"{model.state_size():,} bytes of state per sequence" in text
     assert "  deepnorm: deepnorm = True, pre_norm = False" in text
 
 

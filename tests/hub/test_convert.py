@@ -392,6 +392,29 @@ def lightning_shapes(format):
     return shapes
 
 
+CONSOLIDATED = {
+    "dim": 16,
+    "n_layers": 2,
+    "head_dim": 8,
+    "hidden_dim": 24,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "norm_eps": 1e-5,
+    "sliding_window": 8,
+    "vocab_size": 19,
+}
+
+
+def consolidated_shapes():
+    """The shapes of Mistral's own tensors by their names."""
+    parts = {"attention.wq": (32, 16), "attention.wk": (16, 16), "attention.wv": (16, 16)}
+    parts |= {"attention.wo": (16, 32), "attention_norm": (16,), "ffn_norm": (16,)}
+    parts |= {f"feed_forward.w{i}": (16, 24) if i == 2 else (24, 16) for i in (1, 2, 3)}
+    shapes = {f"layers.{i}.{part}": shape for i in range(2) for part, shape in parts.items()}
+    shapes |= {"tok_embeddings": (19, 16), "norm": (16,), "output": (19, 16)}
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
 def make_source(format, folder):
     """A small checkpoint of any format."""
     folder.mkdir()
@@ -421,6 +444,9 @@ def make_source(format, folder):
         sizes = {"vocab_size": 19, "hidden_size": 16, "intermediate_size": 24}
         sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         MistralForCausalLM(MistralConfig(**sizes)).save_pretrained(folder)
+    elif format == "mistral-consolidated":
+        (folder / "params.json").write_text(json.dumps(CONSOLIDATED))
+        save_file(random_weights(consolidated_shapes()), folder / "consolidated.safetensors")
     else:
         golden = GOLDENS / {**GOLDEN_OF, "hf-rwkv": "rwkv4-hf"}[format]
         for name in ("config.json", "model.safetensors"):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo
+from zoo.hub.card import state_in_words
 from zoo.hub.export import export, modelling_sources
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -194,6 +195,26 @@ def test_code_is_followed_wherever_it_is_imported(tmp_path, monkeypatch):
     (tmp_path / "part.py").write_text("from ..model import c\n")
     with pytest.raises(ValueError, match=r"part.py, line 1: .*`from .module import name`"):
         modelling_sources(zoo.MODELS["retnet"])
+
+
+def test_state_in_words():
+    assert state_in_words(1024, 0) == "1,024 bytes of state per sequence, however long the text"
+    assert state_in_words(0, 2048) == "2,048 bytes of state per token of each sequence"
+    assert state_in_words(7, 5) == "5 bytes of state per token of each sequence, and 7 beside"
+
+
+def test_card_of_a_hybrid(tmp_path):
+    config = zoo.LightningConfig(**{**SIZES, **zoo.LightningConfig.variants["hybrid"]})
+    model = zoo.LightningForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "out")
+    growing = model.state_size(5) - model.state_size(4)
+    text = ModelCard((tmp_path / "out" / "README.md").read_text()).text
+    assert f"{growing:,} bytes of state per token of each sequence, and " in text
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.layer_types[1]
+        != (model.config.layer_types[0])
+    )
 
 
 def test_card(folder, model):

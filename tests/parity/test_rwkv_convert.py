@@ -514,7 +514,10 @@ def test_refused_on_the_way_back(format, name, fields, message, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
-@pytest.mark.parametrize("format", ["hf-rwkv", "fla-rwkv6", "fla-rwkv7", "hf-mistral"])
+CHECKED = ["hf-rwkv", "fla-rwkv6", "fla-rwkv7", "hf-mistral", "mistral-consolidated"]
+
+
+@pytest.mark.parametrize("format", CHECKED)
 def test_the_way_back_is_checked(format, tmp_path, monkeypatch):
     """Whatever a format's writer gets wrong, what it wrote is not what was to be written."""
     chosen = FORMATS[format]
@@ -530,15 +533,20 @@ def test_the_way_back_is_checked(format, tmp_path, monkeypatch):
         name = next(n for n in pairs if "embed" in n)
         return (pairs | {name: pairs[name] + 1}).items()
 
+    # Some have no field for special tokens.
+    wrong, message = {"eos_token_id": 7}, "eos_token_id = None would become 7"
+    if "eos_token_id" in chosen.left_out:
+        wrong, message = {"norm_eps": 0.5}, "rms_norm_eps = 1e-05 would become 0.5"
+
     def wrong_field(config):
         values, notes = chosen.write_config(config)
-        return values | {"eos_token_id": 7}, notes
+        return values | wrong, notes
 
     wrongs = {
         "embed_tokens.weight would change": {"write_weights": wrong_tensor},
-        "eos_token_id = None would become 7": {"write_config": wrong_field},
+        message: {"write_config": wrong_field},
     }
-    for message, wrong in wrongs.items():
-        monkeypatch.setitem(FORMATS, format, chosen._replace(**wrong))
-        with pytest.raises(ValueError, match=message):
+    for expected, writer in wrongs.items():
+        monkeypatch.setitem(FORMATS, format, chosen._replace(**writer))
+        with pytest.raises(ValueError, match=expected):
             convert_back(format, tmp_path / "ours", tmp_path / "back")

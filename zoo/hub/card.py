@@ -1,4 +1,7 @@
-"""The README of an exported folder: hub_cards/<architecture>.md, and what the run wrote down."""
+"""The README of an exported folder: hub_cards/<architecture>.md, and what the run wrote down.
+
+Of a folder for transformers' own class, whose code is not ours to describe, hub_cards/native.md.
+"""
 
 import json
 import math
@@ -27,9 +30,12 @@ class Subject(NamedTuple):
         license: of the weights.
         has_tokenizer: whether the folder holds one.
         num_parameters: tied ones count once.
-        state_bytes: recurrent state of one sequence, or of one token where that grows.
-        has_constant_state: whether it has one size at any length.
+        state_bytes: recurrent state of one sequence, without what grows with its tokens.
+        state_bytes_per_token: what grows.
         run_folder: where run.json and metrics.jsonl may be, or in its parent.
+        native_format: name of the format whose class in transformers loads it; None: ours does.
+        native_config: config.json of that class.
+        notes: on what was left out for it.
     """
 
     name: str
@@ -40,8 +46,18 @@ class Subject(NamedTuple):
     has_tokenizer: bool
     num_parameters: int
     state_bytes: int
-    has_constant_state: bool
+    state_bytes_per_token: int
     run_folder: Path
+    native_format: str | None = None
+    native_config: dict | None = None
+    notes: list[str] = []
+
+    @property
+    def model_class(self):
+        """Name of the class that loads it."""
+        if self.native_format is None:
+            return self.architecture.causal_lm.__name__
+        return self.native_config["architectures"][0]
 
 
 def render_card(subject):
@@ -50,7 +66,10 @@ def render_card(subject):
     Args:
         subject: a `Subject`.
     """
-    template = Template(find_template(subject.architecture.name).read_text(encoding="utf-8"))
+    is_ours = subject.native_format is None
+    kind = subject.architecture.name if is_ours else "native"
+    template = Template(find_template(kind).read_text(encoding="utf-8"))
+    values = settings(subject.config) if is_ours else subject.native_config
     run, metrics = read_run(subject.run_folder)
     text = template.substitute(
         name=subject.name,
@@ -58,12 +77,13 @@ def render_card(subject):
         dtype=subject.dtype,
         num_parameters=f"{subject.num_parameters:,}",
         state_bytes=f"{subject.state_bytes:,}",
-        state_unit=(
-            "sequence, however long the text"
-            if subject.has_constant_state
-            else "token of each sequence"
-        ),
-        config=_config_table(subject.config),
+        state=state_in_words(subject.state_bytes, subject.state_bytes_per_token),
+        config=_config_table(values),
+        model_class=subject.model_class,
+        model_type=subject.config.model_type if is_ours else values["model_type"],
+        architecture=subject.architecture.name,
+        format=subject.native_format,
+        notes="".join(f"\n- {note}" for note in subject.notes) + "\n" * bool(subject.notes),
         usage=_usage(subject),
         training=_training(run, metrics),
     )
@@ -81,6 +101,14 @@ def render_card(subject):
             )
         ]
     return card.content
+
+
+def state_in_words(num_bytes, num_bytes_per_token):
+    """What a sequence's state takes: always, and for each token."""
+    if not num_bytes_per_token:
+        return f"{num_bytes:,} bytes of state per sequence, however long the text"
+    beside = f", and {num_bytes:,} beside" if num_bytes else ""
+    return f"{num_bytes_per_token:,} bytes of state per token of each sequence{beside}"
 
 
 def find_template(name):
@@ -130,8 +158,8 @@ def _held_out(metrics):
     return lines[-1] if lines else None
 
 
-def _config_table(config):
-    rows = [(f"`{n}`", f"`{value}`") for n, value in settings(config).items() if value is not None]
+def _config_table(values):
+    rows = [(f"`{name}`", f"`{value}`") for name, value in values.items() if value is not None]
     return _table("setting", "value", rows)
 
 
@@ -142,15 +170,16 @@ def _table(left, right, rows):
 
 
 def _usage(subject):
+    trust = ", trust_remote_code=True" if subject.native_format is None else ""
     load = [
         "from transformers import AutoModelForCausalLM" + ", AutoTokenizer" * subject.has_tokenizer,
         "",
         f'name = "{subject.name}"  # this folder, or its name on the Hub',
-        "model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)",
+        f"model = AutoModelForCausalLM.from_pretrained(name{trust})",
     ]
     if subject.has_tokenizer:
         load += [
-            "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
+            f"tokenizer = AutoTokenizer.from_pretrained(name{trust})",
             'inputs = tokenizer("def main(", return_tensors="pt")',
             "output = model.generate(**inputs, max_new_tokens=64)",
             "print(tokenizer.decode(output[0]))",

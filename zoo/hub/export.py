@@ -3,6 +3,9 @@
 Beside weights, config and tokenizer it holds the architecture's own source files, so that
 `from_pretrained(OUT, trust_remote_code=True)` needs torch and transformers only. Where `zoo` is
 imported, its classes are used instead.
+
+With `--format native` it becomes a model of transformers' own class instead, where there is one
+that computes the same: no code goes along, and none has to be trusted.
 """
 
 import ast
@@ -16,6 +19,7 @@ from typing import NamedTuple
 from transformers import GenerationConfig
 
 from .card import Subject, render_card
+from .convert import native_format, write_model
 from .folder import (
     TOKENIZER_FILES,
     build_model,
@@ -29,6 +33,7 @@ from .folder import (
     read_tensors,
 )
 
+EXPORT_FORMATS = ("zoo", "native")
 ROOT = Path(__file__).resolve().parent.parent.parent
 AUTO_CLASSES = {
     "AutoConfig": "config",
@@ -39,14 +44,31 @@ AUTO_CLASSES = {
 
 
 class Exported(NamedTuple):
-    """What an export wrote: parameters, the code's files, whether there is a tokenizer."""
+    """What an export wrote.
+
+    Attributes:
+        num_parameters: written.
+        code: names of the source files beside the weights; none in transformers' own format.
+        has_tokenizer: whether there is a tokenizer.
+        model_class: name of the class that loads it.
+        notes: on what transformers' own format left out.
+    """
 
     num_parameters: int
     code: list[str]
     has_tokenizer: bool
+    model_class: str
+    notes: list[str]
 
 
-def export(checkpoint, out, overwrite=False, license="apache-2.0", max_shard_size="5GB"):
+def export(
+    checkpoint,
+    out,
+    overwrite=False,
+    license="apache-2.0",
+    max_shard_size="5GB",
+    format="zoo",
+):
     """Writes a checkpoint as a folder for the Hugging Face Hub.
 
     Args:
@@ -56,41 +78,42 @@ def export(checkpoint, out, overwrite=False, license="apache-2.0", max_shard_siz
         overwrite: replace a model that is there.
         license: of the weights, the Hub's name for it. The code's own is in LICENSE.
         max_shard_size: a file of weights is at most this large.
+        format: "zoo", with our code beside the weights, or "native", for transformers' own class.
 
     Returns:
         An `Exported`.
 
     Raises:
-        ValueError: not a checkpoint of ours, damaged files, a tokenizer of another model, or
-            something in the way at `out`.
+        ValueError: not a checkpoint of ours, damaged files, a tokenizer of another model, a model
+            that transformers' own class cannot express, or something in the way at `out`.
     """
+    if format not in EXPORT_FORMATS:
+        raise ValueError(f"format is {' or '.join(EXPORT_FORMATS)}, got {format!r}.")
     checkpoint = find_checkpoint(checkpoint)
     if checkpoint.resolve().is_relative_to(Path(out).resolve()):
         raise ValueError(f"{out} contains the checkpoint itself; choose a folder beside it.")
     architecture, config = read_config(checkpoint)
     tokenizer = None
-    if any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
-        try:
+    try:
+        native = native_format(architecture.name) if format == "native" else None
+        if any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
             tokenizer = load_tokenizer(checkpoint)
             check_tokenizer(tokenizer, config.vocab_size)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from None
     model = build_model(architecture, config, read_tensors(checkpoint), checkpoint)
     model.generation_config = _generation_config(checkpoint, config, tokenizer)
-    # One file for config and model: from two, transformers would load two copies of the config.
-    module = Path(inspect.getfile(architecture.config)).stem
-    model.config.auto_map = {
-        auto: f"{module}.{getattr(architecture, field).__name__}"
-        for auto, field in AUTO_CLASSES.items()
-    }
-    sources = modelling_sources(architecture)
     with new_folder(out, overwrite) as new:
-        model.save_pretrained(new, max_shard_size=max_shard_size)
-        _leave_out_layer_types(new / "config.json")
+        if native is None:
+            code, notes = _save_with_code(model, architecture, new, max_shard_size), []
+        else:
+            code = []
+            try:
+                notes = write_model(native, model, new, max_shard_size)[1]
+            except ValueError as error:
+                raise ValueError(f"{checkpoint}: {error}") from None
+            model.generation_config.save_pretrained(new)
         carry_files(checkpoint, new, TOKENIZER_FILES)
-        for name, source in sources.items():
-            (new / name).write_text(source, encoding="utf-8")
-        (new / "LICENSE").write_text(_license_text(), encoding="utf-8")
         subject = Subject(
             name=Path(out).absolute().name,
             architecture=architecture,
@@ -99,12 +122,15 @@ def export(checkpoint, out, overwrite=False, license="apache-2.0", max_shard_siz
             license=license,
             has_tokenizer=tokenizer is not None,
             num_parameters=sum(p.numel() for p in model.parameters()),
-            state_bytes=model.state_size(None if model.has_constant_state else 1),
-            has_constant_state=model.has_constant_state,
+            state_bytes=model.state_size(0),
+            state_bytes_per_token=model.state_size(1) - model.state_size(0),
             run_folder=checkpoint,
+            native_format=native and native.name,
+            native_config=native and read_json(new / "config.json"),
+            notes=notes,
         )
         (new / "README.md").write_text(render_card(subject), encoding="utf-8")
-    return Exported(subject.num_parameters, sorted(sources), tokenizer is not None)
+    return Exported(subject.num_parameters, code, subject.has_tokenizer, subject.model_class, notes)
 
 
 def find_checkpoint(folder):
@@ -165,6 +191,23 @@ def modelling_sources(architecture):
             lines[node.lineno - 1] = line.replace(f"from .{node.module} ", f"from .{flat} ", 1)
         sources[path.name] = "".join(lines)
     return sources
+
+
+def _save_with_code(model, architecture, folder, max_shard_size):
+    """Writes a model and the files it runs on. Returns the names of these."""
+    # One file for config and model: from two, transformers would load two copies of the config.
+    module = Path(inspect.getfile(architecture.config)).stem
+    model.config.auto_map = {
+        auto: f"{module}.{getattr(architecture, field).__name__}"
+        for auto, field in AUTO_CLASSES.items()
+    }
+    sources = modelling_sources(architecture)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    _leave_out_layer_types(folder / "config.json")
+    for name, source in sources.items():
+        (folder / name).write_text(source, encoding="utf-8")
+    (folder / "LICENSE").write_text(_license_text(), encoding="utf-8")
+    return sorted(sources)
 
 
 def _generation_config(checkpoint, config, tokenizer):

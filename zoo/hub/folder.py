@@ -24,6 +24,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "tokenizer.model",
     "spiece.model",
+    "tekken.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -331,12 +332,13 @@ def read_generation_config(folder):
 
 
 @contextmanager
-def new_folder(path, overwrite=False):
+def new_folder(path, overwrite=False, config_file="config.json"):
     """A folder that appears at `path` complete, or, if the block fails, not at all.
 
     Args:
         path: where; its parents are made.
         overwrite: replace a model folder that is there. Any other folder is left alone.
+        config_file: what a model folder is told by.
 
     Yields:
         An empty folder beside `path` to fill.
@@ -352,9 +354,9 @@ def new_folder(path, overwrite=False):
         raise ValueError(
             f"{path} exists and is not empty; choose another name, or pass --overwrite."
         )
-    if occupied and not (path / "config.json").is_file():
+    if occupied and not (path / config_file).is_file():
         raise ValueError(
-            f"{path} holds no model (no config.json), so --overwrite does not delete it; "
+            f"{path} holds no model (no {config_file}), so --overwrite does not delete it; "
             "choose another name."
         )
     path.parent.mkdir(parents=True, exist_ok=True)

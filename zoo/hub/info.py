@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import MODELS
+from .card import state_in_words
 from .folder import read_config, settings
 
 
@@ -31,11 +32,12 @@ def describe(model):
         raise ValueError(f"{model!r} is neither a folder nor an architecture; {hint}")
     with torch.device("meta"):
         network = architecture.causal_lm(config)
+    constant = network.state_size(0)
     num_parameters = sum(p.numel() for p in network.parameters())
     lines = [
         f"{architecture.name}: {architecture.causal_lm.__name__}, model_type {config.model_type}",
         f"parameters {num_parameters:,}",
-        f"state {_state(network)} (float32)",
+        f"{state_in_words(constant, network.state_size(1) - constant)} (float32)",
         "config",
         *(f"  {name} = {value!r}" for name, value in settings(config).items()),
     ]
@@ -45,9 +47,3 @@ def describe(model):
             listed = ", ".join(f"{key} = {value!r}" for key, value in fields.items())
             lines.append(f"  {name}: {listed or 'the defaults'}")
     return "\n".join(lines)
-
-
-def _state(network):
-    if network.has_constant_state:
-        return f"{network.state_size():,} bytes per sequence, at any length"
-    return f"{network.state_size(1):,} bytes per token of each sequence: it grows with the text"

@@ -5,6 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from .. import MODELS
 from .folder import find_weights, one_line, read_json
 
 
@@ -26,7 +27,10 @@ def push(exported, repo_id, private=False, message=None):
     exported = Path(exported)
     config = read_json(exported / "config.json")
     find_weights(exported)
-    if "auto_map" not in config or not (exported / "README.md").is_file():
+    # transformers' own classes bring their code.
+    is_ours = any(config.get("model_type") == a.config.model_type for a in MODELS.values())
+    lacks_code = is_ours and "auto_map" not in config
+    if lacks_code or not (exported / "README.md").is_file():
         raise ValueError(
             f"{exported} is not an exported folder (no auto_map in config.json, or no README.md); "
             "write one with `zoo export CHECKPOINT OUT`."

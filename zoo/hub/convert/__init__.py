@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 
 from ... import MODELS
 from ..folder import (
@@ -38,6 +39,7 @@ from . import (
     hf_mistral,
     hf_rwkv,
     meliad,
+    mistral_consolidated,
     rwkv_pth,
     torchscale_retnet,
     transnormerllm,
@@ -55,6 +57,7 @@ _FILES = (
     hf_minimax,
     hf_mistral,
     meliad,
+    mistral_consolidated,
 )
 FORMATS = {file.FORMAT.name: file.FORMAT for file in _FILES}
 
@@ -86,7 +89,7 @@ def convert(format, src, dst, overwrite=False):
     Args:
         format: a key of `FORMATS`.
         src: a folder with weights (safetensors, sharded or not; .bin, .pt, .pth) and, in most
-            formats, config.json; or the weight file itself. Tokenizer files in it are carried over.
+            formats, a config; or the weight file itself. Tokenizer files in it are carried over.
         dst: the folder to write.
         overwrite: replace a model that is there.
 
@@ -149,27 +152,70 @@ def convert_back(format, src, dst, overwrite=False):
     architecture, config = read_config(src)
     if architecture.name != chosen.architecture:
         raise ValueError(f"{src} is {architecture.name}; {format} holds {chosen.architecture}.")
-    with new_folder(dst, overwrite) as new:
+    with new_folder(dst, overwrite, chosen.config_file) as new:
         model = build_model(architecture, config, read_tensors(src), src)
-        ours = dict(model.state_dict())
-        if config.tie_word_embeddings:
-            for alias in model._tied_weights_keys:
-                del ours[alias]
         try:
-            values, notes = chosen.write_config(config)
-            weights = Weights(ours)
-            theirs = dict(chosen.write_weights(weights, config))
-            weights.finish()
-            _check_way_back(chosen, values, theirs, config, ours)
+            num_tensors, notes = write_model(chosen, model, new)
         except ValueError as error:
             raise ValueError(f"{src}: {error}") from None
-        save_torch_state_dict(theirs, new)
-        values["dtype"] = str(model.dtype).removeprefix("torch.")
-        (new / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         carry_files(src, new, ("generation_config.json",))
         _carry_tokenizer(src, new, config.vocab_size, notes)
     num_parameters = sum(p.numel() for p in model.parameters())
-    return Report(len(theirs), num_parameters, model.dtype, notes)
+    return Report(num_tensors, num_parameters, model.dtype, notes)
+
+
+def write_model(format, model, folder, max_shard_size="5GB"):
+    """Writes config and weights of one of our models in a foreign format that has a way back.
+
+    They are read again and compared before anything is written.
+
+    Args:
+        format: a `Format`.
+        model: a language model of its architecture.
+        folder: where.
+        max_shard_size: a file of weights is at most this large, where the format allows several.
+
+    Returns:
+        (number of tensors written, notes on what was left out and why).
+
+    Raises:
+        ValueError: the format cannot express this model.
+    """
+    config, ours = model.config, dict(model.state_dict())
+    if config.tie_word_embeddings:
+        for alias in model._tied_weights_keys:
+            del ours[alias]
+    values, notes = format.write_config(config)
+    weights = Weights(ours)
+    theirs = dict(format.write_weights(weights, config))
+    weights.finish()
+    notes += _check_way_back(format, values, theirs, config, ours)
+    if format.weight_file is None:
+        save_torch_state_dict(theirs, folder, max_shard_size=max_shard_size)
+        values["dtype"] = str(model.dtype).removeprefix("torch.")
+    else:
+        save_file(theirs, folder / format.weight_file)
+    text = json.dumps(values, indent=2) + "\n"
+    (folder / format.config_file).write_text(text, encoding="utf-8")
+    return len(theirs), notes
+
+
+def native_format(architecture):
+    """The format of transformers' own class for an architecture.
+
+    Args:
+        architecture: a key of `zoo.MODELS`.
+
+    Raises:
+        ValueError: there is none that can be written.
+    """
+    natives = {f.architecture: f for f in FORMATS.values() if f.is_native and f.architecture}
+    if architecture not in natives:
+        raise ValueError(
+            f"transformers has no class for {architecture}, or none that can be written; it has "
+            f"for {', '.join(natives)}. Export it with its own code instead (--format zoo)."
+        )
+    return natives[architecture]
 
 
 def _find_format(name):
@@ -188,24 +234,26 @@ def _existing(src):
 
 def _open(chosen, src, folder):
     """The fields and weights of a checkpoint, which is of the chosen format."""
-    path = folder / "config.json"
-    if not chosen.has_config:
+    if chosen.config_file is None:
         others = {}
         weights = Weights(read_tensors(src, others), others)
         if chosen.recognizes({}, weights.tensors):
             return Fields({}), weights
-        values = read_json(path) if path.is_file() else {}
-        raise ValueError(f"{src}: {_other_format(chosen, values, weights.tensors)}")
+        raise ValueError(f"{src}: {_other_format(chosen, folder, weights.tensors)}")
+    path = folder / chosen.config_file
     if not path.is_file():
         names = _names(src)
-        others = [f for f in FORMATS.values() if not f.has_config and f.recognizes({}, names)]
-        if others:
-            raise ValueError(f"{src}: {_other_format(chosen, {}, names)}")
-    fields = Fields(read_json(path))
-    # What tells the formats apart is in config.json: the weights are read once it is right.
+        if _what_it_is(folder, names):
+            raise ValueError(f"{src}: {_other_format(chosen, folder, names)}")
+    fields = Fields(read_json(path), chosen.config_file)
+    # What tells the formats apart is in the config: the weights are read once it is right.
     if not chosen.recognizes(fields.values, ()):
-        raise ValueError(f"{path}: {_other_format(chosen, fields.values, _names(src))}")
-    return fields, Weights(read_tensors(src))
+        raise ValueError(f"{path}: {_other_format(chosen, folder, _names(src))}")
+    try:
+        file = chosen.find_weights(src) if chosen.find_weights else src
+    except ValueError as error:
+        raise ValueError(f"{src}: {error}") from None
+    return fields, Weights(read_tensors(file))
 
 
 def _names(src):
@@ -216,33 +264,55 @@ def _names(src):
         return ()
 
 
-def _other_format(chosen, values, names):
+def _values(folder, config_file):
+    """A config's fields, for a message: none, if it is not there or cannot be read."""
+    try:
+        return read_json(folder / config_file) if config_file else {}
+    except ValueError:
+        return {}
+
+
+def _what_it_is(folder, names):
+    """What a checkpoint is by its configs and the names of its tensors, in words, or None."""
+    for format in FORMATS.values():
+        if format.recognizes(_values(folder, format.config_file), names):
+            return f"looks like {format.name}"
+    model_type = _values(folder, "config.json").get("model_type")
+    if any(model_type == a.config.model_type for a in MODELS.values()):
+        return "is already a checkpoint of ours"
+    return None
+
+
+def _other_format(chosen, folder, names):
     message = f"{chosen.name} expects {chosen.expects}"
-    if chosen.has_config and values:
+    values = _values(folder, "config.json")
+    if chosen.config_file == "config.json" and values:
         message += f", got model_type {values.get('model_type')!r}"
-    others = [f.name for f in FORMATS.values() if f.recognizes(values, names)]
-    if others:
-        return f"{message}; this looks like {others[0]}."
-    if any(values.get("model_type") == a.config.model_type for a in MODELS.values()):
-        return f"{message}; this is already a checkpoint of ours."
+    if what := _what_it_is(folder, names):
+        return f"{message}; this {what}."
     return f"{message}; `zoo convert --list` names the formats."
 
 
 def _check_way_back(chosen, values, theirs, config, ours):
-    """Raises a ValueError if what is to be written would be read as another model."""
-    fields, weights = Fields(values), Weights(theirs)
+    """Notes on what is left out; a ValueError if what is written would be read as another model."""
+    fields, weights = Fields(values, chosen.config_file), Weights(theirs)
     config_back = chosen.read_config(fields, weights)
     fields.finish()
     back = dict(chosen.read_weights(weights, config_back))
     weights.finish()
     before, after = settings(config), settings(config_back)
     changed = [name for name, value in before.items() if not _same(value, after[name])]
+    left_out = [f"{n} = {before[n]!r}" for n in changed if n in chosen.left_out]
+    changed = [n for n in changed if n not in chosen.left_out]
     if changed:
         listed = ", ".join(f"{n} = {before[n]!r} would become {after[n]!r}" for n in changed)
         raise ValueError(f"{chosen.name} cannot express this model: {listed}.")
     changed = [n for n in ours.keys() | back if n not in back or not torch.equal(ours[n], back[n])]
     if changed:
         raise ValueError(f"{chosen.name} cannot express this model: {changed[0]} would change.")
+    if not left_out:
+        return []
+    return [f"left out {', '.join(left_out)}: {chosen.config_file} has no field for it"]
 
 
 def _same(a, b):

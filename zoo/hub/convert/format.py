@@ -12,18 +12,20 @@ REQUIRED = object()
 
 
 class Fields:
-    """A foreign config.json, read field by field, so that what nobody read is noticed.
+    """A foreign config, read field by field, so that what nobody read is noticed.
 
     Args:
         values: the file's content.
+        file: its name, for messages.
 
     Attributes:
         notes: what was left out and why, for the report.
         is_rounded: whether weights had to be computed, so that not all are theirs bit for bit.
     """
 
-    def __init__(self, values):
+    def __init__(self, values, file="config.json"):
         self.values = dict(values)
+        self.file = file
         self.unread = set(values)
         self.notes = []
         self.is_rounded = False
@@ -42,16 +44,16 @@ class Fields:
         self.unread.discard(name)
         value = self.values.get(name, default)
         if value is REQUIRED:
-            raise ValueError(f"config.json has no {name}, which this format needs.")
+            raise ValueError(f"{self.file} has no {name}, which this format needs.")
         if not isinstance(value, kind):
-            raise ValueError(f"config.json has {name} = {value!r}, which is not of the right type.")
+            raise ValueError(f"{self.file} has {name} = {value!r}, which is not of the right type.")
         return value
 
     def refuse(self, name, reason):
         """Raises a ValueError if a field is set: we do not compute what it asks for."""
         value = self.take(name, None)
         if value:
-            raise ValueError(f"config.json has {name} = {value!r}: {reason}.")
+            raise ValueError(f"{self.file} has {name} = {value!r}: {reason}.")
 
     def drop(self, reason, *names):
         """Leaves out fields that do not change what the model computes, and notes the set ones."""
@@ -62,12 +64,12 @@ class Fields:
 
     def finish(self):
         """Raises a ValueError for fields nobody read that are set and could change the function."""
-        known = _general_fields()
+        known = _general_fields() if self.file == "config.json" else set()
         unknown = [name for name in self.unread - known if self.values[name]]
         if unknown:
             listed = some(f"{name} = {self.values[name]!r}" for name in sorted(unknown))
             raise ValueError(
-                f"config.json has fields this converter does not know: {listed}; remove those that "
+                f"{self.file} has fields this converter does not know: {listed}; remove those that "
                 "do not change what the model computes."
             )
 
@@ -157,7 +159,7 @@ class Weights:
         )
         if not same:
             raise ValueError(
-                f"{name} is {_start_of(value)}, but by config.json it would be "
+                f"{name} is {_start_of(value)}, but by the config it would be "
                 f"{_start_of(expected)}; correct the config, or the weights are of another model."
             )
 
@@ -186,14 +188,18 @@ class Format(NamedTuple):
     Attributes:
         name: as on the command line.
         title: one line about it.
-        recognizes: (config.json as a dict, tensor names) -> whether it is one of this format.
+        recognizes: (config file as a dict, tensor names) -> whether it is one of this format.
         expects: what `recognizes` looks for, in words.
         read_config: (Fields, Weights) -> our config.
         read_weights: (Weights, our config) -> pairs of our name and the tensor.
-        has_config: whether there is a config.json; if not, all follows from the weights.
+        config_file: name of the config beside the weights; None: all follows from the weights.
+        is_native: whether a class of transformers itself loads it, without code of anyone else.
+        find_weights: (SRC) -> the file to read, where others may lie beside it; None: there is one.
         architecture: for the way back, a key of `zoo.MODELS`; None: there is no way back.
-        write_config: (our config) -> (their config.json as a dict, notes for the report).
+        write_config: (our config) -> (their config file as a dict, notes for the report).
         write_weights: (Weights of ours, our config) -> pairs of their name and the tensor.
+        weight_file: name of the one file of weights to write; None: transformers' names, in shards.
+        left_out: our settings without a field there that do not change what a model computes.
     """
 
     name: str
@@ -202,10 +208,14 @@ class Format(NamedTuple):
     expects: str
     read_config: Callable
     read_weights: Callable
-    has_config: bool = True
+    config_file: str | None = "config.json"
+    is_native: bool = False
+    find_weights: Callable | None = None
     architecture: str | None = None
     write_config: Callable | None = None
     write_weights: Callable | None = None
+    weight_file: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def read_by_name(weights, config, names, changes):
@@ -215,19 +225,23 @@ def read_by_name(weights, config, names, changes):
         weights: theirs.
         config: ours.
         names: pairs of our name and theirs.
-        changes: last part of our name -> what turns theirs into ours.
+        changes: our name, or its last part -> what turns theirs into ours.
     """
     for ours, theirs in names:
         if _is_left_out(ours, config) and theirs not in weights.tensors:
             continue
-        yield ours, weights.take(theirs, change=changes.get(ours.rpartition(".")[-1]))
+        yield ours, weights.take(theirs, change=_change_of(ours, changes))
 
 
 def write_by_name(weights, config, names, changes):
     """Pairs of their name and our tensor; the way back of `read_by_name`."""
     for ours, theirs in names:
         if not _is_left_out(ours, config):
-            yield theirs, weights.take(ours, change=changes.get(ours.rpartition(".")[-1]))
+            yield theirs, weights.take(ours, change=_change_of(ours, changes))
+
+
+def _change_of(ours, changes):
+    return changes.get(ours, changes.get(ours.rpartition(".")[-1]))
 
 
 def _is_left_out(ours, config):

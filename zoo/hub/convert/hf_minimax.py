@@ -118,7 +118,7 @@ def read_softmax_config(fields):
         "softmax_alpha": float(fields.take("full_attn_alpha_factor", 1)),
         "softmax_beta": float(fields.take("full_attn_beta_factor", 1)),
         "rope_parameters": rope,
-        "max_position_embeddings": fields.take("max_position_embeddings", 4096 * 32),
+        "max_position_embeddings": fields.take("max_position_embeddings", None),
         "sliding_window": fields.take("sliding_window", None),
     }
 
@@ -283,6 +283,7 @@ FORMAT = Format(
     title="transformers' MiniMaxForCausalLM with one expert, hybrids too; both ways",
     recognizes=is_one,
     expects="model_type 'minimax'",
+    is_native=True,
     read_config=read_config,
     read_weights=read_weights,
     architecture="lightning",

@@ -135,6 +135,7 @@ FORMAT = Format(
     title="transformers' MistralForCausalLM (mistralai/Mistral-7B-*, zephyr-7b); both ways",
     recognizes=is_one,
     expects="model_type 'mistral'",
+    is_native=True,
     read_config=read_config,
     read_weights=read_weights,
     architecture="sliding_window",

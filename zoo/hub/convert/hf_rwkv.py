@@ -79,8 +79,12 @@ def write_config(config):
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
     }
-    note = "rescale_every is 0, which is exact; set it to 6 if float16 overflows"
-    return values, [note]
+    notes = [
+        "rescale_every is 0, which is exact; set it to 6 if float16 overflows",
+        "transformers 5.23 decodes one text rightly and several at once wrongly (it mixes the rows "
+        "of a batch): generate texts one by one, or with use_cache=False",
+    ]
+    return values, notes
 
 
 def read_weights(weights, config):
@@ -123,6 +127,7 @@ FORMAT = Format(
     title="transformers' RwkvForCausalLM, RWKV-4 (RWKV/rwkv-4-*-pile); both ways",
     recognizes=is_one,
     expects="model_type 'rwkv'",
+    is_native=True,
     read_config=read_config,
     read_weights=read_weights,
     architecture="rwkv4",

@@ -296,5 +296,5 @@ FORMAT = Format(
     expects="the authors' names of tensors (emb.weight, blocks.0.att.key.weight, ...)",
     read_config=read_config,
     read_weights=read_weights,
-    has_config=False,
+    config_file=None,
 )
