@@ -232,6 +232,10 @@ class RecurrentCell(nn.Module):
             states_NMD = states_NMD[grid.walk]
         is_filled = self.filled_ranks(grid, state.is_kept)
         tokens = [None] * grid.num_ranks
+        if not any(is_filled) and torch.is_grad_enabled():
+            # Texts shorter than a window teach the cell nothing. That has to be a gradient of zero:
+            # training on several devices waits for one of every parameter.
+            states_NMD = states_NMD + 0 * sum(x.flatten()[0] for x in self.parameters())
         if any(is_filled):
             held = held_windows(grid, state.keys_BWHK), held_windows(grid, state.values_BWHV)
             tokens = zip(

@@ -527,7 +527,11 @@ REFUSED_MELIAD = [
     (MELIAD, drop(f"{CELL}/post_attn_mlp/gate_bias"), "a gate of .* is one of .*have 0 of them"),
     (MELIAD, add("transformer0/external_memory_bias", torch.zeros(2)), "nothing uses .*external"),
     (MELIAD, cut("transformer1/tbase/ffn/hidden0/kernel", ..., slice(5)), r"\[5, 16\] in the file"),
-    (MELIAD, lambda f: (f / "config.json").write_text("{}"), "meliad expects window_length in"),
+    (
+        MELIAD,
+        lambda f: (f / "config.json").write_text("{}"),
+        "expects a config.json with window_length",
+    ),
     (MELIAD, without_config, "config.json is missing"),
 ]
 

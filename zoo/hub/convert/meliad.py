@@ -36,9 +36,7 @@ COMPUTED = {
 
 
 def is_one(config, names):
-    """Whether a config.json, or the weights, are of this format."""
-    if "transformer0/tbase/_kvq/keys_layer/kernel" in names:
-        return True
+    """Whether a config.json is of this format."""
     return "window_length" in config and "model_type" not in config
 
 
@@ -239,7 +237,7 @@ FORMAT = Format(
     name="meliad",
     title="the Block-Recurrent Transformer's authors (google-research/meliad), flax paths",
     recognizes=is_one,
-    expects='window_length in config.json, and flax paths joined with "/"',
+    expects="a config.json with window_length, which the authors' code does not write: add it",
     read_config=read_config,
     read_weights=read_weights,
 )
