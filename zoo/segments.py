@@ -2,7 +2,8 @@
 
 Token n of a document, counted from 0, lies in segment n // L at slot n % L. Documents of a pass may
 begin in the middle of a segment (the rest of it is in the state) and end in one. `SegmentGrid` cuts
-a pass into rows, one per segment, that are computed all at once, and joins them again. Nothing here
+a pass into rows, one per segment, that are computed all at once, and joins them again;
+`segment_passes` makes passes of one segment each, one after the other. Nothing here
 knows of padding or batches beyond what the `Sequence` says, so a document gives the same numbers
 alone, padded, packed and in pieces.
 """
