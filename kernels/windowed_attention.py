@@ -1,14 +1,16 @@
 """Softmax attention over a window of W keys, in time and memory linear in the length.
 
 Child et al. 2019, https://arxiv.org/abs/1904.10509; Mistral 7B, https://arxiv.org/abs/2310.06825.
-Query i of a document sees the W keys up to and including its own:
+Query i of a document sees W keys, up to and including its own unless there is a delay:
 
-    o_i = sum_j p_ij v_j,   p_ij = exp(scale q_i^T k_j) / Z_i   for i - W < j <= i
-    Z_i = sum_j exp(scale q_i^T k_j)  [+ sum over sinks]  [+ exp(sink_logit)]
+    o_i = sum_j p_ij v_j,   p_ij = exp(s_ij) / Z_i   for i - delay - W < j <= i - delay
+    s_ij = scale q_i^T k_j  [+ b_d, d = i - delay - j]
+    Z_i = sum_j exp(s_ij)  [+ sum over sinks]  [+ exp(sink_logit)]
 
 Sinks: M first keys of each document, which a query can go on to see after they left its window,
 with a query of its own for them (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). A sink
-logit per head takes part in the softmax without a value (as in gpt-oss).
+logit per head (as in gpt-oss), or per head and query, takes part in the softmax without a value.
+b is a bias by head and distance.
 
 `windowed_attention` is the function to call: it cuts the queries into blocks and gives each the
 band of keys it can see. `windowed_attention_reference` is the definition, with the whole mask.
@@ -52,9 +54,11 @@ def first_keys(length, cu_seqlens, first_key):
     return None if first_key is None else first_key[:, None]
 
 
-def visible_keys(num_queries, num_keys, window=None, *, cu_seqlens=None, first_key=None, device):
+def visible_keys(
+    num_queries, num_keys, window=None, *, cu_seqlens=None, first_key=None, delay=0, device
+):
     """Which keys each query sees, [B or 1, T, S] bool; arguments as of `windowed_attention`."""
-    i_T1 = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    i_T1 = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None] - delay
     j_S = torch.arange(num_keys, device=device)
     visible_BTS = ((j_S <= i_T1) & (j_S > i_T1 - (window or num_keys)))[None]
     first_BT = first_keys(num_queries, cu_seqlens, first_key)
@@ -72,6 +76,8 @@ def windowed_attention_reference(
     first_key=None,
     sinks=None,
     sink_logits=None,
+    delay=0,
+    distance_bias=None,
 ):
     """The definition: all scores [B, H, T, S] and a mask. As `windowed_attention`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -81,10 +87,15 @@ def windowed_attention_reference(
         q.to(dtype),
         *(x.to(dtype).repeat_interleave(repeats, dim=2) for x in (k, v)),
     )
+    documents = {"cu_seqlens": cu_seqlens, "first_key": first_key}
     visible_BTS = visible_keys(
-        length, k.shape[1], window, cu_seqlens=cu_seqlens, first_key=first_key, device=q.device
+        length, k.shape[1], window, **documents, delay=delay, device=q.device
     )
     score_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * scale
+    if distance_bias is not None:
+        i_T1 = torch.arange(k.shape[1] - length, k.shape[1], device=q.device)[:, None] - delay
+        distance_TS = i_T1 - torch.arange(k.shape[1], device=q.device)
+        score_BHTS = score_BHTS + distance_bias.to(dtype)[:, distance_TS.clamp(0, window - 1)]
     scores = [score_BHTS.masked_fill(~visible_BTS[:, None], -torch.inf)]
     if sinks is not None:
         # [B, T, M, H, K]: each query's own document's
@@ -99,7 +110,8 @@ def windowed_attention_reference(
         seen_BTM = torch.arange(k_BTMHK.shape[2], device=q.device) < sinks.count[..., None]
         scores.append(score_BHTM.masked_fill(~seen_BTM[:, None], -torch.inf))
     if sink_logits is not None:
-        scores.append(sink_logits.to(dtype)[:, None, None].expand(*score_BHTS.shape[:3], 1))
+        logits_BTH = sink_logits.to(dtype).expand(*q.shape[:3])
+        scores.append(logits_BTH.transpose(1, 2)[..., None])
     p_BHTS = torch.cat(scores, dim=-1).softmax(-1)
     o_BTHV = torch.einsum("bhts,bshv->bthv", p_BHTS[..., : k.shape[1]], v_BSHV)
     if sinks is not None:
@@ -119,21 +131,28 @@ def windowed_attention(
     first_key=None,
     sinks=None,
     sink_logits=None,
+    delay=0,
+    distance_bias=None,
     block_length=None,
 ):
-    """Attention of each query to the `window` keys up to its own.
+    """Attention of each query to the `window` keys up to its own, or up to one before it.
 
     Args:
         q: [B, T, H, K]. Any float dtype; scores and sums are in float32 at least.
         k: [B, S, G, K], S >= T: the last T are the queries' own, those before them are older. G
             divides H: that many query heads share a head of keys and values.
         v: [B, S, G, V].
-        window: how many keys a query sees, itself included; None: all before it.
+        window: how many keys a query sees, its own included without a delay; None: all.
         scale: of the scores; None: K^-1/2.
         cu_seqlens: [N + 1] boundaries of documents packed in one row (B = 1, S = T).
         first_key: [B], the first key of each row that is one; None: all are.
         sinks: `Sinks`; None: there are none.
-        sink_logits: [H], a logit in each head's softmax that has no value; None: there is none.
+        sink_logits: [H], a logit in each head's softmax that has no value, or [B, T, H], one for
+            each query; None: there is none.
+        delay: how many keys a query does not see, counted back from its own: 0 or, with
+            sink_logits (a document's first query would have nothing to see), more.
+        distance_bias: [H, window], added to the scaled scores: entry d for the key d before the
+            newest that a query sees; None: nothing.
         block_length: queries computed at a time; None: by the window.
 
     Returns:
@@ -143,6 +162,7 @@ def windowed_attention(
         ValueError: shapes that do not fit, or a window without keys.
     """
     _check(q, k, v, window, cu_seqlens, first_key, sinks)
+    _check_bias(q, window, sink_logits, delay, distance_bias)
     (length, num_heads), (num_keys, num_groups) = q.shape[1:3], k.shape[1:3]
     window = num_keys if window is None else window
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -164,32 +184,60 @@ def windowed_attention(
     q_blocks = grouped(q).split(sizes, dim=3)
     first_BT = first_keys(length, cu_seqlens, first_key)
     extra = _SinkBlocks(sinks, cu_seqlens, sizes, grouped, scale, dtype)
-    logits_GR = None
+    bands = {}  # of the bias: blocks in the middle have the same
+    logits = [None] * len(sizes)
     if sink_logits is not None:
-        logits_GR = sink_logits.to(dtype).view(num_groups, -1)
+        logits_BTH = sink_logits.to(dtype).expand(*q.shape[:3])
+        logits = grouped(logits_BTH[..., None]).split(sizes, dim=3)
 
     outputs, low = [], 0
     for n, q_BGRCK in enumerate(q_blocks):
         own = n + len(pieces) - len(sizes)
-        while starts[low] + pieces[low] <= starts[own] - window + 1:
+        while starts[low] + pieces[low] <= starts[own] - delay - window + 1:
             low += 1
         k_BGSK, v_BGSV = (
             torch.cat(x[low : own + 1], dim=2).to(dtype) for x in (k_pieces, v_pieces)
         )
         i_C1 = starts[own] + torch.arange(sizes[n], device=q.device)[:, None]
         j_S = starts[low] + torch.arange(k_BGSK.shape[2], device=q.device)
-        visible_BCS = ((j_S <= i_C1) & (j_S > i_C1 - window))[None]
+        visible_BCS = ((j_S <= i_C1 - delay) & (j_S > i_C1 - delay - window))[None]
         if first_BT is not None:
             first_BC = first_BT if first_BT.shape[1] == 1 else first_BT[:, i_C1[:, 0] - older]
             visible_BCS = visible_BCS & (j_S >= first_BC[..., None])
+        bias_GRCS = None
+        if distance_bias is not None:
+            band = starts[own] - delay - starts[low], sizes[n], k_BGSK.shape[2]
+            if band not in bands:
+                bias_HCS = _band_of_bias(distance_bias.to(dtype), *band)
+                bands[band] = bias_HCS.unflatten(0, (num_groups, -1))
+            bias_GRCS = bands[band]
         o_BGRCV = _attend(
-            q_BGRCK.to(dtype) * scale, k_BGSK, v_BGSV, visible_BCS, extra.block(n), logits_GR
+            q_BGRCK.to(dtype) * scale,
+            k_BGSK,
+            v_BGSV,
+            visible_BCS,
+            extra.block(n),
+            logits[n],
+            bias_GRCS,
         )
         outputs.append(o_BGRCV.to(v.dtype))
     return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
 
 
-def attention_step(q, k, v, visible, *, scale=None, sinks=None, sink_logits=None):
+def _band_of_bias(bias_HW, first_distance, num_queries, num_keys):
+    """The bias of each query and key of a block, [H, C, S]; of no meaning outside of the window.
+
+    The first query is that distance behind the first key. Windows into one row: its gradient is
+    then a sum over windows, which a gather by distance would make one by one.
+    """
+    before = num_keys - 1 - first_distance
+    after = first_distance + num_queries - bias_HW.shape[1]
+    row_HS = torch.nn.functional.pad(bias_HW, (before, max(after, 0)))
+    row_HS = row_HS[:, : num_queries + num_keys - 1]
+    return row_HS.unfold(1, num_keys, 1).flip(2)
+
+
+def attention_step(q, k, v, visible, *, scale=None, sinks=None, sink_logits=None, slot_bias=None):
     """Attention of one query per row to the keys it is shown, in any order.
 
     Args:
@@ -198,6 +246,7 @@ def attention_step(q, k, v, visible, *, scale=None, sinks=None, sink_logits=None
         v: [B, S, G, V].
         visible: [B, S] bool.
         scale, sinks, sink_logits: as of `windowed_attention`.
+        slot_bias: [B, H, S], added to the scaled scores; None: nothing.
 
     Returns:
         o [B, 1, H, V] in v's dtype.
@@ -210,10 +259,14 @@ def attention_step(q, k, v, visible, *, scale=None, sinks=None, sink_logits=None
         return x_BTHK.transpose(1, 2).unflatten(1, (num_groups, -1))
 
     extra = _SinkBlocks(sinks, None, [1], grouped, scale, dtype).block(0)
-    logits_GR = None if sink_logits is None else sink_logits.to(dtype).view(num_groups, -1)
+    logits = bias_BGRCS = None
+    if sink_logits is not None:
+        logits = grouped(sink_logits.to(dtype).expand(*q.shape[:3])[..., None])
+    if slot_bias is not None:
+        bias_BGRCS = slot_bias.to(dtype).unflatten(1, (num_groups, -1))[:, :, :, None]
     k_BGSK, v_BGSV = (x.transpose(1, 2).to(dtype) for x in (k, v))
     q_BGRCK = grouped(q).to(dtype) * scale
-    o_BGRCV = _attend(q_BGRCK, k_BGSK, v_BGSV, visible[:, None], extra, logits_GR)
+    o_BGRCV = _attend(q_BGRCK, k_BGSK, v_BGSV, visible[:, None], extra, logits, bias_BGRCS)
     return o_BGRCV.flatten(1, 2).transpose(1, 2).to(v.dtype)
 
 
@@ -247,17 +300,19 @@ class _SinkBlocks:
         return score_BGRCM, v_BCMGV.expand(-1, q_BGRCK.shape[3], -1, -1, -1)
 
 
-def _attend(q_BGRCK, k_BGSK, v_BGSV, visible_BCS, extra, logits_GR):
+def _attend(q_BGRCK, k_BGSK, v_BGSV, visible_BCS, extra, logits_BGRC1, bias):
     """Softmax attention of a block of queries, already scaled, in its accumulators' dtype."""
     shape = q_BGRCK.shape[2:4]
     score_BGRCS = (q_BGRCK.flatten(2, 3) @ k_BGSK.mT).unflatten(2, shape)
+    if bias is not None:
+        score_BGRCS = score_BGRCS + bias
     score_BGRCS = score_BGRCS.masked_fill(~visible_BCS[:, None, None], -torch.inf)
     size = score_BGRCS.shape[-1]
     scores = [score_BGRCS]
     if extra is not None:
         scores.append(extra[0])
-    if logits_GR is not None:
-        scores.append(logits_GR[..., None, None].expand(*score_BGRCS.shape[:4], 1))
+    if logits_BGRC1 is not None:
+        scores.append(logits_BGRC1)
     p_BGRCS = (torch.cat(scores, dim=-1) if len(scores) > 1 else score_BGRCS).softmax(-1)
     o_BGRCV = (p_BGRCS[..., :size].flatten(2, 3) @ v_BGSV).unflatten(2, shape)
     if extra is not None:
@@ -288,3 +343,22 @@ def _check(q, k, v, window, cu_seqlens, first_key, sinks):
         )
     if sinks is not None and sinks.q.shape != q.shape:
         raise ValueError(f"sinks.q is {list(q.shape)} as q, got {list(sinks.q.shape)}.")
+
+
+def _check_bias(q, window, sink_logits, delay, distance_bias):
+    num_heads = q.shape[2]
+    if sink_logits is not None and sink_logits.shape not in ((num_heads,), q.shape[:3]):
+        raise ValueError(
+            f"sink_logits is [H] or [B, T, H], {[num_heads]} or {list(q.shape[:3])}, got "
+            f"{list(sink_logits.shape)}."
+        )
+    if delay < 0 or (delay and sink_logits is None):
+        raise ValueError(
+            f"delay is 0, or more with sink_logits for queries that see no key, got {delay} "
+            f"{'without' if sink_logits is None else 'with'} sink_logits."
+        )
+    if distance_bias is not None and distance_bias.shape != (num_heads, window):
+        raise ValueError(
+            f"distance_bias is [H, window], [{num_heads}, {window}], got "
+            f"{list(distance_bias.shape)}."
+        )

@@ -14,6 +14,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .block_recurrent import (
+    BlockRecurrentConfig,
+    BlockRecurrentForCausalLM,
+    BlockRecurrentForSequenceClassification,
+    BlockRecurrentModel,
+)
 from .infini import (
     InfiniConfig,
     InfiniForCausalLM,
@@ -134,6 +140,13 @@ MODELS = {
             SlidingWindowModel,
             SlidingWindowForCausalLM,
             SlidingWindowForSequenceClassification,
+        ),
+        Architecture(
+            "block_recurrent",
+            BlockRecurrentConfig,
+            BlockRecurrentModel,
+            BlockRecurrentForCausalLM,
+            BlockRecurrentForSequenceClassification,
         ),
     )
 }

@@ -11,7 +11,9 @@ from rwkv_files import authors_shapes, fla_shapes, random_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
+from zoo.block_recurrent import BlockRecurrentConfig, BlockRecurrentForCausalLM
 from zoo.hub.convert import FORMATS, convert
+from zoo.hub.convert.meliad import tensor_names
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDENS = ROOT / "tests" / "parity" / "goldens"
@@ -472,6 +474,17 @@ def make_source(format, folder):
     elif format.startswith("rwkv-pth"):
         version = format.removeprefix("rwkv-pth").strip() or "7"
         save_file(random_weights(authors_shapes(version)), folder / "model.safetensors")
+    elif format == "meliad":
+        sizes = {"vocab_size": 19, "hidden_size": 16, "intermediate_size": 24}
+        sizes |= {"num_hidden_layers": 3, "num_attention_heads": 2}
+        model = BlockRecurrentForCausalLM(BlockRecurrentConfig(**sizes, num_states=3))
+        ours = model.state_dict()
+        tensors = {
+            theirs: (ours[name].mT if is_kernel else ours[name]).contiguous()
+            for name, theirs, is_kernel in tensor_names(model.config)
+        }
+        (folder / "config.json").write_text('{"window_length": 5}')
+        save_file(tensors, folder / "model.safetensors")
     elif format == "hf-mistral":
         sizes = {"vocab_size": 19, "hidden_size": 16, "intermediate_size": 24}
         sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -549,8 +562,27 @@ REFUSED_RWKV = [
 ]
 
 
-@pytest.mark.parametrize(("format", "damage", "message"), REFUSED_RWKV)
-def test_rwkv_refused_in_one_line(format, damage, message, tmp_path):
+MELIAD = "meliad"
+KVQ = "transformer0/tbase/_kvq"
+CELL = "transformer0/recurrent_tbase"
+REFUSED_MELIAD = [
+    (MELIAD, drop(f"{KVQ}/values_layer/kernel"), f"have no {KVQ}/values_layer/kernel"),
+    (MELIAD, drop(f"{KVQ}/keys_layer/kernel"), f"have no {KVQ}/keys_layer/kernel; they are flax's"),
+    (MELIAD, drop("embed/embedding"), "have no embed/embedding, which this format needs"),
+    (MELIAD, drop(f"{CELL}/post_attn_mlp/gate_bias"), "a gate of .* is one of .*have 0 of them"),
+    (MELIAD, add("transformer0/external_memory_bias", torch.zeros(2)), "nothing uses .*external"),
+    (MELIAD, cut("transformer1/tbase/ffn/hidden0/kernel", ..., slice(5)), r"\[5, 16\] in the file"),
+    (
+        MELIAD,
+        lambda f: (f / "config.json").write_text("{}"),
+        "expects a config.json with window_length",
+    ),
+    (MELIAD, without_config, "config.json is missing"),
+]
+
+
+@pytest.mark.parametrize(("format", "damage", "message"), REFUSED_RWKV + REFUSED_MELIAD)
+def test_others_refused_in_one_line(format, damage, message, tmp_path):
     source = make_source(format, tmp_path / "source")
     damage(source)
     with pytest.raises(ValueError, match=message) as error:

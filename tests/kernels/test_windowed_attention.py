@@ -24,6 +24,7 @@ def arguments(
     packed=False,
     sinks=False,
     logits=False,
+    bias=False,
     dtype=torch.float64,
 ):
     """Random inputs as (positional, keyword) arguments, and the leaves among them."""
@@ -56,6 +57,11 @@ def arguments(
     if logits:
         keyword["sink_logits"] = normal(heads)
         leaves.append(keyword["sink_logits"])
+    if bias:
+        # Of each query its own logit, without which a document's first would see nothing.
+        extra = {"sink_logits": normal(batch, time, heads), "distance_bias": normal(heads, window)}
+        keyword |= extra | {"delay": 1 if bias is True else bias}
+        leaves += extra.values()
     return positional, keyword, leaves
 
 
@@ -80,6 +86,53 @@ def test_banded_equals_reference(window, layout, extra):
     for block_length in (1, 5, 16, 37, None):
         keyword["block_length"] = block_length
         assert worst(run(windowed_attention, positional, keyword, leaves), expected) < 1e-12
+
+
+@pytest.mark.parametrize("delay", [1, 3])
+@pytest.mark.parametrize("layout", ["dense", "older keys", "packed"])
+@pytest.mark.parametrize("window", [1, 2, 7, 16, 37, 100])
+def test_delay_and_bias_by_distance(window, layout, delay):
+    older, packed = 9 if layout == "older keys" else 0, layout == "packed"
+    positional, keyword, leaves = arguments(window=window, older=older, packed=packed, bias=delay)
+    expected = run(windowed_attention_reference, positional, keyword, leaves)
+    for block_length in (1, 5, 16, 37, None):
+        keyword["block_length"] = block_length
+        assert worst(run(windowed_attention, positional, keyword, leaves), expected) < 1e-12
+
+
+def test_delay_and_bias_one_query_at_a_time():
+    """The reference against sums written out."""
+    (q, k, v, window), keyword, _ = arguments((1, 9, 2, 1, 3, 4), window=4, bias=2)
+    bias, logits = keyword["distance_bias"], keyword["sink_logits"]
+    o = windowed_attention_reference(q, k, v, window, **keyword)
+    for head in range(2):
+        for i in range(9):
+            total, above = logits[0, i, head].exp(), 0
+            for d in range(window):
+                if i - 2 - d >= 0:
+                    score = 0.7 * (q[0, i, head] @ k[0, i - 2 - d, 0]) + bias[head, d]
+                    total = total + score.exp()
+                    above = above + score.exp() * v[0, i - 2 - d, 0]
+            assert worst([o[0, i, head]], [above / total + 0 * v[0, 0, 0]]) < 1e-12
+
+
+def test_step_with_a_bias():
+    positional, keyword, _ = arguments((2, 20, 6, 2, 5, 7), window=8, bias=True)
+    q, k, v, window = positional
+    expected = windowed_attention_reference(*positional, **keyword)[:, -1:]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(2))
+    distance = 18 - order
+    bias = keyword["distance_bias"][:, distance.clamp(0, window - 1)]
+    o = attention_step(
+        q[:, -1:],
+        k[:, order],
+        v[:, order],
+        ((distance >= 0) & (distance < window)).expand(2, -1),
+        scale=0.7,
+        sink_logits=keyword["sink_logits"][:, -1:],
+        slot_bias=bias.expand(2, -1, -1),
+    )
+    assert worst([o], [expected]) < 1e-12
 
 
 def test_long_prime_length_in_default_blocks():
@@ -137,7 +190,8 @@ def test_official_numbers(function):
     assert worst(grads, expected) < 1e-6
 
 
-def test_work_is_linear():
+@pytest.mark.parametrize("bias", [False, True])
+def test_work_is_linear(bias):
     """Bytes written by forward and backward pass together grow as the length does."""
     written = {}
 
@@ -151,7 +205,7 @@ def test_work_is_linear():
             return result
 
     for length in (2048, 8192):
-        case = arguments(shape=(1, length, 2, 1, 4, 4), window=64)
+        case = arguments(shape=(1, length, 2, 1, 4, 4), window=64, bias=bias)
         with Watch():
             run(windowed_attention, *case)
     assert written[8192] < 4.1 * written[2048]
@@ -168,6 +222,10 @@ def test_work_is_linear():
             r"expected q \[B, T, H, K\]",
         ),
         ({"cu_seqlens": torch.tensor([0, 4]), "first_key": torch.tensor([0])}, "packed documents"),
+        ({"delay": 1}, "0, or more with sink_logits"),
+        ({"sink_logits": torch.zeros(2)}, r"sink_logits is \[H\] or \[B, T, H\]"),
+        ({"window": 3, "distance_bias": torch.zeros(4, 2)}, r"distance_bias is .*\[4, 3\]"),
+        ({"distance_bias": torch.zeros(4, 4)}, r"distance_bias is .*\[4, None\]"),
     ],
 )
 def test_refused(change, message):

@@ -1,7 +1,8 @@
 """What the papers' code initialises: parameter pattern -> what its values are.
 
 Patterns are fnmatch's. Values are a tuple (mean, standard deviation, distribution), with the
-distribution "normal", "uniform" or "constant"; a list of numbers, one by one; or `Orthogonal`.
+distribution "normal", "truncated" (a normal one cut off at two of its deviations), "uniform" or
+"constant"; a list of numbers, one by one; or `Orthogonal`.
 
 Written from the papers and their code, not from ours.
 """
@@ -276,6 +277,56 @@ def infini(config):
     return table
 
 
+def fan_in_truncated(fan_in, scale=1.0):
+    """flax's variance_scaling: variance scale / fan_in, of what is left of the normal."""
+    return 0.0, (scale / fan_in) ** 0.5, "truncated"
+
+
+def block_recurrent(config):
+    """meliad, with flax's default for T5's biases: an embedding as wide as there are buckets."""
+    width, mlp_width = config.hidden_size, config.intermediate_size
+    size, layers = config.num_attention_heads * config.head_dim, config.num_hidden_layers
+    recurrent = config.recurrent_layers
+    table = {
+        "model.embed_tokens.weight": (0.0, 1.0, "normal"),
+        "*norm.weight": ONE,
+        "*.mixer.scale": ONE,
+        "*.mixer.relative_bias": (0.0, config.num_buckets**-0.5, "normal"),
+        "*.mixer.[qkv]_proj.weight": fan_in_truncated(width),
+        "*.mlp.up_proj.weight": fan_in_truncated(width),
+        "*.mlp.down_proj.weight": fan_in_truncated(mlp_width),
+    }
+    for layer in range(layers):
+        is_reader = config.feedback or layer in recurrent
+        out = f"model.layers.{layer}.mixer.out_proj.weight"
+        table[out] = fan_in_truncated((1 + is_reader) * size)
+    if recurrent:
+        table |= {
+            "*.mixer.state_q_proj.weight": fan_in_truncated(width),
+            "*.mixer.state_scale": ONE,
+            "*.mixer.cell.initial": (0.0, 0.1, "normal"),
+            "*.mixer.cell.position": (0.0, 1.0, "normal"),
+            "*.mixer.cell.*norm_weight": ONE,
+            "*.mixer.cell.scale": ONE,
+            "*.mixer.cell.token_scale": ONE,
+            "*.mixer.cell.[qkv]_proj.weight": fan_in_truncated(width),
+            "*.mixer.cell.token_q_proj.weight": fan_in_truncated(width),
+        }
+        gated = {} if config.configuration == "single" else {"out": 2 * size}
+        if config.configuration != "skip":
+            gated["mlp_out"] = mlp_width
+            fan_in = width if config.configuration == "dual" else 2 * size
+            table["*.mixer.cell.up_proj.weight"] = fan_in_truncated(fan_in)
+        for name, fan_in in gated.items():
+            table[f"*.mixer.cell.{name}.proj.weight"] = fan_in_truncated(fan_in)
+            if config.gate == "bias":
+                table[f"*.mixer.cell.{name}.bias"] = (0.0, 0.1, "normal")
+            else:
+                table[f"*.mixer.cell.{name}.*_gate.weight"] = fan_in_truncated(fan_in, 0.1)
+                table[f"*.mixer.cell.{name}.*_gate.bias"] = (0.0, 0.1, "normal")
+    return table
+
+
 # By the name in zoo.MODELS; each takes the config.
 TABLES = {
     "retnet": retnet,
@@ -286,4 +337,5 @@ TABLES = {
     "lightning": lightning,
     "sliding_window": sliding_window,
     "infini": infini,
+    "block_recurrent": block_recurrent,
 }

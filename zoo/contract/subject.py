@@ -52,8 +52,8 @@ class Subject:
         pretrained: a model whose weights are to be tested as they are; None: initialised ones,
             moved away from the special values of an initialisation.
         initialization: the statistics the paper's initialisation has, for point 10: parameter name
-            pattern (as in fnmatch) -> (mean, standard deviation, "normal", "uniform" or
-            "constant"). None: not known.
+            pattern (as in fnmatch) -> (mean, standard deviation, "normal", "truncated", "uniform"
+            or "constant"). None: not known.
     """
 
     def __init__(self, name, build, pretrained=None, initialization=None):
