@@ -244,5 +244,25 @@ def _change_of(ours, changes):
     return changes.get(ours, changes.get(ours.rpartition(".")[-1]))
 
 
+def llama_names(config):
+    """Our name and transformers' of each tensor of a Llama, or of a Mistral or Gemma."""
+    for name in ("model.embed_tokens", "lm_head", "model.norm"):
+        yield f"{name}.weight", f"{name}.weight"
+    parts = {
+        "mixer_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "mixer.q_proj": "self_attn.q_proj",
+        "mixer.k_proj": "self_attn.k_proj",
+        "mixer.v_proj": "self_attn.v_proj",
+        "mixer.out_proj": "self_attn.o_proj",
+        "mlp.gate_proj": "mlp.gate_proj",
+        "mlp.up_proj": "mlp.up_proj",
+        "mlp.down_proj": "mlp.down_proj",
+    }
+    for layer in range(config.num_hidden_layers):
+        for ours, theirs in parts.items():
+            yield f"model.layers.{layer}.{ours}.weight", f"model.layers.{layer}.{theirs}.weight"
+
+
 def _is_left_out(ours, config):
     return ours == "lm_head.weight" and config.tie_word_embeddings

@@ -6,7 +6,7 @@ attention; one that lacks the field has transformers' default, 4096.
 
 from ...positions import num_rotated_channels
 from ...sliding_window import SlidingWindowConfig
-from .format import Format, read_by_name, write_by_name
+from .format import Format, llama_names, read_by_name, write_by_name
 
 
 def is_one(config, names):
@@ -102,32 +102,12 @@ WRITTEN = (
 
 def read_weights(weights, config):
     """Pairs of our name and transformers' tensor."""
-    return read_by_name(weights, config, tensor_names(config), {})
+    return read_by_name(weights, config, llama_names(config), {})
 
 
 def write_weights(weights, config):
     """Pairs of transformers' name and our tensor."""
-    return write_by_name(weights, config, tensor_names(config), {})
-
-
-def tensor_names(config):
-    """Our name and transformers' of each tensor."""
-    for name in ("model.embed_tokens", "lm_head", "model.norm"):
-        yield f"{name}.weight", f"{name}.weight"
-    parts = {
-        "mixer_norm": "input_layernorm",
-        "mlp_norm": "post_attention_layernorm",
-        "mixer.q_proj": "self_attn.q_proj",
-        "mixer.k_proj": "self_attn.k_proj",
-        "mixer.v_proj": "self_attn.v_proj",
-        "mixer.out_proj": "self_attn.o_proj",
-        "mlp.gate_proj": "mlp.gate_proj",
-        "mlp.up_proj": "mlp.up_proj",
-        "mlp.down_proj": "mlp.down_proj",
-    }
-    for layer in range(config.num_hidden_layers):
-        for ours, theirs in parts.items():
-            yield f"model.layers.{layer}.{ours}.weight", f"model.layers.{layer}.{theirs}.weight"
+    return write_by_name(weights, config, llama_names(config), {})
 
 
 FORMAT = Format(

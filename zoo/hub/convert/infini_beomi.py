@@ -7,7 +7,7 @@ grouped queries read the memory of another group's head, and gradients stop at t
 """
 
 from ...infini import InfiniConfig
-from .format import Format, read_by_name
+from .format import Format, llama_names, read_by_name
 
 SEGMENT_LENGTH = 2048  # the default of its Gemma; its Llama has no field for it
 
@@ -86,24 +86,9 @@ def read_weights(weights, config):
 
 def tensor_names(config):
     """Our name and theirs of each tensor."""
-    for name in ("model.embed_tokens", "lm_head", "model.norm"):
-        yield f"{name}.weight", f"{name}.weight"
-    parts = {
-        "mixer_norm": "input_layernorm",
-        "mlp_norm": "post_attention_layernorm",
-        "mixer.q_proj": "self_attn.q_proj",
-        "mixer.k_proj": "self_attn.k_proj",
-        "mixer.v_proj": "self_attn.v_proj",
-        "mixer.out_proj": "self_attn.o_proj",
-        "mlp.gate_proj": "mlp.gate_proj",
-        "mlp.up_proj": "mlp.up_proj",
-        "mlp.down_proj": "mlp.down_proj",
-    }
+    yield from llama_names(config)
     for layer in range(config.num_hidden_layers):
-        here = f"model.layers.{layer}"
-        yield f"{here}.mixer.gate", f"{here}.self_attn.gate"
-        for ours, theirs in parts.items():
-            yield f"{here}.{ours}.weight", f"{here}.{theirs}.weight"
+        yield f"model.layers.{layer}.mixer.gate", f"model.layers.{layer}.self_attn.gate"
 
 
 FORMAT = Format(
