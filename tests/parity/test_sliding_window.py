@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, MistralForCausalLM
 
+from zoo import SlidingWindowConfig
 from zoo.hub.convert import FORMATS, convert, convert_back
 from zoo.hub.convert.format import Weights
+from zoo.positions import RotaryPositions, rotate
 
 NAME = "swa-mistral-hf"
 # What is beyond the length a model was trained for differs by rotation, so that is short here.
@@ -244,3 +246,16 @@ def test_a_step_copies_nothing(load):
     kept = dict(recorded.layers[0].tensors)
     model(ids[:, 30:31], past_key_values=recorded)
     assert all(torch.equal(kept[name], x) for name, x in before.items())
+
+
+def test_partial_rotation():
+    """The first channels turn as a narrower head's would, by its angles; the rest stay."""
+    sizes = {"hidden_size": 40, "num_attention_heads": 2, "sliding_window": 9}
+    whole = SlidingWindowConfig(**sizes, head_dim=12)
+    partial = {"rope_parameters": {"partial_rotary_factor": 0.6}}
+    positions, x = torch.arange(30)[None], torch.randn(1, 30, 2, 20, dtype=torch.float64)
+    rotation = RotaryPositions(SlidingWindowConfig(**sizes, head_dim=20, **partial))(positions)
+    turned = rotate(x, *rotation)
+    expected = rotate(x[..., :12], *RotaryPositions(whole)(positions))
+    assert torch.equal(turned[..., 12:], x[..., 12:])
+    assert worst(turned[..., :12], expected) < 1e-12
