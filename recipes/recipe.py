@@ -31,7 +31,9 @@ class Recipe:
     data_split: str = "train"  # the split of it that is divided into train and held-out documents
     text_column: str = "text"
     held_out: float = 0.05  # fraction of the documents
-    packing: str = "concat"  # or "documents": the state is reset where a document begins
+    # "documents": the state is reset where a document begins; "streams": as "concat", but every
+    # window begins with a boundary, a token that attention always finds at the start.
+    packing: str = "concat"
     cache_dir: str = ""  # tokenised corpora; empty: output_dir/.corpus
 
     sequence_length: int = 1024  # tokens
@@ -74,7 +76,7 @@ class Recipe:
             UsageError: a value that no run could use.
         """
         choices = {
-            "packing": ("concat", "documents"),
+            "packing": ("concat", "documents", "streams"),
             "schedule": ("wsd", "cosine", "constant"),
             "precision": ("auto", "fp32", "bf16"),
         }

@@ -169,6 +169,59 @@ def plot_loss(path, lines, gzip_bits_per_byte, title):
     os.replace(beside, path)
 
 
+def plot_streaming(path, result):
+    """Draws perplexity by position, and bytes of state by tokens generated."""
+    # Without pyplot there is no window system and no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    window, num_sinks = result["sliding_window"], result["num_sink_tokens"]
+    styles = {
+        "evicted": ("the same weights without sinks: first tokens evicted", "C3", "-"),
+        "beside": ("a plain window, trained as such", "0.4", "--"),
+        "sinks": (f"a window of {window:,} and {num_sinks} sinks", "C0", "-"),
+    }
+    for name in [name for name in styles if name in result["curves"]]:
+        label, color, line = styles[name]
+        early, late = (result["curves"][name][part] for part in ("early", "late"))
+        middles, values = [], []
+        for measured, begin in ((early, 0), (late, len(early["perplexity"]) * early["width"])):
+            for n, value in enumerate(measured["perplexity"]):
+                if n * measured["width"] >= begin:
+                    middles.append((n + 0.5) * measured["width"])
+                    values.append(value)
+        compared = result["curves"][name]["compared"]
+        label += f"; {compared['ratio']:.3f}"
+        left.plot(middles, values, label=label, color=color, ls=line, lw=2, marker="o", ms=3)
+    left.axvline(window, color="black", lw=1, ls=":")
+    left.annotate(" the window is full", (window, 0.02), xycoords=("data", "axes fraction"))
+    left.set(xscale="log", yscale="log", ylabel=f"perplexity per {result['token']}")
+    left.set_xlabel(f"position in the stream ({result['token']}s)")
+    left.set_title("The same held-out text at every position")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
+    near, far, _ = compared
+    left.legend(title=f"and perplexity at {int(far):,} / at {int(near):,}")
+    records = result["generation"]["records"]
+    tokens = [record["tokens"] for record in records]
+    held = [record["state_bytes"] / 1e6 for record in records]
+    right.plot(tokens, held, color="C0", lw=2, marker="o", ms=3, label="the cache, measured")
+    every = [
+        result["generation"]["bytes_per_token_of_full_attention"] * count / 1e6 for count in tokens
+    ]
+    right.plot(tokens, every, color="0.4", ls="--", label="keys and values of all tokens")
+    right.set(xscale="log", yscale="log", ylabel="state (MB)")
+    right.set_xlabel(f"{result['token']}s generated, one by one")
+    right.set_title("The state while it generates")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+
+
 def _si(value):
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:

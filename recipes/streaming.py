@@ -1,0 +1,287 @@
+"""Measures a sliding window with attention sinks on streams far longer than the window.
+
+    python recipes/streaming.py runs/sliding_window_sinks [--beside RUN] [--compile]
+
+After StreamingLLM (Xiao et al. 2023, https://arxiv.org/abs/2309.17453): is the perplexity of text
+the same at every position of a stream, what do the same weights do without their sinks (a plain
+window, which the first tokens leave), and does the state keep its size while the model generates?
+The answers go to streaming.json and streaming.png.
+
+Pieces of text differ more than positions do, so each bin of positions has to see the same text.
+The held-out text, one file after the other, is cut to N tokens and closed to a circle. N / w
+streams begin on it, w tokens apart, and positions are counted in bins of w. In bin b stream s is in
+piece s + b (mod N / w) of the circle: over all streams, each bin holds each token of the text
+exactly once. A stream begins with a boundary in place of its first token, and is one document to
+the model: nothing in it resets the state.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads OpenMP
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from building import REPOSITORY, load_tokenizer
+from corpus import load_corpus
+from recipe import FREE_KEYS, Recipe, UsageError
+from reporting import bits_per_byte, environment, plot_streaming, write_json
+from zoo.state import state_bytes
+
+ROWS, PIECE = 2, 256  # streams at once, and tokens of each per forward pass: fastest on one core
+
+
+def read_run(folder):
+    """(recipe, steps done, SHA-256 of the corpus) of a finished run or a checkpoint.
+
+    Raises:
+        UsageError: no model is there, or nothing that says how it was trained.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file() and (folder / "checkpoint.json").is_file():
+        record = json.loads((folder / "checkpoint.json").read_text())
+        return Recipe(**record["recipe"]), record["step"], record["corpus"]
+    if (folder / "config.json").is_file() and (folder / "run.json").is_file():
+        record = json.loads((folder / "run.json").read_text())
+        return Recipe(**record["recipe"]), record["results"]["step"], record["corpus"]["sha256"]
+    raise UsageError(
+        f"expected a finished run or a checkpoint, with config.json and run.json or "
+        f"checkpoint.json, got {folder}; make one with recipes/pretrain.py."
+    )
+
+
+def load_models(folder, beside=""):
+    """The models to compare by name: with sinks, the same without, and another run's.
+
+    Raises:
+        UsageError: the first has no sinks to take away.
+    """
+    models = {"sinks": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)}
+    if not getattr(models["sinks"].config, "num_sink_tokens", 0):
+        raise UsageError(
+            f"the model in {folder} has no sinks; train one with --model.num_sink_tokens 4, as "
+            "recipes/sliding_window_sinks.toml does."
+        )
+    without = {"num_sink_tokens": 0, "dtype": torch.float32}
+    models["evicted"] = AutoModelForCausalLM.from_pretrained(folder, **without)
+    if beside:
+        models["beside"] = AutoModelForCausalLM.from_pretrained(beside, dtype=torch.float32)
+    return {name: model.eval() for name, model in models.items()}
+
+
+@torch.inference_mode()
+def nats_by_position(model, ids, width, num_positions, first_id=None, rows=ROWS, piece=PIECE):
+    """The mean loss in each bin of positions, with the same text in every bin.
+
+    Args:
+        model: a causal language model that goes on from its state.
+        ids: [N] token ids of the circle; what a multiple of `width` leaves over is not used.
+        width: positions per bin, and tokens between the beginnings of streams.
+        num_positions: tokens of each stream, a multiple of `width`.
+        first_id: what each stream begins with in place of its first token; None: that token.
+        rows: streams run at once.
+        piece: tokens of each per forward pass.
+
+    Returns:
+        Nats per token, [num_positions / width] in float64.
+
+    Raises:
+        UsageError: sizes that make no circle of streams.
+    """
+    num_streams = len(ids) // max(width, 1)
+    if width < 1 or num_positions < width or num_positions % width:
+        raise UsageError(
+            f"positions are a multiple of the bin's width, got {num_positions} and {width}."
+        )
+    if num_streams < 2:
+        raise UsageError(
+            f"the text fills at least two bins of {width} tokens, got {len(ids)}; use narrower "
+            "bins, or a recipe with more held-out text (eval_bytes)."
+        )
+    ids = ids[: num_streams * width]
+    sums = torch.zeros(num_positions // width, dtype=torch.float64)
+    for starts in (torch.arange(num_streams) * width).split(rows):
+        cache = None
+        for positions in torch.arange(num_positions).split(piece):
+            index_BT = (starts[:, None] + positions) % len(ids)
+            input_BT = ids[index_BT]
+            if cache is None and first_id is not None:
+                input_BT[:, 0] = first_id
+            output = model(input_BT, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            targets_BT = ids[(index_BT + 1) % len(ids)]
+            nats_BT = cross_entropy(output.logits.mT, targets_BT, reduction="none")
+            sums.index_add_(0, positions // width, nats_BT.double().sum(0))
+    return sums / len(ids)
+
+
+def measure_curve(model, ids, width, num_positions, first_id, bits_per_nat):
+    """The bins as they are written down: their width, perplexity per token and bits per byte."""
+    nats = nats_by_position(model, ids, width, num_positions, first_id)
+    return {
+        "width": width,
+        "perplexity": nats.exp().tolist(),
+        "bits_per_byte": (nats * bits_per_nat).tolist(),
+    }
+
+
+def compare(measured, near, far):
+    """The perplexity of the bins that two positions lie in, and the second over the first."""
+    at = {str(position): position // measured["width"] for position in (near, far)}
+    found = {position: measured["perplexity"][index] for position, index in at.items()}
+    return found | {"ratio": found[str(far)] / found[str(near)]}
+
+
+@torch.inference_mode()
+def generate_stream(model, first_id, num_tokens, seed):
+    """Samples token by token through the cache, and looks at the cache on the way.
+
+    Args:
+        model: a causal language model. Its distribution is sampled from as it is.
+        first_id: the token that the stream begins with.
+        num_tokens: how many to sample.
+        seed: of the sampling.
+
+    Returns:
+        The ids, and a list of records: after the first token, each power of ten and each hundredth
+        of the way, the bytes of state, and since the last record milliseconds of processor time per
+        token, mean nats of the tokens sampled and the largest absolute logit.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    looks = {10**n for n in range(len(str(num_tokens)))}
+    looks |= {-(-num_tokens * n // 100) for n in range(1, 101)}
+    token_BT, cache, ids, records = torch.tensor([[first_id]]), None, [], []
+    for count in range(1, num_tokens + 1):
+        if len(ids) == (records[-1]["tokens"] if records else 0):
+            nats, largest, began = 0.0, torch.zeros(()), time.process_time()
+        output = model(token_BT, past_key_values=cache, use_cache=True)
+        cache, log_p_BV = output.past_key_values, output.logits[:, -1].log_softmax(-1)
+        # The maximum with a number that is none is none, so no step of a record is missed.
+        largest = torch.maximum(largest, output.logits.abs().max())
+        token_BT = torch.multinomial(log_p_BV.exp(), 1, generator=generator)
+        ids.append(token_BT.item())
+        nats -= log_p_BV[0, ids[-1]].item()
+        if count in looks:
+            interval = count - (records[-1]["tokens"] if records else 0)
+            records.append(
+                {
+                    "tokens": count,
+                    "state_bytes": state_bytes(cache),
+                    "milliseconds_per_token": 1e3 * (time.process_time() - began) / interval,
+                    "nats_per_token": nats / interval,
+                    "largest_logit": largest.item(),
+                }
+            )
+    return ids, records
+
+
+def measure(options):
+    """Everything that is measured, as it is written to streaming.json.
+
+    Raises:
+        UsageError: a run that is not there, or text that is not its own.
+    """
+    runs = {"sinks": options.run} | ({"beside": options.beside} if options.beside else {})
+    trained = {name: read_run(folder) for name, folder in runs.items()}
+    if not options.near < options.far < options.positions:
+        raise UsageError(
+            "expected near < far < positions, got "
+            f"{options.near}, {options.far} and {options.positions}; make the streams longer."
+        )
+    recipe, _, text = trained["sinks"]
+    models = load_models(options.run, options.beside)
+    config, tokenizer = models["sinks"].config, load_tokenizer(options.run)
+    corpus = load_corpus(recipe, tokenizer, options.cache_dir or f"{recipe.output_dir}/.corpus")
+    if any(corpus.record["sha256"] != run[2] for run in trained.values()):
+        raise UsageError(
+            f"{recipe.data} is not the text that the runs were trained on, so what they held out "
+            "is not known; measure with the Python or the files of the training."
+        )
+    held_out = corpus.held_out
+    ids = torch.from_numpy(held_out.ids[: options.text].astype("int64"))
+    boundary = tokenizer.eos_token_id
+    common = boundary, bits_per_byte(len(held_out.ids), held_out.num_bytes)
+    curves, fine = {}, max(1, config.sliding_window // 2)
+    for name, model in models.items():
+        late = measure_curve(model, ids, options.width, options.positions, *common)
+        early = measure_curve(model, ids, fine, 8 * fine, *common)
+        compared = compare(late, options.near, options.far)
+        curves[name] = {"compared": compared, "early": early, "late": late}
+        print(f"{name}: perplexity by position {json.dumps(compared)}", flush=True)
+    model = torch.compile(models["sinks"]) if options.compile else models["sinks"]
+    sampled, records = generate_stream(model, boundary, options.generate, options.seed)
+    numbers_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    is_bytes = len(held_out.ids) == held_out.num_bytes + len(held_out.starts) + 1
+    return {
+        "runs": {
+            name: {
+                "steps": steps,
+                "recipe": {k: v for k, v in vars(run).items() if k not in FREE_KEYS},
+            }
+            for name, (run, steps, _) in trained.items()
+        },
+        "parameters": models["sinks"].num_parameters(),
+        "sliding_window": config.sliding_window,
+        "num_sink_tokens": config.num_sink_tokens,
+        "corpus_sha256": text,
+        "token": "byte" if is_bytes else "token",
+        "text_tokens": len(ids) // options.width * options.width,
+        "streams": len(ids) // options.width,
+        "curves": curves,
+        "generation": {
+            "seed": options.seed,
+            "compiled": options.compile,
+            "state_size": models["sinks"].state_size(),
+            "bytes_per_token_of_full_attention": 4 * numbers_per_token,
+            "is_finite": all(math.isfinite(record["largest_logit"]) for record in records),
+            "records": records,
+            "last_text": tokenizer.decode(sampled[-300:]),
+        },
+        "cpu_threads": torch.get_num_threads(),
+        **environment(REPOSITORY),
+    }
+
+
+def start(arguments):
+    """Reads the command line, measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run", help="a finished run's folder, or a checkpoint")
+    parser.add_argument("--beside", default="", help="a run that was trained without sinks")
+    parser.add_argument("--output_dir", default=str(REPOSITORY / "recipes/results"))
+    parser.add_argument("--cache_dir", default="", help="tokenised corpora; empty: the run's")
+    parser.add_argument("--text", type=int, default=98_304, help="tokens of held-out text")
+    parser.add_argument("--width", type=int, default=4096, help="positions per bin")
+    parser.add_argument("--positions", type=int, default=102_400, help="tokens of each stream")
+    parser.add_argument("--near", type=int, default=10_000, help="the position compared with")
+    parser.add_argument("--far", type=int, default=100_000, help="the position compared")
+    parser.add_argument("--generate", type=int, default=1_000_000, help="tokens to sample")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--compile", action="store_true", help="generate with torch.compile")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # a token at a time is too little work to share
+    result = measure(options)
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "streaming.json", result)
+    plot_streaming(folder / "streaming.png", result)
+    print(f"wrote {folder / 'streaming.json'} and streaming.png")
+
+
+def main():
+    """Turns what the user can put right into one line."""
+    try:
+        start(sys.argv[1:])
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
