@@ -42,8 +42,6 @@ class Tokens:
         """A window as input ids, targets, and positions counted from its own documents' starts."""
         ids = torch.from_numpy(self.ids[start : start + length + 1].astype(np.int64))
         positions = np.arange(length)
-        if packing == "streams":
-            ids[0] = int(self.ids[0])  # the boundary; as a target this token is another window's
         if packing == "documents":
             first, last = np.searchsorted(self.starts, (start, start + length))
             for begin in self.starts[first:last] - start:

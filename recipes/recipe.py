@@ -31,9 +31,7 @@ class Recipe:
     data_split: str = "train"  # the split of it that is divided into train and held-out documents
     text_column: str = "text"
     held_out: float = 0.05  # fraction of the documents
-    # "documents": the state is reset where a document begins; "streams": as "concat", but every
-    # window begins with a boundary, a token that attention always finds at the start.
-    packing: str = "concat"
+    packing: str = "concat"  # or "documents": the state is reset where a document begins
     cache_dir: str = ""  # tokenised corpora; empty: output_dir/.corpus
 
     sequence_length: int = 1024  # tokens
@@ -76,7 +74,7 @@ class Recipe:
             UsageError: a value that no run could use.
         """
         choices = {
-            "packing": ("concat", "documents", "streams"),
+            "packing": ("concat", "documents"),
             "schedule": ("wsd", "cosine", "constant"),
             "precision": ("auto", "fp32", "bf16"),
         }

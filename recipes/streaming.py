@@ -11,8 +11,7 @@ Pieces of text differ more than positions do, so each bin of positions has to se
 The held-out text, one file after the other, is cut to N tokens and closed to a circle. N / w
 streams begin on it, w tokens apart, and positions are counted in bins of w. In bin b stream s is in
 piece s + b (mod N / w) of the circle: over all streams, each bin holds each token of the text
-exactly once. A stream begins with a boundary in place of its first token, and is one document to
-the model: nothing in it resets the state.
+exactly once. A stream is one document to the model: nothing in it resets the state.
 """
 
 import argparse
@@ -77,7 +76,7 @@ def load_models(folder, beside=""):
 
 
 @torch.inference_mode()
-def nats_by_position(model, ids, width, num_positions, first_id=None, rows=ROWS, piece=PIECE):
+def nats_by_position(model, ids, width, num_positions, rows=ROWS, piece=PIECE):
     """The mean loss in each bin of positions, with the same text in every bin.
 
     Args:
@@ -85,7 +84,6 @@ def nats_by_position(model, ids, width, num_positions, first_id=None, rows=ROWS,
         ids: [N] token ids of the circle; what a multiple of `width` leaves over is not used.
         width: positions per bin, and tokens between the beginnings of streams.
         num_positions: tokens of each stream, a multiple of `width`.
-        first_id: what each stream begins with in place of its first token; None: that token.
         rows: streams run at once.
         piece: tokens of each per forward pass.
 
@@ -111,10 +109,7 @@ def nats_by_position(model, ids, width, num_positions, first_id=None, rows=ROWS,
         cache = None
         for positions in torch.arange(num_positions).split(piece):
             index_BT = (starts[:, None] + positions) % len(ids)
-            input_BT = ids[index_BT]
-            if cache is None and first_id is not None:
-                input_BT[:, 0] = first_id
-            output = model(input_BT, past_key_values=cache, use_cache=True)
+            output = model(ids[index_BT], past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             targets_BT = ids[(index_BT + 1) % len(ids)]
             nats_BT = cross_entropy(output.logits.mT, targets_BT, reduction="none")
@@ -122,9 +117,9 @@ def nats_by_position(model, ids, width, num_positions, first_id=None, rows=ROWS,
     return sums / len(ids)
 
 
-def measure_curve(model, ids, width, num_positions, first_id, bits_per_nat):
+def measure_curve(model, ids, width, num_positions, bits_per_nat):
     """The bins as they are written down: their width, perplexity per token and bits per byte."""
-    nats = nats_by_position(model, ids, width, num_positions, first_id)
+    nats = nats_by_position(model, ids, width, num_positions)
     return {
         "width": width,
         "perplexity": nats.exp().tolist(),
@@ -137,6 +132,46 @@ def compare(measured, near, far):
     at = {str(position): position // measured["width"] for position in (near, far)}
     found = {position: measured["perplexity"][index] for position, index in at.items()}
     return found | {"ratio": found[str(far)] / found[str(near)]}
+
+
+@torch.inference_mode()
+def attention_on_sinks(model, ids, num_streams=8):
+    """The share of attention that goes to the sinks once they have left the window.
+
+    Equal attention to everything would be S / (S + W). It is what attention makes of values that
+    are one for sinks and zero for other tokens.
+
+    Args:
+        model: a `SlidingWindowForCausalLM` with sinks.
+        ids: [N] token ids of the circle.
+        num_streams: streams of 2 W tokens, evenly spaced, over which the share is a mean.
+
+    Returns:
+        For each layer, the share of each head.
+    """
+    window, shares = model.config.sliding_window, []
+
+    def watch(attend):
+        def attend_and_look(q_BTHK, k_BSHK, v_BSHV, sinks, **documents):
+            ones = sinks._replace(v=torch.ones_like(sinks.v))
+            share_BTHV = attend(q_BTHK, k_BSHK, torch.zeros_like(v_BSHV), ones, **documents)
+            first = window + model.config.num_sink_tokens - 1
+            shares.append(share_BTHV[:, first:, :, 0].mean((0, 1)).tolist())
+            return attend(q_BTHK, k_BSHK, v_BSHV, sinks, **documents)
+
+        return attend_and_look
+
+    mixers = [layer.mixer for layer in model.model.layers]
+    length = 2 * window + model.config.num_sink_tokens
+    starts = torch.arange(num_streams) * (len(ids) // num_streams)
+    for mixer in mixers:
+        mixer.attend = watch(mixer.attend)
+    try:
+        model(ids[(starts[:, None] + torch.arange(length)) % len(ids)], use_cache=False)
+    finally:
+        for mixer in mixers:
+            del mixer.attend
+    return shares
 
 
 @torch.inference_mode()
@@ -206,17 +241,20 @@ def measure(options):
         )
     held_out = corpus.held_out
     ids = torch.from_numpy(held_out.ids[: options.text].astype("int64"))
-    boundary = tokenizer.eos_token_id
-    common = boundary, bits_per_byte(len(held_out.ids), held_out.num_bytes)
+    bits_per_nat = bits_per_byte(len(held_out.ids), held_out.num_bytes)
+    shares = attention_on_sinks(models["sinks"], ids)
+    print(f"attention on sinks by layer and head: {shares}", flush=True)
     curves, fine = {}, max(1, config.sliding_window // 2)
     for name, model in models.items():
-        late = measure_curve(model, ids, options.width, options.positions, *common)
-        early = measure_curve(model, ids, fine, 8 * fine, *common)
+        late = measure_curve(model, ids, options.width, options.positions, bits_per_nat)
+        early = measure_curve(model, ids, fine, 8 * fine, bits_per_nat)
         compared = compare(late, options.near, options.far)
         curves[name] = {"compared": compared, "early": early, "late": late}
         print(f"{name}: perplexity by position {json.dumps(compared)}", flush=True)
     model = torch.compile(models["sinks"]) if options.compile else models["sinks"]
-    sampled, records = generate_stream(model, boundary, options.generate, options.seed)
+    sampled, records = generate_stream(
+        model, tokenizer.eos_token_id, options.generate, options.seed
+    )
     numbers_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     is_bytes = len(held_out.ids) == held_out.num_bytes + len(held_out.starts) + 1
     return {
@@ -234,6 +272,7 @@ def measure(options):
         "token": "byte" if is_bytes else "token",
         "text_tokens": len(ids) // options.width * options.width,
         "streams": len(ids) // options.width,
+        "attention_on_sinks": shares,
         "curves": curves,
         "generation": {
             "seed": options.seed,

@@ -71,17 +71,6 @@ def test_windows_and_their_targets():
     assert "position_ids" not in Windows(numbers(1000), 10, 4, 0, "concat").batch(0, 0, 0, 1, 4)
 
 
-def test_windows_of_streams_begin_with_a_boundary():
-    batches = [
-        Windows(numbers(1000), 10, 4, seed=0, packing=packing).batch(0, 0, 0, 1, 4)
-        for packing in ("concat", "streams")
-    ]
-    concat, streams = (batch["input_ids"] for batch in batches)
-    assert streams[:, 0].tolist() == [0] * 4 and 0 not in concat[:, 0]
-    assert torch.equal(streams[:, 1:], concat[:, 1:])
-    assert torch.equal(batches[0]["shift_labels"], batches[1]["shift_labels"])
-
-
 @pytest.mark.parametrize(
     ("length", "size", "world"), [(10, 4, 1), (10, 3, 3), (99, 1, 2), (7, 2, 5)]
 )

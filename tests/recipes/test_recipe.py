@@ -50,10 +50,7 @@ def test_unknown_key(toml):
         (["--learning_rate", "fast"], "learning_rate is a number, got 'fast'."),
         (["--gradient_checkpointing", "1"], "gradient_checkpointing is true or false, got 1."),
         (["--model", "big"], "model is a table, got 'big'."),
-        (
-            ["--packing", "tight"],
-            "packing is one of 'concat', 'documents', 'streams', got 'tight'.",
-        ),
+        (["--packing", "tight"], "packing is one of 'concat', 'documents', got 'tight'."),
         (["--steps", "0"], "steps must be positive, got 0."),
         (["--held_out", "1.5"], "held_out is a fraction in [0, 1), got 1.5."),
         (["--learning_rate", "nan"], "learning_rate must be positive, got nan."),

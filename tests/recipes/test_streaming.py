@@ -14,7 +14,7 @@ import streaming
 from building import load_tokenizer
 from corpus import load_corpus
 from recipe import Recipe, UsageError
-from streaming import generate_stream, nats_by_position
+from streaming import attention_on_sinks, generate_stream, nats_by_position
 from zoo.sliding_window import SlidingWindowConfig, SlidingWindowForCausalLM
 
 WINDOW, SINKS = 8, 2
@@ -78,18 +78,13 @@ def test_a_model_without_memory_finds_all_bins_equal():
     assert torch.equal(nats, nats[:1].expand(12))
     expected = cross_entropy(model.logits_VV[ids].double(), ids.roll(-1))
     assert nats[0].item() == pytest.approx(expected.item(), rel=1e-6)  # of float32 logits
-    begun = nats_by_position(model, ids, width=25, num_positions=300, first_id=39, piece=13)
-    assert begun[0] != nats[0] and torch.equal(begun[1:], nats[1:])
 
 
-@pytest.mark.parametrize("first_id", [None, 3])
-def test_pieces_give_the_loss_of_one_pass(first_id):
+def test_pieces_give_the_loss_of_one_pass():
     model, ids = tiny_model().double(), torch.randint(40, (24,))
-    found = nats_by_position(model, ids, 6, 60, first_id, rows=3, piece=7)
+    found = nats_by_position(model, ids, 6, 60, rows=3, piece=7)
     index_BT = (6 * torch.arange(4)[:, None] + torch.arange(61)) % 24
     whole_BT, targets_BT = ids[index_BT[:, :-1]], ids[index_BT[:, 1:]]
-    if first_id is not None:
-        whole_BT[:, 0] = first_id
     with torch.no_grad():
         logits = model(whole_BT, use_cache=False).logits
     nats_BT = cross_entropy(logits.mT, targets_BT, reduction="none")
@@ -118,6 +113,18 @@ def test_the_state_keeps_its_size_while_generating():
     assert generate_stream(model, 3, 150, seed=2)[0] != ids
 
 
+def test_equal_attention_gives_sinks_their_number():
+    model, ids = tiny_model(), torch.randint(40, (100,))
+    before = model(ids[None]).logits
+    shares = attention_on_sinks(model, ids)
+    assert torch.tensor(shares).shape == (2, 2) and shares[0][0] != shares[0][1]
+    assert torch.equal(model(ids[None]).logits, before)  # nothing stays behind
+    for layer in model.model.layers:
+        layer.mixer.q_proj.weight.data.zero_()
+    expected = SINKS / (SINKS + WINDOW)
+    assert torch.tensor(attention_on_sinks(model, ids)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_logit_that_is_no_number_is_seen():
     model = tiny_model()
 
@@ -143,7 +150,6 @@ def run(tmp_path):
         "sliding_window",
         data=str(tmp_path / "text.txt"),
         held_out=0.5,
-        packing="streams",
         output_dir=str(tmp_path),
     )
     corpus = load_corpus(recipe, tokenizer, tmp_path / ".corpus")
