@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 import streaming
 from building import load_tokenizer
 from corpus import load_corpus
+from measuring import attention_on_sinks, generate_stream, nats_by_position
 from recipe import Recipe, UsageError
-from streaming import attention_on_sinks, generate_stream, nats_by_position
 from zoo.sliding_window import SlidingWindowConfig, SlidingWindowForCausalLM
 
 WINDOW, SINKS = 8, 2
@@ -203,6 +203,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, monkeypatch):
 
     assert "expected a finished run" in error(tmp_path)
     assert "make the streams longer" in error(run, *SMALL, "--far", 300)
+    assert "at least one token" in error(run, *SMALL, "--generate", 0)
     assert "multiple of the bin's width" in error(run, *SMALL, "--positions", 301)
     assert "at least two bins" in error(run, *SMALL, "--text", 199)
     record = json.loads((run / "run.json").read_text())
