@@ -118,7 +118,8 @@ def test_equal_attention_gives_sinks_their_number():
     before = model(ids[None]).logits
     shares = attention_on_sinks(model, ids)
     assert torch.tensor(shares).shape == (2, 2) and shares[0][0] != shares[0][1]
-    assert torch.equal(model(ids[None]).logits, before)  # nothing stays behind
+    assert torch.equal(model(ids[None]).logits, before)
+    assert not any("attend" in vars(layer.mixer) for layer in model.model.layers)
     for layer in model.model.layers:
         layer.mixer.q_proj.weight.data.zero_()
     expected = SINKS / (SINKS + WINDOW)
