@@ -32,6 +32,8 @@ def test_overrides(toml):
     assert recipe.sample_prompts == ["a", "b"]
     assert recipe.trackers == ["tensorboard"]
     assert recipe.weight_decay == 0.0
+    recipe = read_recipe(toml, ["--learning_rate_scales.*.mixer.gate", "10"])
+    assert recipe.learning_rate_scales == {"*.mixer.gate": 10}
     assert read_recipe(toml).name == "small"
 
 
