@@ -25,8 +25,8 @@ their window too, so that the stack runs window by window (1.35 to 1.4 times the
 `num_states=0` is the baseline: Transformer-XL (Dai et al. 2019, https://arxiv.org/abs/1901.02860)
 with a sliding cache, "Slide" in the paper, whose gradients go into the window before.
 
-Departures: the code has the logit of -1000 in its softmax over and of states too, where below scales
-of 900 it changes no digit; its dropout and its other position encodings are left out. The gate
+Departures: the code has the logit of -1000 in the softmaxes over and of states too; it changes
+no digit below scales of 900. Its dropout and its other position encodings are left out. The gate
 "full" is in the code, but in no configuration of its authors. Its weights load through
 `zoo convert meliad`.
 """
