@@ -25,9 +25,9 @@ their window too, so that the stack runs window by window (1.35 to 1.4 times the
 `num_states=0` is the baseline: Transformer-XL (Dai et al. 2019, https://arxiv.org/abs/1901.02860)
 with a sliding cache, "Slide" in the paper, whose gradients go into the window before.
 
-Departures: the code has the logit of -1000 in its softmax over and of states too, where below
-scales of 900 it changes no digit; its dropout and its other position encodings are left out. The
-gate "full" is in the code, but in no configuration of its authors. Its weights load through
+Departures: the code has the logit of -1000 in the softmaxes over and of states too; it changes
+no digit below scales of 900. Its dropout and its other position encodings are left out. The gate
+"full" is in the code, but in no configuration of its authors. Its weights load through
 `zoo convert meliad`.
 """
 
@@ -38,7 +38,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .base import (
     ZooBlock,
@@ -181,6 +181,13 @@ class BlockRecurrentBlock(ZooBlock):
     mlp_class = FeedForward
 
 
+class WindowBlock(ZooBlock):
+    """The same with feedback, where it is called once per window."""
+
+    mixer_class = WindowAttention
+    mlp_class = FeedForward
+
+
 class FinalNorm(nn.RMSNorm):
     """RMSNorm by whose output, divided by sqrt(D), logits are of order one."""
 
@@ -190,7 +197,7 @@ class FinalNorm(nn.RMSNorm):
 
 
 class Joined(nn.Module):
-    """Passes on a block's output for a whole pass, where the block itself saw it in windows."""
+    """Passes on a `WindowBlock`'s output for a whole pass, to be recorded."""
 
     def forward(self, before_BTD, after_BTD):
         """What came out of the block; what went in is for whoever records it."""
@@ -201,8 +208,14 @@ class BlockRecurrentPreTrainedModel(ZooPreTrainedModel):
     """Block-Recurrent config, layers and initialisation for transformers."""
 
     config: BlockRecurrentConfig
-    _no_split_modules = ["BlockRecurrentBlock"]
-    _can_record_outputs = {"hidden_states": BlockRecurrentBlock}
+    _no_split_modules = ["BlockRecurrentBlock", "WindowBlock"]
+    # transformers keeps this by class, so it has to hold with and without feedback.
+    _can_record_outputs = {
+        "hidden_states": [
+            OutputRecorder(BlockRecurrentBlock, index=0),
+            OutputRecorder(Joined, index=0),
+        ]
+    }
 
 
 class BlockRecurrentModel(BlockRecurrentPreTrainedModel, ZooModel):
@@ -212,8 +225,7 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel, ZooModel):
 
     def __init__(self, config):
         if config.feedback:
-            # A block is called once per window there.
-            self._can_record_outputs = {"hidden_states": Joined}
+            self.block_class = WindowBlock
         super().__init__(config)
         self.joined = Joined()
 

@@ -163,7 +163,7 @@ def report(name, figures, unit):
 
 
 def plot(results):
-    """One line per model and way; the axes are logarithmic in length and in time."""
+    """One line per model and way; lengths are on a logarithmic axis, time begins at zero."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -174,12 +174,12 @@ def plot(results):
         for case in (*MODELS, SOFTMAX):
             lengths = [int(n) for n in results[case][way]]
             axis.plot(lengths, list(results[case][way].values()), "o-", label=case)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title=way)
+        axis.set(xscale="log", ylim=(0, None), xlabel="tokens", title=way)
         axis.set_xticks([2048, 8192, 32_768], ["2k", "8k", "32k"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("CPU µs per token")
-    axes[0].legend()
+    axes[1].legend(loc="center right", bbox_to_anchor=(1, 0.45))
     figure.tight_layout()
     figure.savefig(RESULTS / "lengths.svg", metadata={"Date": None})
 

@@ -391,6 +391,22 @@ def test_states_see_no_token_of_their_window_too_early():
     assert changed.tolist() == [True] * (1 + window) + [False] * (2 * window - 1)
 
 
+def test_hidden_states_with_and_without_feedback_in_one_process():
+    ids = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    models = [small_model(variant) for variant in ("default", "feedback", "default")]
+    for model in models:
+        with torch.no_grad():
+            whole = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            alone = model(ids[:1, 9:], output_hidden_states=True).hidden_states
+            picked = model(ids[:1, 9:], output_hidden_states=[-1]).hidden_states
+        assert len(whole) == len(alone) == len(picked) == model.config.num_hidden_layers + 1
+        for padded, expected in zip(whole, alone):
+            assert worst(padded[:1, 9:], expected, relative=True) < 1e-9
+        assert torch.equal(picked[-1], alone[-1]) and picked[1] is None
+
+
 def meliad_source(folder, model, **fields):
     """A model as meliad's authors would have it, in a folder."""
     folder.mkdir()
