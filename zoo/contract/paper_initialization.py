@@ -266,7 +266,9 @@ def sliding_window(config):
 def infini(config):
     """transformers' Llama and Gemma; the gates as in Beomi's code."""
     normal = (0.0, config.initializer_range, "normal")
-    table = dict.fromkeys(("*_proj.weight", "model.embed_tokens.weight", "lm_head.weight"), normal)
+    table = dict.fromkeys(("*_proj.weight", "model.embed_tokens.weight"), normal)
+    if not config.tie_word_embeddings:
+        table["lm_head.weight"] = normal
     table["*norm.weight"] = ZERO if config.norm_adds_one else ONE
     if config.memory_update != "none":
         table["*.mixer.gate"] = (config.gate_init, 0.0, "constant")
