@@ -30,10 +30,10 @@ SIZES = {
 }
 MODELS = {
     "retnet": {},
-    "rwkv7": {"head_size": 64},
-    "lightning": {},
     "infini": {"segment_length": 1024},
+    "lightning": {},
     "sliding_window": {"sliding_window": 512},
+    "rwkv7": {"head_size": 64},
 }
 
 
@@ -86,12 +86,13 @@ def main():
         print(
             f"{name:16} {ways['whole']['peak_bytes'] / 2**20:8.0f} MiB whole, "
             f"{ways['replay']['peak_bytes'] / 2**20:6.0f} with replay: 1/{memory:.1f}; "
-            f"{ways['whole']['seconds']:6.1f} s, {ways['replay']['seconds']:6.1f}: {slower:.2f}x"
+            f"{ways['whole']['seconds']:6.1f} s, {ways['replay']['seconds']:6.1f}: {slower:.2f}x",
+            flush=True,
         )
         results[name] = ways | {"memory_ratio": memory, "time_ratio": slower}
-    record = {"device": platform.processor() or platform.machine(), "torch": torch.__version__}
-    record |= {"length": arguments.length, "segment": arguments.segment, "models": results}
-    (RESULTS / "replay.json").write_text(json.dumps(record, indent=1) + "\n")
+        record = {"device": platform.processor() or platform.machine(), "torch": torch.__version__}
+        record |= {"length": arguments.length, "segment": arguments.segment, "models": results}
+        (RESULTS / "replay.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
