@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GradientCheckpointingLayer,
@@ -117,6 +118,25 @@ class ZooConfig(PreTrainedConfig):
                 f"layer_types has one entry per layer, {self.num_hidden_layers}, "
                 f"got {len(self.layer_types)}; leave it out to have it filled in."
             )
+
+
+def check_head_dim(config):
+    """Raises a ValueError if the width of a head is neither given nor a whole share."""
+    if config.head_dim is None:
+        raise ValueError(
+            "hidden_size is a multiple of num_attention_heads, got "
+            f"{config.hidden_size} and {config.num_attention_heads}; change one of them, or give "
+            "head_dim."
+        )
+
+
+def check_activation(name, value):
+    """Raises a ValueError if a field does not name one of transformers' activations."""
+    if value not in ACT2FN:
+        raise ValueError(
+            f"{name} is one of transformers' activations ({', '.join(sorted(ACT2FN))}), "
+            f"got {value!r}."
+        )
 
 
 # What transformers itself, or a saved config.json, passes beside the declared fields.
@@ -683,5 +703,7 @@ __all__ = [
     "ZooForSequenceClassification",
     "ZooModel",
     "ZooPreTrainedModel",
+    "check_activation",
+    "check_head_dim",
     "in_range",
 ]

@@ -47,6 +47,7 @@ from .base import (
     ZooForSequenceClassification,
     ZooModel,
     ZooPreTrainedModel,
+    check_head_dim,
 )
 from .block_attention import WindowAttention
 from .recurrent_cell import CONFIGURATIONS, GATES, truncated_
@@ -121,12 +122,7 @@ class BlockRecurrentConfig(ZooConfig):
     def validate_architecture(self):
         """Checks heads, window, states and gates."""
         super().validate_architecture()
-        if self.head_dim is None:
-            raise ValueError(
-                "hidden_size is a multiple of num_attention_heads, got "
-                f"{self.hidden_size} and {self.num_attention_heads}; change one of them, or give "
-                "head_dim."
-            )
+        check_head_dim(self)
         if self.sliding_window < 1:
             raise ValueError(f"sliding_window is at least 1 token, got {self.sliding_window}.")
         if self.num_states < 0:

@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 
 from .base import (
     ZooBlock,
@@ -39,6 +38,8 @@ from .base import (
     ZooForSequenceClassification,
     ZooModel,
     ZooPreTrainedModel,
+    check_activation,
+    check_head_dim,
 )
 from .kernels.windowed_attention import attention_step
 from .mlp import GatedMLP
@@ -138,12 +139,7 @@ class InfiniConfig(ZooConfig):
     def validate_architecture(self):
         """Checks heads, segment and what the rotation needs to know."""
         super().validate_architecture()
-        if self.head_dim is None:
-            raise ValueError(
-                "hidden_size is a multiple of num_attention_heads, got "
-                f"{self.hidden_size} and {self.num_attention_heads}; change one of them, or give "
-                "head_dim."
-            )
+        check_head_dim(self)
         if self.segment_length < 1:
             raise ValueError(f"segment_length is at least 1, got {self.segment_length}.")
         if self.memory_update == "none" and (self.learned_update or not self.gates_first_segment):
@@ -151,11 +147,7 @@ class InfiniConfig(ZooConfig):
                 "learned_update and gates_first_segment are about the memory, and memory_update is "
                 "'none'; leave them out."
             )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"hidden_act is one of transformers' activations ({', '.join(sorted(ACT2FN))}), "
-                f"got {self.hidden_act!r}."
-            )
+        check_activation("hidden_act", self.hidden_act)
         check_key_value_heads(self)
         check_rope_parameters(self)
 

@@ -40,6 +40,7 @@ from .base import (
     ZooForCausalLM,
     ZooForSequenceClassification,
     ZooModel,
+    check_activation,
     in_range,
 )
 from .kernels.linear_recurrence import linear_recurrence
@@ -208,11 +209,8 @@ class LightningConfig(ZooConfig):
                 )
         for name in ("feature_act", "hidden_act"):
             value = getattr(self, name)
-            if value not in ACT2FN and (name, value) != ("hidden_act", None):
-                raise ValueError(
-                    f"{name} is one of transformers' activations ({', '.join(sorted(ACT2FN))}), "
-                    f"got {value!r}."
-                )
+            if (name, value) != ("hidden_act", None):
+                check_activation(name, value)
         self._validate_softmax_layers()
 
     def _validate_softmax_layers(self):

@@ -37,6 +37,7 @@ from .base import (
     ZooForSequenceClassification,
     ZooModel,
     ZooPreTrainedModel,
+    check_activation,
     in_range,
 )
 from .kernels.linear_recurrence import linear_recurrence
@@ -134,11 +135,7 @@ class RetNetConfig(ZooConfig):
                 "num_attention_heads is a multiple of num_key_value_heads, "
                 f"got {heads} and {groups}."
             )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"hidden_act is one of transformers' activations ({', '.join(sorted(ACT2FN))}), "
-                f"got {self.hidden_act!r}."
-            )
+        check_activation("hidden_act", self.hidden_act)
         for name in ("dropout", "activation_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a probability in [0, 1), got {getattr(self, name)}.")

@@ -26,9 +26,16 @@ from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
 
-from .base import ZooBlock, ZooConfig, ZooForCausalLM, ZooForSequenceClassification, ZooModel
+from .base import (
+    ZooBlock,
+    ZooConfig,
+    ZooForCausalLM,
+    ZooForSequenceClassification,
+    ZooModel,
+    check_activation,
+    check_head_dim,
+)
 from .mlp import GatedMLP
 from .positions import RotaryPositions, check_rope_parameters
 from .softmax_attention import (
@@ -99,17 +106,8 @@ class SlidingWindowConfig(ZooConfig):
     def validate_architecture(self):
         """Checks heads, window and what the rotation needs to know."""
         super().validate_architecture()
-        if self.head_dim is None:
-            raise ValueError(
-                "hidden_size is a multiple of num_attention_heads, got "
-                f"{self.hidden_size} and {self.num_attention_heads}; change one of them, or give "
-                "head_dim."
-            )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"hidden_act is one of transformers' activations ({', '.join(sorted(ACT2FN))}), "
-                f"got {self.hidden_act!r}."
-            )
+        check_head_dim(self)
+        check_activation("hidden_act", self.hidden_act)
         check_key_value_heads(self)
         check_window(self.sliding_window)
         if self.num_sink_tokens < 0 or (self.num_sink_tokens and self.sliding_window is None):
