@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from zoo import MODELS, RetNetConfig, RetNetForCausalLM
 from zoo.contract.compare import gradients, relative_gradients
@@ -81,6 +82,14 @@ def test_refused():
     ids = torch.ones(1, 20, dtype=torch.long)
     with pytest.raises(ValueError, match="keeps no hidden states"):
         model(ids, output_hidden_states=True)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="keeps no record of the past"):
+        model(ids, past_key_values=cache)
+    loss = model(ids).logits.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
     with pytest.raises(ValueError, match="do not restart at 0"):
         model(ids, position_ids=torch.arange(20)[None], cu_seq_lens_q=torch.tensor([0, 5, 20]))
 

@@ -320,8 +320,8 @@ class ZooModel(ZooPreTrainedModel):
         """The norm after the last block."""
         return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def embed(self, embeds_BTD):
-        """What happens to token embeddings before the first block."""
+    def embed(self, embeds_BTD, sequence):
+        """What happens to token embeddings, padding included, before the first block."""
         return embeds_BTD
 
     def mixer_inputs(self, x_BTD, sequence):
@@ -401,7 +401,7 @@ class ZooModel(ZooPreTrainedModel):
             seq_idx,
             None if cache is None else cache.layers[0].clock,
         )
-        x_BTD = self.embed(inputs.embeds_BTD)
+        x_BTD = self.embed(inputs.embeds_BTD, sequence)
         output = self._run_blocks(
             sequence.pack(x_BTD), sequence, cache, inputs, return_dict=True, **kwargs
         )
@@ -422,10 +422,11 @@ class ZooModel(ZooPreTrainedModel):
                 "segment replay keeps no hidden states, got output_hidden_states; set "
                 "replay_segment_length to None, or leave them out."
             )
-        if cache is not None and cache.layers[0].pending_length:
+        first = None if cache is None else cache.layers[0]
+        if first is not None and (first.record_past or first.pending_length):
             raise ValueError(
-                "segment replay starts from a state, got a cache with tokens to run again after "
-                "crop(); run the model on a token without gradients first."
+                "segment replay keeps no record of the past, got a cache that records it or has "
+                "tokens to run again after crop(); train from a cache without such a record."
             )
         embeds_BTD, mask = inputs.embeds_BTD, inputs.attention_mask
         batch, time = embeds_BTD.shape[:2]

@@ -309,20 +309,24 @@ class InfiniAttention(nn.Module):
 
     def pass_delta(self, k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid):
         """One segment after the other: what each writes depends on what it finds."""
-        memories = []
-        for rank in range(grid.num_ranks):
+        strengths = [None] * grid.num_ranks
+        if strength_SHQ1 is not None:
+            strengths = grid.by_rank(strength_SHQ1)
+        held_N, partial_N = grid.in_walk_order(held_N), grid.in_walk_order(partial_N)
+        memories, after, partials = [], [], []
+        pieces = (grid.by_rank(x) for x in (k_SHQK, v_SHQV, grid.is_complete))
+        for k_NHQK, v_NHQV, is_complete_N, strength_NHQ1 in zip(*pieces, strengths, strict=True):
+            # Documents that have no segment of this rank are the last ones.
+            held_N, partial_N = held_N[: len(k_NHQK)], partial_N[: len(k_NHQK)]
             memories.append(held_N)
-            row_N = (grid.first_row + rank).clamp(max=len(grid.rank) - 1)
-            has_tokens_N = (grid.rank[row_N] == rank) & (grid.count[row_N] > 0)
-            has_tokens_N = has_tokens_N[:, None, None, None]
-            is_complete_N = grid.is_complete[row_N][:, None, None, None] & has_tokens_N
-            strength_NHQ1 = None if strength_SHQ1 is None else strength_SHQ1[row_N]
-            update_N = update_of(k_SHQK[row_N], v_SHQV[row_N], held_N, strength_NHQ1)
-            partial_N = partial_N + torch.where(has_tokens_N, update_N, 0)
+            partial_N = partial_N + update_of(k_NHQK, v_NHQV, held_N, strength_NHQ1)
+            is_complete_N = is_complete_N[:, None, None, None]
             held_N = torch.where(is_complete_N, held_N + partial_N, held_N)
             partial_N = torch.where(is_complete_N, 0, partial_N)
-        memory_SHKV = torch.stack(memories, dim=1)[grid.document, grid.rank]
-        return memory_SHKV, held_N, partial_N
+            after.append(held_N)
+            partials.append(partial_N)
+        ends = (grid.last(grid.from_ranks(xs)) for xs in (after, partials))
+        return grid.from_ranks(memories), *ends
 
     def recall(self, q_SQHK, memory_SHKV):
         """A_mem of each query, [S, H, Q, V]."""
@@ -395,8 +399,11 @@ class GemmaNorm(nn.RMSNorm):
         init.zeros_(self.weight)
 
     def forward(self, x_BTD):
-        """[B, T, D] to the same."""
-        return F.rms_norm(x_BTD, self.normalized_shape, 1 + self.weight, self.eps)
+        """[B, T, D] to the same; in float32 at least, as 16 bits would round 1 + weight."""
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        weight = 1 + self.weight.to(dtype)
+        normed_BTD = F.rms_norm(x_BTD.to(dtype), self.normalized_shape, weight, self.eps)
+        return normed_BTD.to(x_BTD.dtype)
 
 
 def build_norm(config):
@@ -440,7 +447,7 @@ class InfiniModel(InfiniPreTrainedModel, ZooModel):
         """The rotation of each token by its place in its segment."""
         return {"rotation": self.rotation(sequence.clock % self.config.segment_length)}
 
-    def embed(self, embeds_BTD):
+    def embed(self, embeds_BTD, sequence):
         """The scale of the embeddings."""
         return embeds_BTD * (self.config.hidden_size**0.5 if self.config.scale_embedding else 1.0)
 

@@ -416,7 +416,7 @@ class LightningModel(LightningPreTrainedModel, ZooModel):
         """The norm after the last block."""
         return Norm(config, config.hidden_size, config.rms_norm_eps)
 
-    def embed(self, embeds_BTD):
+    def embed(self, embeds_BTD, sequence):
         """The scale of the embeddings."""
         scale = self.config.hidden_size**0.5 if self.config.scale_embedding else 1.0
         return embeds_BTD * scale

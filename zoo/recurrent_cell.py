@@ -227,9 +227,7 @@ class RecurrentCell(nn.Module):
             What the tokens see, [B, T, H, V].
         """
         grid = SegmentGrid(sequence, self.config.sliding_window, state.keys_BWHK is None)
-        states_NMD = self.states_before(sequence, state.states_BMD)
-        if grid.walk is not None:
-            states_NMD = states_NMD[grid.walk]
+        states_NMD = grid.in_walk_order(self.states_before(sequence, state.states_BMD))
         is_filled = self.filled_ranks(grid, state.is_kept)
         tokens = [None] * grid.num_ranks
         if not any(is_filled) and torch.is_grad_enabled():
@@ -318,8 +316,8 @@ def windows_with_last(grid, x_BTHK, held_NWHK, last_NWHK):
     by_rank = grid.by_rank(grid.keys(x_BTHK, held_NWHK))
     if last_NWHK is None:
         last_NWHK = torch.zeros_like(by_rank[0])
-    elif grid.walk is not None:
-        last_NWHK = last_NWHK[grid.walk]
+    else:
+        last_NWHK = grid.in_walk_order(last_NWHK)
     for own_NWHK in by_rank:
         yield torch.cat([last_NWHK[: len(own_NWHK)].to(own_NWHK.dtype), own_NWHK], dim=1)
         last_NWHK = own_NWHK

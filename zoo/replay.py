@@ -51,6 +51,11 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y_BTD, *grad_states):
         (x_BTD,) = ctx.saved_tensors
+        if not ctx.states:
+            raise RuntimeError(
+                "the states of a replayed pass are freed as backward runs; run the forward pass "
+                "again for a second backward."
+            )
         parameters = [p for p in ctx.parameters if p.requires_grad]
         totals = [None] * len(parameters)
         pieces = list(zip(x_BTD.split(ctx.sizes, dim=1), grad_y_BTD.split(ctx.sizes, dim=1)))

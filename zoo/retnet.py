@@ -366,7 +366,7 @@ class RetNetModel(RetNetPreTrainedModel, ZooModel):
         """Post-norm blocks end in a norm of their own."""
         return super().build_norm(config) if config.pre_norm else nn.Identity()
 
-    def embed(self, embeds_BTD):
+    def embed(self, embeds_BTD, sequence):
         """Scale, norm and dropout on the embeddings."""
         if self.config.scale_embedding:
             embeds_BTD = embeds_BTD * self.config.hidden_size**0.5

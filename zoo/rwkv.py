@@ -282,6 +282,6 @@ class RwkvModel(RwkvPreTrainedModel, ZooModel):
         """The norm after the last block."""
         return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def embed(self, embeds_BTD):
+    def embed(self, embeds_BTD, sequence):
         """The norm on the embeddings."""
         return self.embed_norm(embeds_BTD) if self.config.embedding_norm else embeds_BTD

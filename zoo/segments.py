@@ -155,12 +155,6 @@ class SegmentGrid:
         own_SQ1 = self.offset[:, None, None] + slots_L[: self.num_queries, None]
         return slots_L <= own_SQ1
 
-    def is_new(self):
-        """[S, width] bool, the slots with a token of this pass."""
-        slots_L = torch.arange(self.width, device=self.offset.device)
-        offset_S1 = self.offset[:, None]
-        return (slots_L >= offset_S1) & (slots_L < offset_S1 + self.count[:, None])
-
     def sums_before(self, x_S):
         """For each segment the sum of x over its document's earlier ones in this pass, [S, ...]."""
         if self.is_dense:
@@ -201,6 +195,10 @@ class SegmentGrid:
         last_N = (self.spans.after - 1) // self.length - self.first_segment
         return x_S[self.first_row + last_N]
 
+    def in_walk_order(self, x_N):
+        """What belongs to documents, in the order that `by_rank` has them in."""
+        return x_N if self.walk is None else x_N[self.walk]
+
     def rows_to_documents(self, held_B):
         """A state by row as one by document, [N, ...]: zeros where a document starts."""
         if self.is_dense or held_B is None:
@@ -209,18 +207,23 @@ class SegmentGrid:
         return torch.where(_like(self.sequence.continues, held_N), held_N, 0)
 
     def documents_to_rows(self, x_N, held_B):
-        """A state by document as one by row: the last document's; rows without a token keep theirs.
+        """As the function of this name."""
+        return documents_to_rows(x_N, held_B, self.sequence)
 
-        Args:
-            x_N: after this pass.
-            held_B: before it; None: there was none, which is zeros.
-        """
-        if self.is_dense:
-            return x_N
-        last_B = self.sequence.last_document
-        x_B = x_N[last_B.clamp(min=0)]
-        held_B = 0 if held_B is None else held_B
-        return torch.where(_like(last_B >= 0, x_B), x_B, held_B)
+
+def documents_to_rows(x_N, held_B, sequence):
+    """A state by document as one by row: the last document's; rows without a token keep theirs.
+
+    Args:
+        x_N: after a pass.
+        held_B: before it; None: there was none, which is zeros.
+        sequence: the `Sequence` of the pass; of a dense one rows are documents.
+    """
+    if sequence.last_document is None:
+        return x_N
+    last_B = sequence.last_document
+    x_B = x_N[last_B.clamp(min=0)]
+    return torch.where(_like(last_B >= 0, x_B), x_B, 0 if held_B is None else held_B)
 
 
 def _like(condition, x):
@@ -336,8 +339,8 @@ def state_by_row(state, before, sequence):
     """
     if sequence.row_of_document is None:
         return state
-    last_B, tensors = sequence.last_document, {}
-    for name, x_N in state.tensors().items():
-        x_B, held_B = x_N[last_B.clamp(min=0)], getattr(before, name)
-        tensors[name] = torch.where(_like(last_B >= 0, x_B), x_B, 0 if held_B is None else held_B)
+    tensors = {
+        name: documents_to_rows(x_N, getattr(before, name), sequence)
+        for name, x_N in state.tensors().items()
+    }
     return State(tensors, is_kept=True)

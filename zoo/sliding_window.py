@@ -41,6 +41,7 @@ from .positions import RotaryPositions, check_rope_parameters
 from .softmax_attention import (
     SoftmaxAttention,
     SoftmaxPreTrainedModel,
+    check_implementation,
     check_key_value_heads,
     check_window,
     softmax_layer_type,
@@ -138,6 +139,15 @@ class SlidingWindowPreTrainedModel(SoftmaxPreTrainedModel):
     config: SlidingWindowConfig
     _no_split_modules = ["SlidingWindowBlock"]
     _can_record_outputs = {"hidden_states": SlidingWindowBlock}
+
+    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
+        """The implementation that was asked for, if it can compute these sinks; else banded."""
+        if requested_attention is not None:
+            config = self.config
+            check_implementation(
+                requested_attention, config.num_sink_tokens, config.learnable_sinks
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
 
 class SlidingWindowModel(SlidingWindowPreTrainedModel, ZooModel):

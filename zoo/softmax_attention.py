@@ -91,7 +91,7 @@ def _in_our_layout(
     if attention_mask is not None:
         raise ValueError(
             "this attention takes documents, not a mask; attn_implementation='banded' is for the "
-            "zoo's sliding_window alone."
+            "softmax layers of the zoo alone."
         )
     q_BTHK, k_BSHK, v_BSHV = (x.transpose(1, 2) for x in (query, key, value))
     o_BTHV = operator(
@@ -361,11 +361,6 @@ class SoftmaxPreTrainedModel(ZooPreTrainedModel):
     _supports_attention_backend = True
 
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
-        """The implementation that was asked for, if it can compute this model; else banded."""
+        """The implementation that was asked for; else banded."""
         name = "banded" if requested_attention is None else requested_attention
-        check_implementation(
-            name,
-            getattr(self.config, "num_sink_tokens", 0),
-            getattr(self.config, "learnable_sinks", False),
-        )
         return super().get_correct_attn_implementation(name, is_init_check)

@@ -33,7 +33,7 @@ MODELS = {
     "infini": {"segment_length": 1024},
     "lightning": {},
     "sliding_window": {"sliding_window": 512},
-    "rwkv7": {"head_size": 64},
+    "rwkv7": {},
 }
 
 
@@ -42,8 +42,7 @@ def measure(name, length, segment):
     torch.set_num_threads(1)
     architecture = zoo.MODELS[name]
     torch.manual_seed(0)
-    sizes = {k: v for k, v in SIZES.items() if name != "rwkv7" or k != "num_attention_heads"}
-    model = architecture.causal_lm(architecture.config(**sizes | MODELS[name])).train()
+    model = architecture.causal_lm(architecture.config(**SIZES | MODELS[name])).train()
     model.model.replay_segment_length = segment or None
 
     def step(length):

@@ -294,11 +294,15 @@ def test_configs_that_do_not_fit(fields, message):
     [
         ("hf-minimax", {"num_local_experts": 4}, "mixtures of experts"),
         ("hf-minimax", {"layer_types": ["linear_attention", "mamba"]}, "layer_types are"),
-        ("hf-minimax", {"num_hidden_layers": 2, "head_dim": 8, "rotary_dim": 4}, "rotary_dim = 4"),
+        (
+            "hf-minimax",
+            {"num_hidden_layers": 2, "head_dim": 8, "rotary_dim": 4},
+            "rotary_dim that turns 4 channels of 8",
+        ),
         (
             "hf-minimax",
             {"num_hidden_layers": 2, "rope_parameters": {"partial_rotary_factor": 0.5}},
-            "partial_rotary_factor = 0.5",
+            "partial_rotary_factor that turns 64 channels of 128",
         ),
         ("transnormerllm", {"norm_type": "layernorm"}, "norm_type"),
         ("transnormerllm", {"linear_act_fun": "sine"}, "linear_act_fun"),

@@ -105,13 +105,21 @@ def read_softmax_config(fields):
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", fields.take("rope_theta", 1e6))
     fields.take("rope_theta", None)
-    head_dim = fields.values.get("head_dim")
-    for name, whole in (("rotary_dim", head_dim), ("partial_rotary_factor", 1.0)):
-        value = fields.take(name, None) if name == "rotary_dim" else rope.get(name)
-        if value not in (None, whole):
+    whole = fields.values.get("head_dim")
+    if whole is None:
+        whole = fields.values.get("hidden_size", 4096) // fields.values.get(
+            "num_attention_heads", 32
+        )
+    turned = {
+        "rotary_dim": fields.take("rotary_dim", None) or whole,
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) * whole,
+    }
+    for name, size in turned.items():
+        if size != whole:
             raise ValueError(
-                f"config.json has {name} = {value!r}, which transformers does not obey: it turns "
-                "whole heads. If that is what the weights were trained with, remove the field."
+                f"config.json has {name} that turns {size:g} channels of {whole}, which "
+                "transformers does not obey: it turns whole heads. If that is what the weights "
+                "were trained with, remove the field."
             )
     return {
         "num_key_value_heads": fields.take("num_key_value_heads", 8),
