@@ -6,6 +6,8 @@
 After Mohtashami and Jaggi 2023, https://arxiv.org/abs/2305.16300, and the task in the paper of the
 Infini-Transformer, with words of one token. A document is filler that repeats itself, with a key (a
 marker and its digits) somewhere, and at its end a question (another marker) and the digits again.
+Digits of different places are different tokens, so that what is asked for is memory alone: to tell
+places apart first takes a small model longer to learn than all the rest.
 The loss is that of the answer's digits alone. Documents in training have `train_segments` segments,
 and where the key lies is drawn evenly over all of them. Accuracy is the share of answers with all
 digits right, by distance: how many segments before the answer's the key lies. A guess is right once
@@ -35,8 +37,9 @@ if str(REPOSITORY) not in sys.path:  # run from a clone in which nothing is inst
 
 import zoo  # noqa: E402
 
-START, KEY, ASK, FIRST_DIGIT, FIRST_FILLER = 0, 1, 2, 3, 13
+START, KEY, ASK, FIRST_DIGIT = 0, 1, 2, 3
 NUM_DIGITS, NUM_FILLER = 5, 19
+FIRST_FILLER = FIRST_DIGIT + 10 * NUM_DIGITS
 VOCAB_SIZE = FIRST_FILLER + NUM_FILLER
 
 
@@ -102,7 +105,8 @@ def documents(count, num_segments, segment_length, distances, generator):
     length, size = num_segments * segment_length, 1 + NUM_DIGITS
     phase = torch.randint(NUM_FILLER, (count, 1), generator=generator)
     ids = FIRST_FILLER + (torch.arange(length) + phase) % NUM_FILLER
-    digits = FIRST_DIGIT + torch.randint(10, (count, NUM_DIGITS), generator=generator)
+    digits = torch.randint(10, (count, NUM_DIGITS), generator=generator)
+    digits = FIRST_DIGIT + 10 * torch.arange(NUM_DIGITS) + digits
     ids[:, 0], ids[:, -size], ids[:, -NUM_DIGITS:] = START, ASK, digits
     # The key lies whole in its segment, and neither on the first token nor on the question.
     segments = num_segments - 1 - distances

@@ -32,6 +32,12 @@ from .lightning import (
     LightningForSequenceClassification,
     LightningModel,
 )
+from .longnet import (
+    LongNetConfig,
+    LongNetForCausalLM,
+    LongNetForSequenceClassification,
+    LongNetModel,
+)
 from .retnet import (
     RetNetConfig,
     RetNetForCausalLM,
@@ -147,6 +153,13 @@ MODELS = {
             BlockRecurrentModel,
             BlockRecurrentForCausalLM,
             BlockRecurrentForSequenceClassification,
+        ),
+        Architecture(
+            "longnet",
+            LongNetConfig,
+            LongNetModel,
+            LongNetForCausalLM,
+            LongNetForSequenceClassification,
         ),
     )
 }

@@ -45,6 +45,7 @@ from triton.compiler import ASTSource
 
 from zoo.kernels import (
     delta_recurrence_triton,
+    dilated_attention_triton,
     linear_recurrence_channels_triton,
     linear_recurrence_triton,
     wkv4_triton,
@@ -282,6 +283,28 @@ def rwkv4(batch, time, width):
     return Case(run, batch * time * width, False)
 
 
+def dilated(batch, time, heads, width, decay=False, packed=False, dtype=torch.bfloat16):
+    """`dilated_attention` with LongNet's five branches, of the first two where documents go on."""
+    lengths, rates = [2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12]
+    lengths, rates = (x[: 2 if packed else 5] for x in (lengths, rates))
+
+    def run():
+        q, k, v, do = (empty(batch, time, heads, width, dtype=dtype) for _ in range(4))
+        log_decay = empty(width, dtype=torch.float32) if decay else None
+        held = [None] * 4
+        if packed:
+            slots = sum(-(-w // r) for w, r in zip(lengths, rates))
+            held[:2] = (empty(8, heads, slots, width, dtype=dtype) for _ in range(2))
+            held[2] = empty(8, dtype=torch.int64)
+        bounds = empty(9, dtype=torch.int64) if packed else None
+        inputs = q, k, v, *held, log_decay, bounds
+        numbers = lengths, rates, width**-0.5, False, not packed
+        results = dilated_attention_triton.forward(*inputs, *numbers)
+        dilated_attention_triton.backward(*inputs, *results, do, *numbers)
+
+    return Case(run, batch * time * heads, width % 64 == 0 and dtype == torch.bfloat16)
+
+
 def steps(batch, heads, width):
     """One token of each operator, for decoding."""
 
@@ -328,6 +351,14 @@ CASES: dict[str, Case] = {
     "delta 512, no decay": delta(4, 2048, 8, 512, form="none"),
     "delta 512, float32": delta(4, 2048, 8, 512, dtype=torch.float32),
     "wkv4": rwkv4(8, 4096, 2048),
+    "LongNet 64": dilated(4, 32768, 12, 64),
+    "LongNet 64, xPos": dilated(4, 32768, 12, 64, decay=True),
+    "LongNet 64, packed, from a state": dilated(1, 65536, 12, 64, packed=True),
+    "LongNet 48": dilated(4, 32768, 16, 48),
+    "LongNet 128": dilated(4, 32768, 12, 128),
+    "LongNet 128, xPos": dilated(4, 32768, 12, 128, decay=True),
+    "LongNet 256, xPos": dilated(2, 32768, 4, 256, decay=True),
+    "LongNet 64, xPos, float32": dilated(4, 32768, 12, 64, decay=True, dtype=torch.float32),
     "steps": steps(64, 16, 128),
     "steps 512": steps(64, 8, 512),
 }

@@ -329,6 +329,32 @@ def block_recurrent(config):
     return table
 
 
+def longnet(config):
+    """torchscale's decoder, whose scale for sub-LayerNorms or deepnorm takes biases too."""
+    width, mlp_width, layers = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+    )
+    divisor = 1 / math.log(2 * layers) ** 0.5 if config.sub_norm else 1.0
+    if config.deepnorm:
+        divisor = (8 * layers) ** 0.25
+    embedding = (0.0, width**-0.5, "normal")
+    table = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
+    if config.max_position_embeddings is not None:
+        table["model.embed_positions.weight"] = embedding
+    table["*norm.weight"], table["*norm.bias"] = ONE, ZERO
+    for kind in ("weight", "bias"):
+        table |= {
+            f"*.mixer.[qk]_proj.{kind}": linear_default(width),
+            f"*.mixer.v_proj.{kind}": divided(linear_default(width), divisor),
+            f"*.mixer.out_proj.{kind}": divided(linear_default(width), divisor),
+            f"*.mlp.up_proj.{kind}": divided(linear_default(width), divisor),
+            f"*.mlp.down_proj.{kind}": divided(linear_default(mlp_width), divisor),
+        }
+    return table
+
+
 # By the name in zoo.MODELS; each takes the config.
 TABLES = {
     "retnet": retnet,
@@ -340,4 +366,5 @@ TABLES = {
     "sliding_window": sliding_window,
     "infini": infini,
     "block_recurrent": block_recurrent,
+    "longnet": longnet,
 }

@@ -43,6 +43,7 @@ from . import (
     meliad,
     mistral_consolidated,
     rwkv_pth,
+    torchscale_longnet,
     torchscale_retnet,
     transnormerllm,
 )
@@ -62,6 +63,7 @@ _FILES = (
     mistral_consolidated,
     infini_beomi,
     infini_lucidrains,
+    torchscale_longnet,
 )
 FORMATS = {file.FORMAT.name: file.FORMAT for file in _FILES}
 
