@@ -47,7 +47,9 @@ VOCAB_SIZE = FIRST_FILLER + NUM_FILLER
 class Task:
     """What all models of a passkey TOML share. Lengths are in tokens or in segments of them."""
 
-    models: dict  # name -> {"architecture", "learning_rate_scales", and its config's fields}
+    # name -> {"architecture", "learning_rate" and "learning_rate_scales" if they are its own, and
+    # its config's fields}
+    models: dict
     segment_length: int = 64
     train_segments: int = 4
     test_segments: tuple = (4, 8, 16, 32)
@@ -56,7 +58,7 @@ class Task:
     warmup_steps: int = 100
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
-    learning_rate_scales: dict = field(default_factory=dict)  # a model's own come in its table
+    learning_rate_scales: dict = field(default_factory=dict)
     gradient_clip: float = 1.0
     test_documents: int = 128  # per distance
     output_dir: str = "runs/passkey"
@@ -120,7 +122,7 @@ def documents(count, num_segments, segment_length, distances, generator):
 
 
 def build(task, name, seed):
-    """A model of the task with fresh weights, and its factors on the learning rate.
+    """A model of the task with fresh weights, and the task with its own learning rates.
 
     Raises:
         UsageError: no such model in the TOML, or fields that its architecture does not have.
@@ -128,7 +130,8 @@ def build(task, name, seed):
     if name not in task.models:
         raise UsageError(f"no model {name!r} in the TOML: {nearest(name, task.models)}")
     fields = dict(task.models[name])
-    scales = fields.pop("learning_rate_scales", {})
+    own = ("learning_rate", "learning_rate_scales")
+    task = replace(task, **{key: fields.pop(key) for key in own if key in fields})
     architecture = fields.pop("architecture", None)
     if architecture not in zoo.MODELS:
         raise UsageError(
@@ -140,7 +143,7 @@ def build(task, name, seed):
         config = architecture.config(vocab_size=VOCAB_SIZE, **fields)
     except Exception as error:  # a strict config raises errors of huggingface_hub and of its own
         raise UsageError(f"{name}: {' '.join(str(error.__cause__ or error).split())}") from error
-    return architecture.causal_lm(config), scales
+    return architecture.causal_lm(config), task
 
 
 def answer_logits(model, ids):
@@ -149,9 +152,9 @@ def answer_logits(model, ids):
     return logits[:, :-1], ids[:, -NUM_DIGITS:]
 
 
-def train(task, model, scales, seed, log):
+def train(task, model, seed, log):
     """Trains a model; `log` gets a dictionary every hundred steps."""
-    groups = parameter_groups(model, replace(task, learning_rate_scales=scales))
+    groups = parameter_groups(model, task)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     model.train()
@@ -202,14 +205,14 @@ def measure(task, model, seed):
 
 def run(task, name, seed):
     """Trains and measures one model, and writes what came of it."""
-    model, scales = build(task, name, seed)
+    model, own = build(task, name, seed)
     curve = []
 
     def log(figures):
         curve.append(figures)
         print(f"{name}, seed {seed}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
-    train(task, model, scales, seed, log)
+    train(own, model, seed, log)
     folder = Path(task.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     record = {

@@ -41,7 +41,6 @@ from .base import (
     ZooModel,
     ZooPreTrainedModel,
     check_activation,
-    check_head_dim,
 )
 from .kernels.dilated_attention import (
     Held,
@@ -138,13 +137,16 @@ class LongNetConfig(ZooConfig):
     @property
     def head_dim(self):
         """Width of a head."""
-        heads = self.num_attention_heads
-        return self.hidden_size // heads if self.hidden_size % heads == 0 else None
+        return self.hidden_size // self.num_attention_heads
 
     def validate_architecture(self):
         """Checks heads, branches and positions."""
         super().validate_architecture()
-        check_head_dim(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                "hidden_size is a multiple of num_attention_heads, got "
+                f"{self.hidden_size} and {self.num_attention_heads}; change one of them."
+            )
         check_activation("hidden_act", self.hidden_act)
         branches_of(self.segment_lengths or [], self.dilation_rates or [])
         if self.xpos and self.head_dim % 2:

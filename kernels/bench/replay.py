@@ -34,6 +34,7 @@ MODELS = {
     "lightning": {},
     "sliding_window": {"sliding_window": 512},
     "rwkv7": {},
+    "block_recurrent": {"sliding_window": 512, "num_states": 128},
 }
 
 

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from zoo.kernels.delta_recurrence import delta_recurrence, delta_recurrence_chunked
+from zoo.kernels.dilated_attention import dilated_attention
 from zoo.kernels.linear_recurrence import linear_recurrence, linear_recurrence_chunked
 from zoo.kernels.wkv4 import wkv4, wkv4_chunked
 
@@ -269,6 +270,34 @@ def rwkv4(batch, tokens, width):
     return make
 
 
+def longnet(batch, tokens, heads, width):
+    """A maker of LongNet's dilated attention; offsets by head, so that two heads stand for all."""
+    lengths, rates = [2048 << n for n in range(5)], [1 << n for n in range(5)]
+
+    def make(device, is_tiny):
+        random, (b, t, h, d), how = setting(device, is_tiny, batch, tokens, heads, width)
+        inputs = {name: random.normal(b, t, h, d) for name in "qkv"}
+        segments = [w // 512 if is_tiny else w for w in lengths]
+        branches = {"segment_lengths": segments, "dilation_rates": rates, "offsets": "modulo"}
+        positions, size = b * t * h, inputs["q"].element_size()
+        # Each query of a branch, one in r, sees half of w / r keys on average.
+        pairs = positions * sum(min(w, t) / (2 * r * r) for w, r in zip(segments, rates))
+        traffic, flops = positions * d * size, int(4 * d * pairs)
+        return Workload(
+            inputs,
+            tuple(inputs),
+            {
+                "ours": lambda **x: dilated_attention(**x, **branches, **how),
+                "attention": lambda q, k, v: attention(q, k, v, None),
+            },
+            lambda **x: dilated_attention(**x, **branches, backend="torch"),
+            two_heads,
+            {"forward": (4 * traffic, flops), "training": (11 * traffic, 7 * flops // 2)},
+        )
+
+    return make
+
+
 def decode(batch, heads, width):
     """A maker of one token of a retention for each of `batch` rows."""
 
@@ -340,6 +369,8 @@ CASES = {
         linear("H", 1, 1 << 20, 16, 128), ("forward",), {"forward": 2.0}
     ),
     "wkv4 (8, 4096, 2048)": Case(rwkv4(8, 4096, 2048), BOTH),
+    "LongNet (1, 131072, 12, 64)": Case(longnet(1, 131_072, 12, 64), BOTH),
+    "LongNet (4, 32768, 12, 128)": Case(longnet(4, 32_768, 12, 128), BOTH),
     "GLA (4, 4096, 16, 128)": Case(linear("BTHK", 4, 4096, 16, 128), BOTH),
     "scalar gates (4, 4096, 64, 64)": Case(linear("BTH", 4, 4096, 64, 64), BOTH),
 }

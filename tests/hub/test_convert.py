@@ -457,6 +457,31 @@ def infini_shapes(format):
     return shapes | {"norm.gamma": (16,)}
 
 
+LONGNET_CONFIG = {
+    "vocab_size": 19,
+    "decoder_embed_dim": 16,
+    "decoder_ffn_embed_dim": 24,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "segment_length": [4, 8],
+    "dilated_ratio": [1, 2],
+}
+
+
+def longnet_shapes():
+    """The shapes of torchscale's tensors by their names."""
+    modules = {f"self_attn.{x}_proj": (16, 16) for x in ("q", "k", "v", "out")}
+    modules |= {"self_attn.inner_attn_ln": (16,), "ffn.ffn_layernorm": (24,)}
+    modules |= {"self_attn_layer_norm": (16,), "final_layer_norm": (16,)}
+    modules |= {"ffn.fc1": (24, 16), "ffn.fc2": (16, 24)}
+    modules = {f"layers.{i}.{name}": shape for i in range(2) for name, shape in modules.items()}
+    modules["layer_norm"] = (16,)
+    shapes = {f"{name}.weight": shape for name, shape in modules.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in modules.items()}
+    rows = {"embed_tokens": 19, "output_projection": 19, "embed_positions": 34}
+    return shapes | {f"{name}.weight": (count, 16) for name, count in rows.items()}
+
+
 def make_source(format, folder):
     """A small checkpoint of any format."""
     folder.mkdir()
@@ -466,6 +491,9 @@ def make_source(format, folder):
     elif format in INFINI_CONFIGS:
         (folder / "config.json").write_text(json.dumps(INFINI_CONFIGS[format]))
         save_file(random_weights(infini_shapes(format)), folder / "model.safetensors")
+    elif format == "torchscale-longnet":
+        (folder / "config.json").write_text(json.dumps(LONGNET_CONFIG))
+        save_file(random_weights(longnet_shapes()), folder / "model.safetensors")
     elif format in FLA_CONFIGS:
         ranks = (4, 5) if format == "fla-rwkv6" else (5, 6, 7, 8)
         shapes = fla_shapes(format[-1], 32, 2, 32, 32, 64, 2, 19, ranks, True, False)

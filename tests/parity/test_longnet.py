@@ -174,6 +174,25 @@ def test_refused(tmp_path, changes, tensors, message):
         convert("torchscale-longnet", theirs, tmp_path / "ours")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_attention_heads": 5}, "hidden_size is a multiple of num_attention_heads"),
+        ({"hidden_size": 12}, "head_dim is even"),
+        ({"segment_lengths": [8]}, "one positive entry per branch each"),
+        ({"segment_lengths": None}, "one positive entry per branch each"),
+        ({"dilation_rates": [1, 0]}, "one positive entry per branch each"),
+        ({"xpos_scale_base": 0}, "xpos_scale_base is at least 1"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is at least 1"),
+        ({"deepnorm": True}, "two ways to the same end"),
+        ({"hidden_act": "mish2"}, "hidden_act is one of"),
+    ],
+)
+def test_configs_that_do_not_fit(fields, message):
+    with pytest.raises(Exception, match=message):
+        LongNetConfig(**SMALL | fields)
+
+
 def test_positions_end_where_the_table_does(load):
     model = load(torch.float32)
     with pytest.raises(ValueError, match="learned positions end at max_position_embeddings = 158"):

@@ -94,11 +94,13 @@ def test_learns_within_a_segment(toml):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2}
     task = passkey.read_task(toml)
     task.models["small"] |= sizes
-    short = {"steps": 200, "warmup_steps": 20, "batch_size": 32, "learning_rate": 3e-3}
+    task.models["small"]["learning_rate"] = 3e-3
+    short = {"steps": 200, "warmup_steps": 20, "batch_size": 32}
     task = passkey.replace(task, train_segments=1, **short)
-    model, scales = passkey.build(task, "small", 0)
+    model, task = passkey.build(task, "small", 0)
+    assert task.learning_rate == 3e-3 and task.learning_rate_scales == {"*.gate": 5.0}
     curve = []
-    passkey.train(task, model, scales, 0, curve.append)
+    passkey.train(task, model, 0, curve.append)
     assert [figures["step"] for figures in curve] == [100, 200]
     assert curve[1]["loss"] < 1.5 < curve[0]["loss"] < 3
     assert "gate/mean" in curve[1]
