@@ -39,22 +39,26 @@ from .operator_triton import is_traced, nothing
 # head: (forward, queries, keys).
 _CONFIGS = {
     "sm_80": {
-        64: (Config(128, 64, 4, 3), Config(128, 64, 4, 2), Config(64, 64, 4, 2)),
-        128: (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 1)),
-        256: (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+        64: (Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(64, 32, 8, 1)),
+        128: (Config(64, 32, 8, 1), Config(32, 32, 4, 2), Config(64, 32, 8, 1)),
+        256: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(32, 16, 8, 1)),
     },
     "sm_90": {
-        64: (Config(128, 64, 4, 3), Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
-        128: (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
-        256: (Config(64, 64, 8, 1), Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
+        64: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+        128: (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+        256: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(32, 16, 8, 1)),
+    },
+    "sm_100": {
+        64: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+        128: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+        256: (Config(64, 32, 8, 2), Config(32, 16, 8, 1), Config(32, 32, 8, 1)),
     },
     "gfx942": {
-        64: (Config(128, 32, 4, 1), Config(64, 32, 4, 1), Config(64, 32, 4, 1)),
-        128: (Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(32, 32, 4, 1)),
-        256: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1)),
+        64: (Config(128, 64, 4, 1), Config(128, 64, 4, 1), Config(128, 64, 4, 1)),
+        128: (Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 32, 4, 1)),
+        256: (Config(32, 16, 4, 1), Config(32, 16, 4, 1), Config(32, 16, 4, 1)),
     },
 }
-_CONFIGS["sm_100"] = _CONFIGS["sm_90"]
 # What tests choose in place of the table.
 overridden = {}
 # Numbers that differ from branch to branch: the same machine code for all of them. Rows are a

@@ -298,6 +298,9 @@ class Run:
                 f"byte, gzip -9 {result['gzip_bits_per_byte']:.4f}; {result['tokens']:,} tokens in "
                 f"{duration(self.seconds)}"
             )
+        # All leave together: one that took its connections down while another is at work has been
+        # seen to abort.
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
     def _results(self):

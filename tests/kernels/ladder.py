@@ -18,8 +18,12 @@ def values_and_gradients(function, positional, keyword):
 
 
 def worst(got, expected):
-    """Largest difference, relative to each tensor's largest entry if that is above 1."""
-    return max(
-        ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1)).item()
+    """Largest difference, relative to each tensor's largest entry if that is above 1.
+
+    Not a number if any is none: Python's own max would pass over it.
+    """
+    differences = [
+        (a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1)
         for a, b in zip(got, expected, strict=True)
-    )
+    ]
+    return torch.stack(differences).max().item()

@@ -1,5 +1,6 @@
 """The gathered path of dilated attention against its definition, and both against torchscale's."""
 
+import itertools
 import json
 
 import pytest
@@ -204,6 +205,21 @@ def test_dtypes(dtype):
     assert o.dtype == dtype
     # Half a unit in the last place of numbers below 4, and for float32 a sum of 20 products.
     assert worst([o], [expected]) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["constant weights", "weight gradient"])
+def test_scores_that_no_exponential_holds(weights):
+    """Slots without a query compute something as well, which must not show."""
+    for shape, held in itertools.product(((4, 6, [13, 40], [2, 3]), *SHAPES), (False, True)):
+        positional, keyword, leaves = arguments(shape, held=held)
+        with torch.no_grad():  # all scores are large, and one sign's
+            for x in leaves:
+                x.abs_()
+        keyword |= {"scale": 1000.0, "weight_gradient": weights}
+        expected = run(dilated_attention_reference, positional, keyword, leaves)
+        got = run(dilated_attention, positional, keyword, leaves)
+        # Scores of 10,000 are rounded to 2e-12, which is what is left of a softmax's digits.
+        assert worst(got, expected) < 1e-8
 
 
 def test_nothing_overflows_in_a_long_segment():
