@@ -256,28 +256,28 @@ def report(task):
 
 
 def plot(task, table, path):
-    """Accuracy against distance, in documents of the largest length."""
+    """Accuracy against distance, a panel for each length of documents; seeds are thin lines."""
     # Without pyplot there is no window system and no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    lengths = sorted(int(length) for length in next(iter(table.values()))["accuracy"])
+    figure = Figure(figsize=(4 * len(lengths) + 1, 4.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    length = str(max(task.test_segments))
-    for name, row in table.items():
-        by_distance = row["accuracy"][length]
-        means = [sum(values) / len(values) for values in by_distance]
-        (line,) = axes.plot(range(len(means)), means, marker="o", ms=3, label=name)
-        lowest, highest = (list(map(pick, by_distance)) for pick in (min, max))
-        axes.fill_between(range(len(means)), lowest, highest, color=line.get_color(), alpha=0.15)
-    axes.axvline(task.train_segments - 1, color="black", lw=1, ls=":")
-    axes.annotate(" longest in training", (task.train_segments - 1, 0.95))
-    axes.set(ylim=(-0.02, 1.02), ylabel="answers with all five digits right")
-    axes.set_xlabel(f"segments of {task.segment_length} tokens between key and answer")
-    axes.set_title(f"Passkey retrieval in documents of {length} segments")
-    axes.legend()
-    axes.grid(alpha=0.3)
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    for axes, length in zip(panels, lengths):
+        for name, row in table.items():
+            by_distance = row["accuracy"][str(length)]
+            means = [sum(values) / len(values) for values in by_distance]
+            (line,) = axes.plot(range(length), means, marker="o", ms=3, label=name)
+            for of_seed in zip(*by_distance):
+                axes.plot(range(length), of_seed, lw=0.7, alpha=0.5, color=line.get_color())
+        trained = " (as in training)" if length == task.train_segments else ""
+        axes.set(ylim=(-0.02, 1.02), title=f"documents of {length} segments{trained}")
+        axes.set_xlabel(f"segments of {task.segment_length} tokens between key and answer")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("answers with all five digits right")
+    panels[-1].legend()
     figure.savefig(path, format="png")
 
 

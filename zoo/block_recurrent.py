@@ -25,6 +25,12 @@ their window too, so that the stack runs window by window (1.35 to 1.4 times the
 `num_states=0` is the baseline: Transformer-XL (Dai et al. 2019, https://arxiv.org/abs/1901.02860)
 with a sliding cache, "Slide" in the paper, whose gradients go into the window before.
 
+What we found (recipes/passkey.py as in zoo/infini.py; 1.2 million parameters, windows of 16 and 16
+states, scales and gates that learn ten times as fast as the rest): one seed of three finds all five
+digits two windows back and more in every document of 8 windows, as in training, in 84% of those of
+16 and in 36% of those of 32; two had not learnt it in 1,000 steps (26 and 1% of 8). Without states
+it is 0% in each: what one window passes on to the next goes no further than two.
+
 Departures: the code has the logit of -1000 in the softmaxes over and of states too; it changes
 no digit below scales of 900. Its dropout and its other position encodings are left out. The gate
 "full" is in the code, but in no configuration of its authors. Its weights load through

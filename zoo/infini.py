@@ -21,6 +21,16 @@ mixes up.
 
 The state of a layer: the memory with z as one more column, the same sums over the tokens of the
 unfinished segment, and that segment's keys (after RoPE) and values.
+
+What we found (recipes/passkey.py: five digits to be found again; two layers, 1.06 million
+parameters, segments of 16 tokens, trained for 1,000 steps on documents of 8 segments; three seeds;
+keys two segments back and more): the linear memory finds all five digits in 75% of documents of
+that length (by seed 100, 24 and 100%), in 58% of twice that length and in 2% of four times. Without
+the memory it is 0% in each. Gates learnt ten times as fast as the rest, and came from 0.50 to 0.79;
+at the common rate to 0.53, and it is 40% (12, 9 and 99%). With the delta update it is 39% (18, 96
+and 2%). Most seeds that had not got there ended near the loss of four known digits and a guess. So
+gates that learn no faster than the rest use the memory late, and more compressions than in training
+are what it does not stand: z grows with every segment, and what filler adds to the sums with it.
 """
 
 from typing import ClassVar, Literal
