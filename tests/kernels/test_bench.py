@@ -36,7 +36,7 @@ def test_every_case_runs_and_only_where_asked(tmp_path):
             assert figures["low_ms"] <= figures["ms"] <= figures["high_ms"]
             assert results[name][mode]["floor_ms"] > 0
             # float32 against float64: what is compared is the same function.
-            assert max(figures["errors"].values()) < 1e-4
+            assert all(error < 1e-4 for error in figures["errors"].values())
             gradients = len(figures["errors"]) - 1
             assert gradients == (len(tiny(name).learned) if mode == "training" else 0)
             assert results[name][mode].get("target") == case.targets.get(mode)
@@ -137,10 +137,11 @@ def test_fla_gets_the_same_function(monkeypatch):
     for name, case in run.CASES.items():
         workload = tiny(name)
         sides = [side for side in workload.contenders if side.startswith("fla")]
-        assert sides, name
+        # fla has no dilated attention.
+        assert bool(sides) != name.startswith("LongNet"), name
         for side in sides:
             errors = run.errors(workload, case.modes[-1], workload.contenders[side])
-            assert max(errors.values()) < 1e-4, (name, side, errors)
+            assert all(error < 1e-4 for error in errors.values()), (name, side, errors)
 
 
 def test_tuning_ranks_what_it_tries(tmp_path, capsys):
