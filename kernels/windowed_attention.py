@@ -176,8 +176,10 @@ def windowed_attention(
         return x_BTHK.transpose(1, 2).unflatten(1, (num_groups, num_heads // num_groups))
 
     # Pieces of the keys that bands are put together from: a view into the whole would have a
-    # gradient as long as the whole for every block, which is quadratic.
-    pieces = ([older] if older else []) + sizes
+    # gradient as long as the whole for every block, which is quadratic. Older keys are cut as well,
+    # so that they leave the bands as their queries' own do.
+    ragged, full = older % block_length, older // block_length
+    pieces = ([ragged] if ragged else []) + [block_length] * full + sizes
     starts = [sum(pieces[:n]) for n in range(len(pieces))]
     k_pieces = k.transpose(1, 2).split(pieces, dim=2)
     v_pieces = v.transpose(1, 2).split(pieces, dim=2)
