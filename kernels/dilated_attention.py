@@ -31,9 +31,10 @@ from .linear_recurrence import accumulator_dtype, check_boundaries, choose_backe
 OFFSETS = ("grouped", "modulo")
 # In place of the log of no weight at all: finite, as -inf - (-inf) is not a number.
 NO_WEIGHT = -1e30
-# Queries at a time where there is no fused attention, and the lengths that ragged segments of many
-# documents are filled up to, so that they share a call.
-BLOCK, MANY_DOCUMENTS = 512, 8
+# Queries at a time where attention is not fused, or has a decay.
+BLOCK = 512
+# With more documents than these, ragged segments are filled up, so that they share calls.
+MANY_DOCUMENTS = 8
 
 
 class Branch(NamedTuple):
@@ -184,7 +185,7 @@ def check_arguments(q, k, v, segment_lengths, dilation_rates, offsets, log_decay
         for name, x in (("count", held.count), ("row", held.row)):
             require(
                 x is None or list(x.shape) == [num_documents],
-                f"held.{name} is [N] = {[num_documents]}, got {x is None or list(x.shape)}.",
+                f"held.{name} is [N] = {[num_documents]}, got {x if x is None else list(x.shape)}.",
             )
     return branches
 
@@ -250,11 +251,22 @@ def dilated_attention_reference(
             logs.append(score_HTS.logsumexp(-1))
             o_HTV = score_HTS.softmax(-1) @ v_SHV.transpose(0, 1)
             sums.append(torch.where(has_HT[..., None], o_HTV, 0))
-        log_HTI = torch.stack(logs, dim=-1)
-        weight_HTI = (log_HTI if weight_gradient else log_HTI.detach()).softmax(-1)
-        o_HTV = (torch.stack(sums, dim=-1) * weight_HTI[:, :, None]).sum(-1)
+        o_HTV = _merged(sums, logs, weight_gradient)
         outputs.append(o_HTV.transpose(0, 1))
     return torch.cat(outputs).unflatten(0, (batch, time)).to(v.dtype)
+
+
+def _merged(outputs, logs, weight_gradient):
+    """Equation 10: outputs [..., V] of the branches, weighted by their softmaxes' denominators.
+
+    Args:
+        outputs: of each branch.
+        logs: of its denominators, [...].
+        weight_gradient: as of `dilated_attention`.
+    """
+    logs = torch.stack(logs, dim=-1)
+    weights = (logs if weight_gradient else logs.detach()).softmax(-1)
+    return (torch.stack(outputs, dim=-1) * weights.unsqueeze(-2)).sum(-1)
 
 
 def _with_held(x_THK, held_HMK, branch, count, offset_H):
@@ -355,15 +367,17 @@ def _run_torch(q, k, v, branches, scale, offsets, log_decay, cu_seqlens, held, w
 
 
 def _check_range(branches, log_decay):
+    """Raises a ValueError if a decay leaves float32 within a block of queries."""
     if log_decay.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    lowest = log_decay.min().item()
     for branch in branches:
         reach = min(_block_size(branch.rate), branch.count) * branch.rate / 2
-        if -log_decay.min().item() * reach > 80:  # exp(80) is near float32's largest number
+        if -lowest * reach > 80:  # exp(80) is near float32's largest number
             raise ValueError(
-                f"dilated_attention: a log_decay of {log_decay.min().item():.3g} per token is too "
-                f"strong for a dilation rate of {branch.rate}: no score is left between selected "
-                "tokens. Use a smaller rate, or no decay."
+                f"dilated_attention: a log_decay of {lowest:.3g} per token is too strong for a "
+                f"dilation rate of {branch.rate}: no score is left between selected tokens. Use a "
+                "smaller rate, or no decay."
             )
 
 
@@ -518,13 +532,17 @@ def _times(factors, q_SHCK, k_SHCK):
     return q_SHCK * q_CK, k_SHCK * k_CK
 
 
-def _visible(q_SHCK, k_SHCK):
-    """Which keys queries see that are the last of as many slots; None: they are all of them."""
+def _mask(q_SHCK, k_SHCK):
+    """0 where a key is seen, else -inf, [C, C']: queries are the last of as many slots."""
     num_queries, num_keys = q_SHCK.shape[2], k_SHCK.shape[2]
-    if num_queries == num_keys:
-        return None
     mask_CC = torch.full((num_queries, num_keys), -torch.inf, dtype=q_SHCK.dtype)
     return mask_CC.triu(num_keys - num_queries + 1).to(q_SHCK.device)
+
+
+def _fused_mask(q_SHCK, k_SHCK):
+    """(whether attention is plainly causal, else its mask)."""
+    is_square = q_SHCK.shape[2] == k_SHCK.shape[2]
+    return is_square, None if is_square else _mask(q_SHCK, k_SHCK)
 
 
 def _is_fused(x):
@@ -534,10 +552,10 @@ def _is_fused(x):
 
 def _softmax_attention(q, k, v, scale):
     """PyTorch's fused attention on a CPU, with its logarithms; elsewhere written out, in blocks."""
-    mask = _visible(q, k)
     if _is_fused(q):
+        is_causal, mask = _fused_mask(q, k)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
+            q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
         )
     outputs = []
     for _, score_SHCC in _score_blocks(q, k, scale):
@@ -546,10 +564,10 @@ def _softmax_attention(q, k, v, scale):
 
 
 def _softmax_attention_backward(q, k, v, grad_o, o, log, scale):
-    mask = _visible(q, k)
     if _is_fused(q):
+        is_causal, mask = _fused_mask(q, k)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_o, q, k, v, o, log, 0.0, mask is None, attn_mask=mask, scale=scale
+            grad_o, q, k, v, o, log, 0.0, is_causal, attn_mask=mask, scale=scale
         )
     dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
     sizes = {"split_size": BLOCK, "dim": 2}
@@ -567,11 +585,7 @@ def _softmax_attention_backward(q, k, v, grad_o, o, log, scale):
 
 def _score_blocks(q, k, scale):
     """(queries, scores) of `BLOCK` queries at a time; -inf where a key is not seen."""
-    mask = _visible(q, k)
-    if mask is None:
-        mask = torch.full((q.shape[2], k.shape[2]), -torch.inf, dtype=q.dtype, device=q.device)
-        mask = mask.triu(1)
-    for q_SHCK, mask_CC in zip(q.split(BLOCK, dim=2), mask.split(BLOCK)):
+    for q_SHCK, mask_CC in zip(q.split(BLOCK, dim=2), _mask(q, k).split(BLOCK)):
         yield q_SHCK, q_SHCK @ k.mT * scale + mask_CC
 
 
@@ -637,16 +651,22 @@ def _step(q, keys, values, clock, branches, scale, offsets, log_decay, weight_gr
         o_BHV = o_BGV.new_zeros(batch, num_heads + 1, o_BGV.shape[-1])
         to_BGV = to_BG[..., None].expand_as(o_BGV)
         outputs.append(o_BHV.scatter(1, to_BGV, o_BGV)[:, :-1])
-    log_BHI = torch.stack(logs, dim=-1)
-    weight_BHI = (log_BHI if weight_gradient else log_BHI.detach()).softmax(-1)
-    o_BHV = (torch.stack(outputs, dim=-1) * weight_BHI[:, :, None]).sum(-1)
+    o_BHV = _merged(outputs, logs, weight_gradient)
     return o_BHV[:, None].to(q.dtype)
 
 
 def write_slots(
-    held, new, clock, segment_lengths, dilation_rates, *, offsets="grouped", is_written=None
+    held,
+    new,
+    clock,
+    segment_lengths,
+    dilation_rates,
+    *,
+    offsets="grouped",
+    is_written=None,
+    may_overwrite=False,
 ):
-    """The slots with one more token of each row, as new tensors.
+    """The slots with one more token of each row; a copy unless they may be overwritten.
 
     Args:
         held: [B, H, M, K].
@@ -654,22 +674,8 @@ def write_slots(
         clock: [B], its number in its document, from 0.
         segment_lengths, dilation_rates, offsets: as of `dilated_attention`.
         is_written: [B] bool, which rows have such a token; None: all.
+        may_overwrite: whether to write into `held` itself.
     """
-    return overwrite_slots(
-        held.clone(),
-        new,
-        clock,
-        segment_lengths,
-        dilation_rates,
-        offsets=offsets,
-        is_written=is_written,
-    )
-
-
-def overwrite_slots(
-    held, new, clock, segment_lengths, dilation_rates, *, offsets="grouped", is_written=None
-):
-    """As `write_slots`, into the slots that are given; returns them."""
     batch, num_heads = new.shape[:2]
     branches = branches_of(segment_lengths, dilation_rates)
     slots, selected = [], []
@@ -684,12 +690,14 @@ def overwrite_slots(
     heads_H1 = torch.arange(num_heads, device=new.device)[:, None]
     old_BHIK = held[rows_B11, heads_H1, slot_BHI]
     new_BHIK = new[:, :, None].to(held.dtype)
+    if not may_overwrite:
+        held = held.clone()
     held[rows_B11, heads_H1, slot_BHI] = torch.where(selected_BHI[..., None], new_BHIK, old_BHIK)
     return held
 
 
 def hold(x, held, segment_lengths, dilation_rates, first, start, after, *, offsets="grouped"):
-    """The slots after a pass, [R, H, M, K]: what `overwrite_slots` leaves, token by token.
+    """The slots after a pass, [R, H, M, K]: what `write_slots` leaves, token by token.
 
     So behind the newest token of a segment lie those of the segment before, until they are
     overwritten; zeros where there is none.

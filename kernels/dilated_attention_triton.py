@@ -12,15 +12,17 @@ run one after the other:
                 weights have a gradient, of all
     _keys       dk and dv, added to those of the branches before; of held slots their own
 
-Per branch 4 T^2... products as in flash attention over ceil(w / r) slots; memory traffic is that of
-q, k, v and o times 1 / r. Scores are in base 2. With a decay, both sides of a product are scaled
-around the middle of the tile whose program it is: only keys of that tile get a factor above 1.
+A branch takes w (K + V) T / r^2 FLOPs per head forward, three and a half times that with backward,
+and moves a share of 1 / r of each tensor. Scores are in base 2. With a decay, both sides of a
+product are scaled around the middle of the tile whose program it is: only keys of that tile get a
+factor above 1.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .dilated_attention import branches_of
 from .launch_triton import (
     LOG2E,
     Config,
@@ -34,6 +36,7 @@ from .launch_triton import (
     target_of,
 )
 from .operator_triton import is_traced, nothing
+from .segments_triton import kept, overridden
 
 # Tiles of `chunk` slots for the program's own, of `slice` for those it walks over, by the widest
 # head: (forward, queries, keys).
@@ -59,8 +62,6 @@ _CONFIGS = {
         256: (Config(32, 16, 4, 1), Config(32, 16, 4, 1), Config(32, 16, 4, 1)),
     },
 }
-# What tests choose in place of the table.
-overridden = {}
 # Numbers that differ from branch to branch: the same machine code for all of them. Rows are a
 # head's width apart, which the code knows.
 _NUMBERS = ("stride", "part_row", "T", "H", "M", "first", "w", "r", "group", "per_row", "blocks")
@@ -111,6 +112,41 @@ def _slots(
         inside = ((u < low) & (u < high))[:, None] & (d < D)[None, :]
         rows += tl.load(held + at, mask=inside, other=0.0)
     return rows
+
+
+@triton.jit
+def _add_to_tokens(total, sums, base, u, inside, h, H, D: tl.constexpr, BD: tl.constexpr):
+    """Adds to rows of a sum of gradients [tokens, H, D], float32: branches come one by one."""
+    d = tl.arange(0, BD)
+    at = ((base + u) * H + h)[:, None] * D + d[None, :]
+    inside = inside[:, None] & (d < D)[None, :]
+    tl.store(total + at, tl.load(total + at, mask=inside, other=0.0) + sums, mask=inside)
+
+
+@triton.jit
+def _add_to_slots(
+    total,
+    held,
+    sums,
+    base,
+    u,
+    c,
+    low,
+    high,
+    h,
+    H,
+    held_row,
+    first,
+    M,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """The gradient of `_slots`: added for tokens, stored for what is held, which one branch has."""
+    _add_to_tokens(total, sums, base, u, (u >= low) & (u < high), h, H, D, BD)
+    if held is not None:
+        d = tl.arange(0, BD)
+        at = ((held_row * H + h) * M + first + c)[:, None] * D + d[None, :]
+        tl.store(held + at, sums, mask=((u < low) & (u < high))[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -292,10 +328,7 @@ def _queries(
         sums *= scale
         if log_decay is not None:
             sums *= _factor(log_decay, (c_q - anchor) * r, K, BK)
-        d = tl.arange(0, BK)
-        at = (token * H + h)[:, None] * K + d[None, :]
-        inside = is_query[:, None] & (d < K)[None, :]
-        tl.store(dq + at, tl.load(dq + at, mask=inside, other=0.0) + sums, mask=inside)
+        _add_to_tokens(dq, sums, base, u_q, is_query, h, H, K, BK)
 
 
 @triton.jit(do_not_specialize=_OF_KEYS)
@@ -372,24 +405,12 @@ def _keys(
         key_sums *= scale
         if log_decay is not None:
             key_sums *= _factor(log_decay, (anchor - c_k) * r, K, BK)
-        is_new = (u_k >= low) & (u_k < high)
-        token = base + u_k
-        d = tl.arange(0, BK)
-        at = (token * H + h)[:, None] * K + d[None, :]
-        inside = is_new[:, None] & (d < K)[None, :]
-        tl.store(dk + at, tl.load(dk + at, mask=inside, other=0.0) + key_sums, mask=inside)
-        if held_k is not None:
-            at = ((held_row * H + h) * M + first + c_k)[:, None] * K + d[None, :]
-            inside = ((u_k < low) & (u_k < high))[:, None] & (d < K)[None, :]
-            tl.store(dheld_k + at, key_sums, mask=inside)
-        d = tl.arange(0, BV)
-        at = (token * H + h)[:, None] * V + d[None, :]
-        inside = is_new[:, None] & (d < V)[None, :]
-        tl.store(dv + at, tl.load(dv + at, mask=inside, other=0.0) + value_sums, mask=inside)
-        if held_v is not None:
-            at = ((held_row * H + h) * M + first + c_k)[:, None] * V + d[None, :]
-            inside = ((u_k < low) & (u_k < high))[:, None] & (d < V)[None, :]
-            tl.store(dheld_v + at, value_sums, mask=inside)
+        _add_to_slots(
+            dk, dheld_k, key_sums, base, u_k, c_k, low, high, h, H, held_row, first, M, K, BK
+        )
+        _add_to_slots(
+            dv, dheld_v, value_sums, base, u_k, c_k, low, high, h, H, held_row, first, M, V, BV
+        )
 
 
 def _count_segments(length, batch, time, count, cu_seqlens):
@@ -401,8 +422,13 @@ def _count_segments(length, batch, time, count, cu_seqlens):
     return batch * time // length + num_documents * (1 if count is None else 2)
 
 
-def _table(length, num_segments, batch, time, count, row, cu_seqlens):
-    """[4, segments] as `_segment` reads it, without reading a value on the host."""
+def _tables(count, row, cu_seqlens, lengths, batch, time):
+    """For each branch [4, segments] as `_segment` reads it; no value is read on the host."""
+    return [_table(count, row, cu_seqlens, length, batch, time) for length in lengths]
+
+
+def _table(count, row, cu_seqlens, length, batch, time):
+    num_segments = _count_segments(length, batch, time, count, cu_seqlens)
     device = (count if cu_seqlens is None else cu_seqlens).device
     if cu_seqlens is None:
         first_N = torch.arange(batch, device=device) * time
@@ -426,17 +452,10 @@ def _table(length, num_segments, batch, time, count, row, cu_seqlens):
     return torch.stack([base_S, low_S, high_S, row_N[document_S]])
 
 
-def _branches(lengths, rates):
-    first = 0
-    for length, rate in zip(lengths, rates, strict=True):
-        yield length, rate, first
-        first += -(-length // rate)
-
-
 def _config(index, q, v, rate, has_decay):
     target = target_of(q.device)
     width = max(padded(q.shape[-1]), padded(v.shape[-1]), 64)
-    sizes = overridden.get("sizes", _CONFIGS[target])
+    sizes = overridden.get("dilated_attention", _CONFIGS[target])
     if width not in sizes:
         raise ValueError(
             f"dilated_attention: backend 'triton' takes heads up to {max(sizes)} wide, got "
@@ -447,24 +466,22 @@ def _config(index, q, v, rate, has_decay):
         config = config._replace(chunk=max(config.chunk // 2, 16), slice=max(config.slice // 2, 16))
     if has_decay:
         # Fewer tokens than it takes for a decay to overflow.
-        config = config._replace(chunk=min(config.chunk, max(16, 4096 // _power_of_two(rate))))
+        config = config._replace(
+            chunk=min(config.chunk, max(16, 4096 // triton.next_power_of_2(rate)))
+        )
     return config
-
-
-def _power_of_two(n):
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def _launches(index, inputs, lengths, rates, scale, modulo):
     """(kernel's arguments, grid, `Config`) of each branch."""
     q, k, v, held_k, held_v, count, row, log_decay, cu_seqlens = inputs
     (batch, time, num_heads, key_dim), value_dim = q.shape, v.shape[-1]
-    part_row = 0
-    for length, rate, first in _branches(lengths, rates):
+    tables, part_row = [None] * len(lengths), 0
+    if count is not None or cu_seqlens is not None:
+        tables = kept(_tables, (count, row, cu_seqlens), (tuple(lengths), batch, time))
+    for table, branch in zip(tables, branches_of(lengths, rates), strict=True):
+        length, rate = branch.length, branch.rate
         num_segments = _count_segments(length, batch, time, count, cu_seqlens)
-        table = None
-        if count is not None or cu_seqlens is not None:
-            table = _table(length, num_segments, batch, time, count, row, cu_seqlens)
         config = _config(index, q, v, rate, log_decay is not None)
         reach = length if count is not None else min(length, time)
         blocks = -(-reach // (rate * config.chunk))
@@ -482,7 +499,7 @@ def _launches(index, inputs, lengths, rates, scale, modulo):
             "T": time,
             "H": num_heads,
             "M": 0 if held_k is None else held_k.shape[2],
-            "first": first,
+            "first": branch.first,
             "w": length,
             "r": rate,
             "group": -(-num_heads // rate),

@@ -125,22 +125,43 @@ def _num_segments(programs, processors, most):
     return max(range(1, min(most, 64) + 1), key=lambda count: (busy(count), -count))
 
 
-_last_table = None
+_kept = {}
+
+
+def kept(make, tensors, numbers):
+    """make(*tensors, *numbers), kept until the same function is asked for something else.
+
+    All layers of a forward pass, and its backward, ask for the same tables.
+
+    Args:
+        make: a function that looks at nothing else.
+        tensors: told apart by identity and version; None is one.
+        numbers: told apart by value.
+    """
+    on_device = [x for x in tensors if x is not None and x.is_cuda]
+    # A captured graph must make its own table again whenever it runs.
+    if on_device and torch.cuda.is_current_stream_capturing():
+        return make(*tensors, *numbers)
+    # Tensors of inference mode have no version: what was kept for them may have changed since.
+    if any(x is not None and x.is_inference() for x in tensors):
+        return make(*tensors, *numbers)
+    versions = [None if x is None else x._version for x in tensors]
+    if make in _kept:
+        old_tensors, *rest, result = _kept[make]
+        is_same = all(a is b for a, b in zip(old_tensors, tensors, strict=True))
+        if is_same and rest == [versions, numbers]:
+            return result
+    result = make(*tensors, *numbers)
+    _kept[make] = tensors, versions, numbers, result
+    return result
 
 
 def segment_table(cu_seqlens, time, length):
-    """([4, segments], [N + 1]) as in `Plan`, without reading a value on the host.
+    """([4, segments], [N + 1]) as in `Plan`, without reading a value on the host."""
+    return kept(_segment_table, (cu_seqlens,), (time, length))
 
-    The last table is kept: all layers of a forward pass, and its backward, ask for the same.
-    """
-    global _last_table
-    key = (cu_seqlens, cu_seqlens._version, time, length)
-    # A captured graph must make its own table again whenever it runs.
-    capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not capturing and _last_table is not None:
-        kept = _last_table[0]
-        if kept[0] is cu_seqlens and kept[1:] == key[1:]:
-            return _last_table[1]
+
+def _segment_table(cu_seqlens, time, length):
     bounds = cu_seqlens.long()
     num_segments = time // length + len(bounds) - 1
     count = (bounds.diff() + length - 1) // length
@@ -152,8 +173,6 @@ def segment_table(cu_seqlens, time, length):
     first, end = bounds[document], bounds[document + 1]
     start = torch.minimum(first + (segment - offsets[document]) * length, end)
     table = torch.stack([start, torch.minimum(start + length, end), first, end])
-    if not capturing:
-        _last_table = key, (table, offsets)
     return table, offsets
 
 

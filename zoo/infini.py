@@ -54,7 +54,7 @@ from .base import (
 from .kernels.windowed_attention import attention_step
 from .mlp import GatedMLP
 from .positions import RotaryPositions, check_rope_parameters, rotate
-from .segments import SegmentGrid
+from .segments import SegmentGrid, documents_to_rows
 from .softmax_attention import check_key_value_heads
 from .state import SlidingStateLayer, StateSpec
 from .window import gather_tokens, ring_positions, row_spans, write_slot
@@ -276,8 +276,8 @@ class InfiniAttention(nn.Module):
             y_SHQV = self.mix(recalled_SHQV, y_SHQV, is_first_S)
         if state.is_kept:
             if self.has_memory:
-                state.memory_BHKV = grid.documents_to_rows(after, state.memory_BHKV)
-                state.partial_BHKV = grid.documents_to_rows(partial, state.partial_BHKV)
+                state.memory_BHKV = documents_to_rows(after, state.memory_BHKV, sequence)
+                state.partial_BHKV = documents_to_rows(partial, state.partial_BHKV, sequence)
             spans, dtype = row_spans(sequence), self.state_specs()["keys_BLHK"].dtype
             # A ring, as decoding leaves it: behind the unfinished segment lies the one before.
             number_BL = ring_positions(spans.after, self.length)

@@ -48,10 +48,9 @@ from .kernels.dilated_attention import (
     dilated_attention,
     dilated_attention_step,
     hold,
-    overwrite_slots,
     write_slots,
 )
-from .positions import rotate
+from .positions import rotate, rotation_of
 from .state import SlidingStateLayer, StateSpec
 from .window import document_spans, row_spans
 
@@ -251,8 +250,9 @@ class DilatedAttention(nn.Module):
         """Any number of tokens, dense or packed, after what the state holds."""
         held = None
         if state.keys_BHMK is not None:
+            slots = state.keys_BHMK, state.values_BHMV
             count_N = document_spans(sequence).start
-            held = Held(state.keys_BHMK, state.values_BHMV, count_N, sequence.row_of_document)
+            held = Held(*slots, count_N, sequence.row_of_document)
         y_BTHV = dilated_attention(
             q_BTHK,
             k_BTHK,
@@ -273,14 +273,13 @@ class DilatedAttention(nn.Module):
     def run_step(self, q_BTHK, k_BTHK, v_BTHV, sequence, state, attention):
         """One token per row: writes its slots, and looks at those it sees."""
         clock_B = sequence.clock[:, 0].expand(len(q_BTHK))
-        write = overwrite_slots if state.may_overwrite else write_slots
         for name, x_BTHK in (("keys_BHMK", k_BTHK), ("values_BHMV", v_BTHV)):
             slots, spec = getattr(state, name), self.state_specs()[name]
             if slots is None:
                 slots = x_BTHK.new_zeros(len(clock_B), *spec.shape, dtype=spec.dtype)
             token = x_BTHK[:, 0], clock_B, *self.branches
-            slots = write(slots, *token, is_written=sequence.keep, **self.settings)
-            setattr(state, name, slots)
+            how = {"is_written": sequence.keep, "may_overwrite": state.may_overwrite}
+            setattr(state, name, write_slots(slots, *token, **how, **self.settings))
         slots = state.keys_BHMK, state.values_BHMV
         return dilated_attention_step(q_BTHK, *slots, clock_B, *self.branches, **attention)
 
@@ -400,8 +399,7 @@ class LongNetModel(LongNetPreTrainedModel, ZooModel):
         """The rotation of each position, the same in all layers."""
         if not self.config.xpos:
             return {}
-        radians_BTK = sequence.positions[..., None] * self.angle()
-        return {"rotation": (radians_BTK.cos()[:, :, None], radians_BTK.sin()[:, :, None])}
+        return {"rotation": rotation_of(sequence.positions, self.angle())}
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, ZooForCausalLM):

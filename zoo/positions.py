@@ -69,6 +69,20 @@ def check_rope_parameters(config):
         )
 
 
+def rotation_of(positions_BT, angle_K):
+    """(cos, sin) of each position, [B, T, 1, K / 2].
+
+    Of a product of a position that may exceed a million with a small number: in float32 the angle
+    would be off by hundredths of a radian.
+
+    Args:
+        positions_BT: of the tokens.
+        angle_K: radians per position for each pair of channels, [K / 2] or [B, T, K / 2], float64.
+    """
+    radians_BTK = positions_BT[..., None] * angle_K
+    return radians_BTK.cos()[:, :, None], radians_BTK.sin()[:, :, None]
+
+
 class RotaryPositions(nn.Module):
     """The angle of each position, as transformers computes it from `rope_parameters`."""
 
@@ -98,20 +112,15 @@ class RotaryPositions(nn.Module):
         return ROPE_INIT_FUNCTIONS[rope_type](config, seq_len=length)[0].double()
 
     def forward(self, positions_BT):
-        """(cos, sin) of each position, [B, T, 1, K / 2].
-
-        A product of a position that may exceed a million with a small number: in float32 the angle
-        would be off by hundredths of a radian.
-        """
+        """(cos, sin) of each position, [B, T, 1, K / 2]."""
         angle_BTK = self.angle()
         if self.rope_type == "longrope":
             is_long_BT1 = positions_BT[..., None] >= self.trained_length
             angle_BTK = torch.where(is_long_BT1, self.long_angle(), angle_BTK)
         elif self.rope_type == "dynamic":
             angle_BTK = angle_BTK * self.dynamic_scale(positions_BT, angle_BTK.dtype)
-        radians_BTK = positions_BT[..., None] * angle_BTK
-        cos_BTK, sin_BTK = radians_BTK.cos() * self.scaling, radians_BTK.sin() * self.scaling
-        return cos_BTK[:, :, None], sin_BTK[:, :, None]
+        cos_BTHK, sin_BTHK = rotation_of(positions_BT, angle_BTK)
+        return cos_BTHK * self.scaling, sin_BTHK * self.scaling
 
     def dynamic_scale(self, positions_BT, dtype):
         """What a base that grows with the length of the text makes of each angle, [B, T, K / 2]."""

@@ -28,7 +28,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .kernels.linear_recurrence import accumulator_dtype
-from .segments import SegmentGrid
+from .segments import SegmentGrid, documents_to_rows
 from .window import document_spans
 
 GATES = ("bias", "full", "lstm")
@@ -279,7 +279,7 @@ class RecurrentCell(nn.Module):
         if sequence.keep is not None:
             held = 0 if states_BMD is None else states_BMD
             return torch.where(sequence.keep[:, None, None], states_NMD, held)
-        return grid.documents_to_rows(states_NMD, states_BMD)
+        return documents_to_rows(states_NMD, states_BMD, grid.sequence)
 
 
 def held_windows(grid, held_BWHK):

@@ -41,7 +41,7 @@ from .base import (
     in_range,
 )
 from .kernels.linear_recurrence import linear_recurrence
-from .positions import rotate
+from .positions import rotate, rotation_of
 from .state import StateSpec
 
 
@@ -166,13 +166,8 @@ class Rotation(nn.Module):
         return 10000 ** -(torch.arange(0, key_dim, 2, dtype=torch.float64) / key_dim)
 
     def forward(self, positions_BT):
-        """(cos, sin) of each position, [B, T, 1, K / 2].
-
-        A product of a position that may exceed a million with a small number: in float32 the angle
-        would be off by hundredths of a radian.
-        """
-        radians_BTK = positions_BT[..., None] * self.angle()
-        return radians_BTK.cos()[:, :, None], radians_BTK.sin()[:, :, None]
+        """(cos, sin) of each position, [B, T, 1, K / 2]."""
+        return rotation_of(positions_BT, self.angle())
 
 
 class HeadRMSNorm(nn.RMSNorm):

@@ -206,10 +206,6 @@ class SegmentGrid:
         held_N = held_B[self.sequence.row_of_document]
         return torch.where(_like(self.sequence.continues, held_N), held_N, 0)
 
-    def documents_to_rows(self, x_N, held_B):
-        """As the function of this name."""
-        return documents_to_rows(x_N, held_B, self.sequence)
-
 
 def documents_to_rows(x_N, held_B, sequence):
     """A state by document as one by row: the last document's; rows without a token keep theirs.

@@ -12,15 +12,12 @@ kernels/bench/results/dilated.json and dilated.svg.
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
-from lengths import HEAP, RESULTS, SIZES, peak_bytes, report
+from lengths import RESULTS, SIZES, measured_apart, peak_bytes, report
 
 HEADS, HEAD_DIM = 4, 64
 BRANCHES = [2048 << n for n in range(5)], [1 << n for n in range(5)]
@@ -110,11 +107,7 @@ def main():
         return
     results = {}
     for case in CASES:
-        command = [sys.executable, __file__, "--case", case, "--longest", str(arguments.longest)]
-        output = subprocess.run(
-            command, env=os.environ | HEAP, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-        results[case] = json.loads(output.splitlines()[-1])
+        results[case] = measured_apart(__file__, "--case", case, "--longest", arguments.longest)
         for way in ("training", "forward"):
             if way in results[case]:
                 per_token = [s / int(n) * 1e6 for n, s in results[case][way].items()]

@@ -96,6 +96,15 @@ def operator_runner(case):
     return run
 
 
+def measured_apart(script, *options):
+    """What a script prints as JSON in its last line, in a process with a heap that keeps pages."""
+    command = [sys.executable, script, *map(str, options)]
+    output = subprocess.run(
+        command, env=os.environ | HEAP, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
 def peak_bytes():
     """The most physical memory that this process held so far."""
     status = Path("/proc/self/status").read_text()
@@ -134,11 +143,7 @@ def main():
         return
     results = {}
     for case in CASES:
-        command = [sys.executable, __file__, "--case", case, "--longest", str(arguments.longest)]
-        output = subprocess.run(
-            command, env=os.environ | HEAP, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-        results[case] = json.loads(output.splitlines()[-1])
+        results[case] = measured_apart(__file__, "--case", case, "--longest", arguments.longest)
         for way in ("prefill", "training"):
             report(f"{case}, {way}", list(results[case][way].values()), "us per token")
         per_token = [size / int(n) for n, size in results[case]["peak_bytes"].items()]

@@ -11,14 +11,11 @@ length does not fit into 24 GB.
 
 import argparse
 import json
-import os
 import platform
-import subprocess
-import sys
 import time
 
 import torch
-from lengths import HEAP, RESULTS, peak_bytes
+from lengths import RESULTS, measured_apart, peak_bytes
 
 import zoo
 
@@ -75,12 +72,8 @@ def main():
     for name in MODELS:
         ways = {}
         for way, segment in (("replay", arguments.segment), ("whole", 0)):
-            command = [sys.executable, __file__, "--only", name, "--segment", str(segment)]
-            command += ["--length", str(arguments.length)]
-            output = subprocess.run(
-                command, env=os.environ | HEAP, check=True, stdout=subprocess.PIPE, text=True
-            ).stdout
-            ways[way] = json.loads(output.splitlines()[-1])
+            options = "--only", name, "--segment", segment, "--length", arguments.length
+            ways[way] = measured_apart(__file__, *options)
         memory = ways["whole"]["peak_bytes"] / ways["replay"]["peak_bytes"]
         slower = ways["replay"]["seconds"] / ways["whole"]["seconds"]
         print(

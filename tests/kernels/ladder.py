@@ -1,6 +1,8 @@
 """What the operators' tests share: values with every gradient, and how far two sets differ."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def values_and_gradients(function, positional, keyword):
@@ -27,3 +29,17 @@ def worst(got, expected):
         for a, b in zip(got, expected, strict=True)
     ]
     return torch.stack(differences).max().item()
+
+
+class BytesWritten(TorchDispatchMode):
+    """Counts, while it is entered, the bytes of new memory that operators return: `count`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        old = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if torch.is_tensor(x)}
+        for x in tree_leaves(result):
+            if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in old:
+                self.count += x.nbytes
+        return result

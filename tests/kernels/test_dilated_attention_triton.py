@@ -14,6 +14,7 @@ from zoo.kernels.dilated_attention import (
     dilated_attention_reference,
 )
 from zoo.kernels.launch_triton import Config, recording
+from zoo.kernels.segments_triton import overridden, override
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
@@ -24,11 +25,9 @@ TOLERANCE = 3e-6
 @pytest.fixture(autouse=True)
 def small():
     """Tiles of 16 and 32: several to a segment, of another size for what is walked over."""
-    kernels.overridden["sizes"] = {
-        64: (Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 64, 4, 1))
-    }
-    yield
-    kernels.overridden.clear()
+    sizes = {64: (Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 64, 4, 1))}
+    with override(dilated_attention=sizes):
+        yield
 
 
 def triton_of(q, k, v, *branches, scale, offsets="grouped", weight_gradient=False, **keyword):
@@ -78,7 +77,7 @@ def test_tiles(time):
 
 
 def test_as_shipped():
-    kernels.overridden.clear()
+    overridden.clear()
     assert error(shape=(2, 6, [200, 400], [1, 3]), time=301, batch=1, decay=True) < TOLERANCE
 
 
@@ -179,9 +178,9 @@ MUTANTS = {
         "        if True:\n            outputs",
         {},
     ),
-    "the last branch's gradient of a key alone": (
-        "tl.load(dk + at, mask=inside, other=0.0) + key_sums",
-        "key_sums",
+    "the last branch's gradients alone": (
+        "tl.load(total + at, mask=inside, other=0.0) + sums",
+        "sums",
         {},
     ),
     "queries that come too late": (
@@ -196,7 +195,6 @@ MUTANTS = {
 def test_every_mutant_is_caught(name, tmp_path):
     line, replacement, choices = MUTANTS[name]
     broken = mutant(kernels, line, replacement, tmp_path)
-    broken.overridden.update(kernels.overridden)
 
     def function(q, k, v, *branches, scale, **keyword):
         numbers = branches_of(*branches), scale, "grouped", keyword.get("log_decay")

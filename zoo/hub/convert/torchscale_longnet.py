@@ -8,7 +8,7 @@ import ast
 
 from ...longnet import LongNetConfig, xpos_zeta
 from .format import Format
-from .torchscale_retnet import ACTIVATIONS, EXPERTS, TRAINING
+from .torchscale_retnet import ACTIVATIONS, EXPERTS, TRAINING, prefix_of, take_prefix
 
 HOW_TO_RUN = ("flash_attention", "seq_parallel")
 # LongNetDecoder has these from torchscale's other models, and never looks at them; the first is a
@@ -34,12 +34,6 @@ def numbers(fields, name):
     return list(value)
 
 
-def prefix_of(weights):
-    """What stands before every name."""
-    embedding = "embed_tokens.weight"
-    return next((x.removesuffix(embedding) for x in weights.tensors if x.endswith(embedding)), "")
-
-
 def read_config(fields, weights):
     """Our config from torchscale's fields."""
     fields.refuse("moe_freq", "mixtures of experts have no counterpart here")
@@ -51,8 +45,8 @@ def read_config(fields, weights):
             "attention takes no relative bias, in torchscale neither."
         )
     fields.drop("there are no experts", *EXPERTS)
-    fields.drop("it acts in training only", *TRAINING, "dropout", "attention_dropout")
-    fields.drop("it acts in training only", "activation_dropout")
+    dropouts = "dropout", "attention_dropout", "activation_dropout"
+    fields.drop("it acts in training only", *TRAINING, *dropouts)
     fields.drop("it is how to run, not what to compute", *HOW_TO_RUN)
     fields.drop("torchscale's LongNetDecoder does not use it", *UNUSED_THERE)
 
@@ -91,9 +85,7 @@ def read_config(fields, weights):
 
 def read_weights(weights, config):
     """Pairs of our name and torchscale's tensor."""
-    prefix = prefix_of(weights)
-    if f"{prefix}version" in weights.tensors:
-        weights.take(f"{prefix}version")  # fairseq's, of its own format
+    prefix = take_prefix(weights)
     yield "model.embed_tokens.weight", weights.take(f"{prefix}embed_tokens.weight")
     if config.max_position_embeddings is not None:
         table = weights.take(

@@ -98,23 +98,30 @@ def read_config(fields, weights):
     )
 
 
+def prefix_of(weights):
+    """What stands before every name: fairseq puts `decoder.` there."""
+    embedding = "embed_tokens.weight"
+    return next((x.removesuffix(embedding) for x in weights.tensors if x.endswith(embedding)), "")
+
+
+def take_prefix(weights):
+    """`prefix_of`, with fairseq's version of its own format taken."""
+    prefix = prefix_of(weights)
+    if f"{prefix}version" in weights.tensors:
+        weights.take(f"{prefix}version")
+    return prefix
+
+
 def read_weights(weights, config):
     """Pairs of our name and torchscale's tensor."""
-    embedding = "embed_tokens.weight"
-    prefixes = [
-        name.removesuffix(embedding) for name in weights.tensors if name.endswith(embedding)
-    ]
-    prefix = prefixes[0] if prefixes else ""
-
+    prefix = take_prefix(weights)
     # Every second angle is a repetition: one for each channel of a pair.
     angle_K = Rotation.angles(config).repeat_interleave(2)
     weights.drop_constant(f"{prefix}retnet_rel_pos.angle", angle_K)
     # log(1 - x) of a small x in float32 is off by the rounding of 1 - x.
     weights.drop_constant(f"{prefix}retnet_rel_pos.decay", log_decay(config), absolute=2e-7)
-    if f"{prefix}version" in weights.tensors:
-        weights.take(f"{prefix}version")  # fairseq's, of its own format
 
-    yield "model.embed_tokens.weight", weights.take(prefix + embedding)
+    yield "model.embed_tokens.weight", weights.take(f"{prefix}embed_tokens.weight")
     if config.embedding_norm:
         yield "model.embed_norm.weight", weights.take(f"{prefix}layernorm_embedding.weight")
     for layer in range(config.num_hidden_layers):
