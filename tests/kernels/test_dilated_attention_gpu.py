@@ -67,8 +67,6 @@ def check(leaves, keyword, dtype, factor=1):
 @pytest.mark.parametrize(("heads", "key_dim"), [(12, 64), (5, 48), (4, 128), (2, 256)])
 @pytest.mark.parametrize("decay", [False, True], ids=["plain", "decay"])
 def test_values_and_gradients(heads, key_dim, decay, dtype):
-    if dtype == torch.float32 and key_dim > 128:
-        pytest.skip("heads of 256 do not fit in float32")
     leaves, keyword = inputs(
         10_007, heads, min(key_dim, 32 if IS_TINY else 256), dtype, decay=decay
     )
@@ -129,8 +127,9 @@ def test_the_host_never_waits(held):
 @gpu_only
 def test_offsets_beyond_31_bits():
     """2.2e9 elements; the last segments have a reference of their own."""
-    if torch.cuda.mem_get_info()[0] < 60e9:
-        pytest.skip("needs 60 GB")
+    # Queries, keys and values of 4.5 GB each, the sums in float32, and what they are rounded to.
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB")
     tokens, tail = (1 << 20) + (1 << 14), 1 << 14
     random = Random()
     qkv = [random(1, tokens, 16, 128, dtype=torch.bfloat16) for _ in range(3)]
