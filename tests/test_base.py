@@ -95,6 +95,11 @@ def test_bad_inputs(architecture):
             model(IDS[:1], cu_seq_lens_q=torch.tensor(bounds))
     with pytest.raises(ValueError, match="one packed row"):
         model(IDS, cu_seq_lens_q=torch.tensor([0, 11]))
+    with pytest.raises(ValueError, match="no attention weights to give out"):
+        model(IDS, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.config.output_attentions = True
+        model(IDS)
 
 
 @architectures
@@ -108,6 +113,15 @@ def test_unknown_and_wrong_fields(architecture):
             architecture.config(**TINY | {"num_attention_heads": 5})
     with pytest.raises(StrictDataclassClassValidationError, match="layer_types has one entry"):
         architecture.config(**TINY, layer_types=["zoo_linear_attention"])
+
+
+@architectures
+def test_what_is_saved_loads(architecture, tmp_path):
+    config = architecture.config(**TINY)
+    config.hiden_size = 64
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.hidden_size == config.hidden_size and not hasattr(again, "hiden_size")
 
 
 @architectures

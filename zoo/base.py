@@ -33,6 +33,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -50,6 +51,8 @@ from .state import (
 )
 
 LOSS_IGNORES = -100
+
+logger = logging.get_logger(__name__)
 
 
 @strict
@@ -92,13 +95,31 @@ class ZooConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.layer_types is None:
             self.layer_types = [self.layer_type] * self.num_hidden_layers
-        known = {field.name for field in fields(self)}
-        for name in kwargs:
-            if not (name.startswith("_") or name in known | _TRANSFORMERS_KEYWORDS):
-                nearest = difflib.get_close_matches(name, sorted(known), n=1)
-                remedy = f"did you mean {nearest[0]}?" if nearest else "leave it out."
-                raise ValueError(f"{type(self).__name__} has no field {name!r}; {remedy}")
+        for name in self._unknown(kwargs):
+            known = sorted(field.name for field in fields(self))
+            nearest = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {nearest[0]}?" if nearest else "leave it out."
+            raise ValueError(f"{type(self).__name__} has no field {name!r}; {remedy}")
         super().__post_init__(**kwargs)
+
+    def to_dict(self):
+        """The fields as JSON has them, to be saved.
+
+        An attribute that somebody set and that is no field stays out, with a warning: a config.json
+        with it would not load.
+        """
+        values = super().to_dict()
+        for name in self._unknown(values):
+            logger.warning_once(
+                f"{type(self).__name__} has no field {name!r}: this attribute is not saved."
+            )
+            del values[name]
+        return values
+
+    def _unknown(self, names):
+        """Those of the names that neither this class nor transformers has a use for."""
+        known = {field.name for field in fields(self)} | _TRANSFORMERS_KEYWORDS
+        return [name for name in names if not name.startswith("_") and name not in known]
 
     def validate_architecture(self):
         """Checks relations between fields; subclasses add theirs."""
@@ -363,8 +384,14 @@ class ZooModel(ZooPreTrainedModel):
             last_hidden_state [B, T, D], zero on padding, and past_key_values.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds; no tokens; wrong shapes.
+            ValueError: both or neither of input_ids and inputs_embeds; no tokens; wrong shapes;
+                output_attentions.
         """
+        if kwargs.get("output_attentions") or self.config.output_attentions:
+            raise ValueError(
+                f"{type(self).__name__} has no attention weights to give out, got "
+                "output_attentions; leave it out."
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids [B, T] and inputs_embeds [B, T, D].")
         if inputs_embeds is None:
