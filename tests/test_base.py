@@ -6,6 +6,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import zoo
+from zoo.state import new_cache
 
 TINY = {
     "vocab_size": 97,
@@ -177,6 +178,31 @@ def test_hidden_states_come_back_padded(architecture):
         for a, b in zip(padded, alone, strict=True):
             assert a.shape == (2, 11, 32)
             torch.testing.assert_close(a[row, kept], b[0], rtol=1e-4, atol=1e-5)
+
+
+@architectures
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:None of the inputs")
+def test_reentrant_checkpointing_where_it_loses_no_gradients(architecture):
+    model = build(architecture).train()
+    model(IDS, labels=IDS).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model(IDS, labels=IDS).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="set use_reentrant=False"):
+        model(IDS, past_key_values=new_cache(model.config))
+    model.model.replay_segment_length = 4
+    with pytest.raises(ValueError, match="set use_reentrant=False"):
+        model(IDS, labels=IDS)
+    with torch.no_grad():
+        model(IDS, past_key_values=new_cache(model.config))
+    if architecture.name == "block_recurrent":
+        model = architecture.causal_lm(architecture.config(**TINY, feedback=True)).train()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        with pytest.raises(ValueError, match="set use_reentrant=False"):
+            model(IDS)
 
 
 @architectures

@@ -419,6 +419,7 @@ class ZooModel(ZooPreTrainedModel):
         num_pending = 0
         if cache is not None:
             inputs, num_pending = _with_pending(inputs, cache.layers[0])
+            self._check_checkpointing()
         sequence = Sequence.open(
             tuple(inputs.embeds_BTD.shape[:2]),
             inputs.embeds_BTD.device,
@@ -444,6 +445,7 @@ class ZooModel(ZooPreTrainedModel):
 
     def _run_with_replay(self, inputs, cache, cu_seq_lens_q=None, seq_idx=None, **kwargs):
         """The same in segments, whose activations exist one at a time."""
+        self._check_checkpointing()
         if kwargs.get("output_hidden_states") or self.config.output_hidden_states:
             raise ValueError(
                 "segment replay keeps no hidden states, got output_hidden_states; set "
@@ -496,6 +498,22 @@ class ZooModel(ZooPreTrainedModel):
             if cache is not None:
                 cache.layers[index].write(sequence, specs, state, inputs if index == 0 else None)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD))
+
+    def _check_checkpointing(self):
+        """Raises a ValueError if checkpointing would lose the gradients of states in silence.
+
+        Reentrant checkpointing passes gradients to a block's arguments and from its results where
+        these are tensors themselves, and a `State` is none.
+        """
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return
+        options = getattr(self._gradient_checkpointing_func, "keywords", {})
+        if options.get("use_reentrant", True):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True would lose the gradients that go "
+                "through a state; set use_reentrant=False, or train without past_key_values, "
+                "segment replay and feedback."
+            )
 
     def _check_cache(self, cache, embeds_BTD):
         expected = [LAYERS[layer_type] for layer_type in self.config.layer_types]

@@ -246,6 +246,7 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel, ZooModel):
     @capture_outputs
     def _run_windows(self, x_BTD, sequence, cache, inputs, **kwargs):
         """The stack window by window, for layers that read what the windows before left."""
+        self._check_checkpointing()
         specs = [layer.state_specs() for layer in self.layers]
         if cache is None:
             rows = [State(dict.fromkeys(names), is_kept=False) for names in specs]
