@@ -86,7 +86,7 @@ class InfiniConfig(ZooConfig):
         rms_norm_eps: epsilon of the norms.
         norm_adds_one: norms multiply with 1 + weight (Gemma).
         scale_embedding: embeddings times sqrt(hidden_size) (Gemma).
-        rope_parameters: as in `SlidingWindowConfig`.
+        rope_parameters: as in `SlidingWindowConfig`; positions count from the start of a segment.
         max_position_embeddings: as in `SlidingWindowConfig`.
         initializer_range: standard deviation of matrices and embeddings at the start.
     """
