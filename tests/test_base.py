@@ -1,9 +1,12 @@
 """The shared decoder: bad input, the loss in chunks, constants, configs."""
 
+import logging
+
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 
 import zoo
 from zoo.state import new_cache
@@ -96,11 +99,22 @@ def test_bad_inputs(architecture):
             model(IDS[:1], cu_seq_lens_q=torch.tensor(bounds))
     with pytest.raises(ValueError, match="one packed row"):
         model(IDS, cu_seq_lens_q=torch.tensor([0, 11]))
-    with pytest.raises(ValueError, match="no attention weights to give out"):
-        model(IDS, output_attentions=True)
-    with pytest.raises(ValueError, match="output_attentions"):
-        model.config.output_attentions = True
-        model(IDS)
+
+
+@architectures
+def test_says_that_it_gives_no_attention_weights(architecture, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    transformers.logging.get_logger().warning_once.cache_clear()
+    model = build(architecture).eval()
+    assert model(IDS).attentions is None and "output_attentions" not in caplog.text
+    assert model(IDS, output_attentions=True).attentions is None
+    assert "output_attentions gives None" in caplog.text
+
+
+@architectures
+def test_generates_by_itself(architecture):
+    """transformers wants the mixin among a class's own bases, and looks there."""
+    assert GenerationMixin in architecture.causal_lm.__bases__
 
 
 @architectures
@@ -203,6 +217,38 @@ def test_reentrant_checkpointing_where_it_loses_no_gradients(architecture):
         model.gradient_checkpointing_enable({"use_reentrant": True})
         with pytest.raises(ValueError, match="set use_reentrant=False"):
             model(IDS)
+
+
+@architectures
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_a_step_is_compiled_once(architecture, batch):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = build(architecture).eval()
+    compiled = torch.compile(model, backend=count, dynamic=False, fullgraph=True)
+    ids = IDS[:batch]
+    caches = [model(ids, use_cache=True).past_key_values for _ in range(2)]
+    mask = torch.ones_like(ids)
+    for _ in range(4):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        expected, found = (
+            run(
+                **model.prepare_inputs_for_generation(
+                    ids, 1, past_key_values=cache, attention_mask=mask
+                )
+            ).logits
+            for run, cache in zip((model, compiled), caches)
+        )
+        torch.testing.assert_close(found, expected)
+    assert len(graphs) == 1
+    assert [cache.get_seq_length() for cache in caches] == [IDS.shape[1] + 4] * 2
+    torch._dynamo.reset()
 
 
 @architectures

@@ -384,13 +384,13 @@ class ZooModel(ZooPreTrainedModel):
             last_hidden_state [B, T, D], zero on padding, and past_key_values.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds; no tokens; wrong shapes;
-                output_attentions.
+            ValueError: both or neither of input_ids and inputs_embeds; no tokens; wrong shapes.
         """
-        if kwargs.get("output_attentions") or self.config.output_attentions:
-            raise ValueError(
-                f"{type(self).__name__} has no attention weights to give out, got "
-                "output_attentions; leave it out."
+        wants_weights = kwargs.get("output_attentions") or self.config.output_attentions
+        if wants_weights and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"{type(self).__name__} never has the weights of its attention as a whole: "
+                "output_attentions gives None."
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids [B, T] and inputs_embeds [B, T, D].")
@@ -722,9 +722,15 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         return all(None not in spec.shape for spec in specs)
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
-        """The padding mask as it is: the door turns it into documents."""
-        return attention_mask
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values=None, **kwargs
+    ):
+        """The padding mask of the new tokens, in the same shape at every step; not one in 4D."""
+        layers = getattr(past_key_values, "layers", ())
+        if attention_mask is None or any(getattr(x, "pending_length", 0) for x in layers):
+            return attention_mask
+        new = attention_mask[:, -inputs_embeds.shape[1] :]
+        return new.clone(memory_format=torch.contiguous_format)  # of one stride, too
 
 
 class ZooForSequenceClassification(GenericForSequenceClassification, ZooPreTrainedModel):

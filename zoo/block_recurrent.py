@@ -42,6 +42,7 @@ from typing import ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -277,7 +278,7 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel, ZooModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD))
 
 
-class BlockRecurrentForCausalLM(BlockRecurrentPreTrainedModel, ZooForCausalLM):
+class BlockRecurrentForCausalLM(BlockRecurrentPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """A Block-Recurrent Transformer as a language model."""
 
     model_class = BlockRecurrentModel

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 
 from .base import (
@@ -462,7 +463,7 @@ class InfiniModel(InfiniPreTrainedModel, ZooModel):
         return embeds_BTD * (self.config.hidden_size**0.5 if self.config.scale_embedding else 1.0)
 
 
-class InfiniForCausalLM(InfiniPreTrainedModel, ZooForCausalLM):
+class InfiniForCausalLM(InfiniPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """Infini-Transformer as a language model."""
 
     model_class = InfiniModel

@@ -30,6 +30,7 @@ from typing import ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
@@ -422,7 +423,7 @@ class LightningModel(LightningPreTrainedModel, ZooModel):
         return embeds_BTD * scale
 
 
-class LightningForCausalLM(LightningPreTrainedModel, ZooForCausalLM):
+class LightningForCausalLM(LightningPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """TransNormerLLM as a language model."""
 
     model_class = LightningModel

@@ -29,6 +29,7 @@ from typing import ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
@@ -402,7 +403,7 @@ class LongNetModel(LongNetPreTrainedModel, ZooModel):
         return {"rotation": rotation_of(sequence.positions, self.angle())}
 
 
-class LongNetForCausalLM(LongNetPreTrainedModel, ZooForCausalLM):
+class LongNetForCausalLM(LongNetPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """LongNet as a language model."""
 
     model_class = LongNetModel

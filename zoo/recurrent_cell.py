@@ -208,7 +208,9 @@ class RecurrentCell(nn.Module):
         start_N = document_spans(sequence).start
         initial_MD = self.initial.to(accumulator_dtype(self.initial))
         if states_BMD is None:
-            return initial_MD.expand(len(start_N), -1, -1)
+            # A copy, for a state may stay what it was while the parameter is trained.
+            initial_NMD = initial_MD.expand(len(start_N), -1, -1)
+            return initial_NMD.clone(memory_format=torch.contiguous_format)
         if sequence.row_of_document is not None:
             states_BMD = states_BMD[sequence.row_of_document]
         return torch.where((start_N == 0)[:, None, None], initial_MD, states_BMD)

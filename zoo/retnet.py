@@ -26,6 +26,7 @@ from typing import ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
@@ -374,7 +375,7 @@ class RetNetModel(RetNetPreTrainedModel, ZooModel):
         return {"rotation": self.rotation(sequence.positions)}
 
 
-class RetNetForCausalLM(RetNetPreTrainedModel, ZooForCausalLM):
+class RetNetForCausalLM(RetNetPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """RetNet as a language model."""
 
     model_class = RetNetModel

@@ -130,8 +130,9 @@ class Mixer(nn.Module):
         """`token_shift` from the state and into it."""
         before_BTD, last_ND = token_shift(x_BTD, sequence, getattr(state, self.shift_name))
         if state.is_kept:
+            # A copy: a view would keep all tokens of the pass in memory.
             last_ND = last_ND.to(accumulator_dtype(last_ND))
-            setattr(state, self.shift_name, last_ND)
+            setattr(state, self.shift_name, last_ND.clone(memory_format=torch.contiguous_format))
         return before_BTD
 
     def depth(self):

@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 
 from .base import ZooForCausalLM, ZooForSequenceClassification
@@ -134,7 +135,8 @@ class RWKV4TimeMix(TimeMix):
             cu_seqlens=sequence.cu_seqlens,
         )
         if state.is_kept:
-            state.num_ND, state.den_ND, state.max_ND = final.unbind(1)
+            final = final.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+            state.num_ND, state.den_ND, state.max_ND = final
         return self.out_proj(r_BTD * wkv_BTD), state
 
 
@@ -170,7 +172,7 @@ class RWKV4Model(RWKV4PreTrainedModel, RwkvModel):
     block_class = RWKV4Block
 
 
-class RWKV4ForCausalLM(RWKV4PreTrainedModel, ZooForCausalLM):
+class RWKV4ForCausalLM(RWKV4PreTrainedModel, ZooForCausalLM, GenerationMixin):
     """RWKV-4 as a language model."""
 
     model_class = RWKV4Model

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 
 from .base import ZooForCausalLM, ZooForSequenceClassification, in_range
@@ -147,7 +148,7 @@ class RWKV5Model(RWKV5PreTrainedModel, RwkvModel):
     block_class = RWKV5Block
 
 
-class RWKV5ForCausalLM(RWKV5PreTrainedModel, ZooForCausalLM):
+class RWKV5ForCausalLM(RWKV5PreTrainedModel, ZooForCausalLM, GenerationMixin):
     """RWKV-5 as a language model."""
 
     model_class = RWKV5Model

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 
 from .base import ZooForCausalLM, ZooForSequenceClassification, in_range
@@ -212,7 +213,7 @@ class RWKV6Model(RWKV6PreTrainedModel, RwkvModel):
     block_class = RWKV6Block
 
 
-class RWKV6ForCausalLM(RWKV6PreTrainedModel, ZooForCausalLM):
+class RWKV6ForCausalLM(RWKV6PreTrainedModel, ZooForCausalLM, GenerationMixin):
     """RWKV-6 as a language model."""
 
     model_class = RWKV6Model

@@ -28,6 +28,7 @@ from typing import ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 
 from .base import ZooForCausalLM, ZooForSequenceClassification, in_range
@@ -282,7 +283,7 @@ class RWKV7Model(RWKV7PreTrainedModel, RwkvModel):
     block_class = RWKV7Block
 
 
-class RWKV7ForCausalLM(RWKV7PreTrainedModel, ZooForCausalLM):
+class RWKV7ForCausalLM(RWKV7PreTrainedModel, ZooForCausalLM, GenerationMixin):
     """RWKV-7 as a language model."""
 
     model_class = RWKV7Model

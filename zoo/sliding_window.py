@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
+from transformers import GenerationMixin
 
 from .base import (
     ZooBlock,
@@ -173,7 +174,7 @@ class SlidingWindowModel(SlidingWindowPreTrainedModel, ZooModel):
         return inputs
 
 
-class SlidingWindowForCausalLM(SlidingWindowPreTrainedModel, ZooForCausalLM):
+class SlidingWindowForCausalLM(SlidingWindowPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """A sliding-window Transformer as a language model."""
 
     model_class = SlidingWindowModel

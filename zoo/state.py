@@ -126,6 +126,28 @@ class StateLayer(CacheLayerMixin):
         self.segments: list[Segment] = []
 
     @property
+    def length(self):
+        # A number that grows would have a compiled step compiled again at each length, so compiled
+        # passes count in a tensor.
+        return self._length + (0 if self._compiled_length is None else int(self._compiled_length))
+
+    @length.setter
+    def length(self, value):
+        self._length, self._compiled_length = value, None
+
+    def _add_to_length(self, columns, device):
+        if not torch.compiler.is_compiling() or self.record_past:
+            self.length = self.length + columns
+            # So that the first compiled step finds what the others do.
+            self._compiled_length = torch.zeros((), dtype=torch.int64, device=device)
+        else:
+            self._compiled_length = columns + (
+                torch.zeros((), dtype=torch.int64, device=device)
+                if self._compiled_length is None
+                else self._compiled_length
+            )
+
+    @property
     def is_initialized(self):
         return bool(self.tensors)
 
@@ -175,8 +197,9 @@ class StateLayer(CacheLayerMixin):
         if self.record_past:
             self._record(sequence.shape[1], inputs)
         self.tensors = self._rows(sequence, specs, state)
-        self.clock = sequence.clock_after.expand(sequence.shape[0])
-        self.length += sequence.shape[1]
+        # A row of its own for each: a compiled step is for one stride.
+        self.clock = sequence.clock_after.expand(sequence.shape[0]).contiguous()
+        self._add_to_length(sequence.shape[1], self.clock.device)
         self.pending, self.pending_length = None, 0
 
     def _rows(self, sequence, specs, state):

@@ -17,7 +17,7 @@ except ImportError:  # Windows
 from .compare import BOUNDS, gradients, loss_of, relative, relative_gradients
 from .points_sequence import cut
 from .report import NotApplicable
-from .subject import cache_tensors, state_tensors
+from .subject import cache_tensors, held_bytes, state_tensors
 
 BOUND = BOUNDS[torch.float64]
 SEGMENT = 4096
@@ -44,12 +44,13 @@ def constant_state(subject, checks, num_tokens):
             ids = subject.ids(1, length - done)
             cache = subject.run(model, ids, cache=cache)[1]
             done = length
-            sizes.append(sum(x.nbytes for x in cache_tensors(cache).values()))
+            sizes.append(held_bytes(cache_tensors(cache).values()))
         growth = max(sizes) - min(sizes)
         checks.below(f"bytes more after {lengths[-1]} tokens than after 1", growth, 0)
         if hasattr(model, "state_size"):
-            clocks = sum(x.nbytes for k, x in cache_tensors(cache).items() if k.endswith(".clock"))
-            difference = abs(sizes[-1] - clocks - model.state_size())
+            tensors = cache_tensors(cache)
+            states = held_bytes(x for k, x in tensors.items() if not k.endswith(".clock"))
+            difference = abs(states - model.state_size())
             checks.below("bytes of the live cache - state_size()", difference, 0)
         else:
             checks.not_run("bytes of the live cache = state_size()", "the model has no state_size")
@@ -62,7 +63,7 @@ def _growing_state(subject, checks, model):
     with checks.case("state"), torch.no_grad():
         for length in (1, 65, 700):
             tensors = cache_tensors(subject.run(model, subject.ids(1, length))[1])
-            size = sum(x.nbytes for k, x in tensors.items() if not k.endswith(".clock"))
+            size = held_bytes(x for k, x in tensors.items() if not k.endswith(".clock"))
             difference = abs(size - model.state_size(length))
             checks.below(f"{length} tokens: bytes of the live cache - state_size()", difference, 0)
         for name in ("state of one size", "long prefill in constant memory"):

@@ -188,12 +188,13 @@ def generator(seed):
 
 
 def cache_tensors(cache):
-    """Every tensor a live cache holds, by its path; of any class of cache."""
+    """Every tensor a live cache holds, but single numbers, by its path; of any class of cache."""
     found, seen = {}, set()
 
     def visit(path, value):
         if isinstance(value, torch.Tensor):
-            found[path] = value
+            if value.ndim:
+                found[path] = value
         elif isinstance(value, (dict, list, tuple)) or hasattr(value, "__dict__"):
             if id(value) in seen or isinstance(value, (type, nn.Module, PretrainedConfig)):
                 return
@@ -207,6 +208,12 @@ def cache_tensors(cache):
 
     visit("", cache)
     return found
+
+
+def held_bytes(tensors):
+    """Bytes of memory that tensors keep: those of what they are views of, each counted once."""
+    storages = (x.untyped_storage() for x in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def state_tensors(cache):
