@@ -247,7 +247,8 @@ def test_a_step_is_compiled_once(architecture, batch):
         )
         torch.testing.assert_close(found, expected)
     assert len(graphs) == 1
-    assert [cache.get_seq_length() for cache in caches] == [IDS.shape[1] + 4] * 2
+    model(ids, past_key_values=caches[1])
+    assert [cache.get_seq_length() for cache in caches] == [11 + 4, 11 + 4 + 11]
     torch._dynamo.reset()
 
 

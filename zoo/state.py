@@ -128,24 +128,21 @@ class StateLayer(CacheLayerMixin):
     @property
     def length(self):
         # A number that grows would have a compiled step compiled again at each length, so compiled
-        # passes count in a tensor.
-        return self._length + (0 if self._compiled_length is None else int(self._compiled_length))
+        # passes count in a tensor. Reading it waits for the device: only if there were any.
+        never_compiled = self._compiled_length is self._zero
+        return self._length + (0 if never_compiled else int(self._compiled_length))
 
     @length.setter
     def length(self, value):
-        self._length, self._compiled_length = value, None
+        self._length, self._compiled_length, self._zero = value, None, None
 
     def _add_to_length(self, columns, device):
-        if not torch.compiler.is_compiling() or self.record_past:
-            self.length = self.length + columns
-            # So that the first compiled step finds what the others do.
-            self._compiled_length = torch.zeros((), dtype=torch.int64, device=device)
+        if self._compiled_length is None:
+            self._compiled_length = self._zero = torch.zeros((), dtype=torch.int64, device=device)
+        if torch.compiler.is_compiling() and not self.record_past:
+            self._compiled_length = self._compiled_length + columns
         else:
-            self._compiled_length = columns + (
-                torch.zeros((), dtype=torch.int64, device=device)
-                if self._compiled_length is None
-                else self._compiled_length
-            )
+            self._length += columns
 
     @property
     def is_initialized(self):
