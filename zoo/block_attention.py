@@ -19,7 +19,7 @@ from .kernels.windowed_attention import attention_step, windowed_attention
 from .recurrent_cell import RecurrentCell, look, scaled, truncated_, unit_heads
 from .segments import SegmentGrid
 from .state import StateSpec
-from .window import Past, gather_tokens, ring_positions, row_spans, write_slot
+from .window import Past, gather_ring, ring_positions, row_spans, write_slot
 
 # In every softmax over a window: where it is all that is left, attention is zero.
 EXTRA_LOGIT = -1000.0
@@ -199,7 +199,7 @@ class WindowAttention(nn.Module):
             else:
                 spans = row_spans(sequence)
                 numbers_BW = ring_positions(spans.after, spec.shape[0])
-                held_BWHK = gather_tokens(x_BTHK, held_BWHK, numbers_BW, spans)
+                held_BWHK = gather_ring(x_BTHK, held_BWHK, numbers_BW, spans)
             setattr(state, name, held_BWHK)
 
     def look_by_document(self, q_BTHK, rk_NMHK, rv_NMHV, sequence):

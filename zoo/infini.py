@@ -58,7 +58,7 @@ from .positions import RotaryPositions, check_rope_parameters, rotate
 from .segments import SegmentGrid, documents_to_rows
 from .softmax_attention import check_key_value_heads
 from .state import SlidingStateLayer, StateSpec
-from .window import gather_tokens, ring_positions, row_spans, write_slot
+from .window import gather_ring, ring_positions, row_spans, write_slot
 
 # A memory that no key has been like reads as 0, not as 0 / 0.
 SMALLEST_DENOMINATOR = 1e-10
@@ -283,7 +283,7 @@ class InfiniAttention(nn.Module):
             # A ring, as decoding leaves it: behind the unfinished segment lies the one before.
             number_BL = ring_positions(spans.after, self.length)
             for name, x_BTHK in (("keys_BLHK", turned_k_BTHK), ("values_BLHV", v_BTHV)):
-                held_BLHK = gather_tokens(x_BTHK.to(dtype), getattr(state, name), number_BL, spans)
+                held_BLHK = gather_ring(x_BTHK.to(dtype), getattr(state, name), number_BL, spans)
                 setattr(state, name, held_BLHK)
         return grid.join(y_SHQV.transpose(1, 2))
 

@@ -27,6 +27,7 @@ from .window import (
     Past,
     document_spans,
     first_positions,
+    gather_ring,
     gather_tokens,
     ring_positions,
     row_spans,
@@ -290,10 +291,11 @@ class SoftmaxAttention(nn.Module):
         if self.window is None:
             self.make_room(k_BTHK, sequence, state)
             positions_BW = first_positions(spans.after, state.keys_BWHK.shape[1])
+            gather = gather_tokens
         else:
-            positions_BW = ring_positions(spans.after, self.window)
-        state.keys_BWHK = gather_tokens(k_BTHK, state.keys_BWHK, positions_BW, spans)
-        state.values_BWHV = gather_tokens(v_BTHV, state.values_BWHV, positions_BW, spans)
+            positions_BW, gather = ring_positions(spans.after, self.window), gather_ring
+        state.keys_BWHK = gather(k_BTHK, state.keys_BWHK, positions_BW, spans)
+        state.values_BWHV = gather(v_BTHV, state.values_BWHV, positions_BW, spans)
         if self.num_sinks:
             positions_BS = first_positions(spans.after, self.num_sinks)
             held = state.sink_keys_BSHK, state.sink_values_BSHV

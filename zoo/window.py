@@ -20,11 +20,13 @@ class Spans(NamedTuple):
         first: [N], index of the first token in the flattened batch.
         start: [N], its number in its document: how many came before this pass.
         after: [N], the number of the token after the last.
+        shortest: each has at least so many tokens in this pass, as far as shapes say.
     """
 
     first: torch.Tensor
     start: torch.Tensor
     after: torch.Tensor
+    shortest: int = 0
 
 
 def document_spans(sequence):
@@ -33,7 +35,7 @@ def document_spans(sequence):
         batch, time = sequence.shape
         start_B = sequence.clock[:, 0].expand(batch)
         first_B = torch.arange(batch, device=start_B.device) * time
-        return Spans(first_B, start_B, start_B + time)
+        return Spans(first_B, start_B, start_B + time, time)
     first_N = sequence.cu_seqlens[:-1]
     start_N = sequence.clock[0, first_N]
     return Spans(first_N, start_N, start_N + sequence.cu_seqlens.diff())
@@ -64,6 +66,12 @@ def first_positions(after_N, size):
     """The numbers of the first tokens, [N, size]; -1 where there is none yet."""
     slots_S = torch.arange(size, device=after_N.device)
     return torch.where(slots_S < after_N[:, None], slots_S, -1)
+
+
+def gather_ring(x_BTHK, held_NSHK, positions_NS, spans):
+    """`gather_tokens` of `ring_positions`: nothing is left of a state whose ring comes round."""
+    comes_round = spans.shortest >= positions_NS.shape[1]
+    return gather_tokens(x_BTHK, None if comes_round else held_NSHK, positions_NS, spans)
 
 
 def gather_tokens(x_BTHK, held_NSHK, positions_NS, spans):

@@ -28,6 +28,9 @@ SIZES = {
 }
 MODELS = {
     "retnet": {},
+    "rwkv4": {},
+    "rwkv5": {},
+    "rwkv6": {},
     "infini": {"segment_length": 1024},
     "lightning": {},
     "sliding_window": {"sliding_window": 512},
