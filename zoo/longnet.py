@@ -267,7 +267,8 @@ class DilatedAttention(nn.Module):
             spans, dtype = row_spans(sequence), self.state_specs()["keys_BHMK"].dtype
             for name, x_BTHK in (("keys_BHMK", k_BTHK), ("values_BHMV", v_BTHV)):
                 x_BTHK = x_BTHK if dtype is None else x_BTHK.to(dtype)
-                slots = hold(x_BTHK, getattr(state, name), *self.branches, *spans, **self.settings)
+                held, where = getattr(state, name), (spans.first, spans.start, spans.after)
+                slots = hold(x_BTHK, held, *self.branches, *where, **self.settings)
                 setattr(state, name, slots)
         return y_BTHV
 
