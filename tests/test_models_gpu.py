@@ -1,0 +1,121 @@
+"""Every model on a GPU, at sizes that are used, against the same model on the CPU: `make gpu`."""
+
+import pytest
+import torch
+
+import zoo
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this torch sees no GPU"),
+]
+
+# Heads of 64; what has segments or a window meets more than one of them.
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+}
+VARIANTS = [(name, variant) for name, x in zoo.MODELS.items() for variant in x.config.variants]
+TOKENS = 300
+
+
+def build(name, variant="default", **fields):
+    torch.manual_seed(0)
+    architecture = zoo.MODELS[name]
+    config = architecture.config(**SIZES | architecture.config.variants.get(variant, {}) | fields)
+    return architecture.causal_lm(config).eval()
+
+
+def inputs():
+    """(ids [2, T], mask with a hole and padding, positions of three packed documents)."""
+    ids = torch.randint(0, 512, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :70] = 0
+    restarts = torch.cat([torch.arange(n) for n in (1, 160, TOKENS - 161)]).repeat(2, 1)
+    return ids, mask, restarts
+
+
+def results(model, device):
+    """Logits and gradients of plain, padded and packed rows, on the CPU."""
+    model = model.to(device)
+    model.zero_grad()
+    ids, mask, restarts = (x.to(device) for x in inputs())
+    losses = (
+        model(ids, labels=ids).loss
+        + model(ids, labels=ids, attention_mask=mask).loss
+        + model(ids, labels=ids, position_ids=restarts).loss
+    )
+    losses.backward()
+    with torch.no_grad():
+        logits = {
+            "plain": model(ids).logits,
+            "padded": model(ids, attention_mask=mask).logits[mask.bool()],
+            "packed": model(ids, position_ids=restarts).logits,
+        }
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {name: x.cpu() for name, x in (logits | gradients).items()}
+
+
+def relative(x, expected):
+    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_equals_the_cpu(name, variant):
+    """float32 on both: orders of summation, and products of 21 bits in the kernels."""
+    model = build(name, variant)
+    expected = results(model, "cpu")
+    got = results(model, "cuda")
+    errors = {key: relative(got[key], x) for key, x in expected.items() if x.any()}
+    wrong = {key: error for key, error in errors.items() if not error < 2e-4}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_decoding_is_the_whole(name):
+    """A prefill, a piece and single tokens, as one run."""
+    model = build(name).cuda()
+    ids = inputs()[0].cuda()
+    with torch.no_grad():
+        expected = model(ids).logits
+        bounds = [0, 270, 280, *range(281, TOKENS + 1)]
+        cache, parts = None, []
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            output = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+    assert relative(torch.cat(parts, 1), expected) < 2e-4
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_generates(name):
+    """Greedy with a cache, rows of different lengths: what it gives without one."""
+    model = build(name).cuda()
+    ids, mask, _ = (x[:, :200].cuda() for x in inputs())
+    how = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    got, expected = (model.generate(ids, use_cache=cached, **how) for cached in (True, False))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_bfloat16_training_step(name):
+    """Autocast as in the recipe: no further from float32 than twice what the CPU is."""
+    model = build(name).train()
+    ids = inputs()[0]
+
+    def step(device, dtype):
+        model.to(device).zero_grad()
+        x = ids.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = model(x, labels=x)
+        output.loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        return output.logits.detach().cpu(), gradient.cpu()
+
+    exact = step("cpu", torch.float32)
+    cpu, gpu = step("cpu", torch.bfloat16), step("cuda", torch.bfloat16)
+    for mine, reference, expected in zip(gpu, cpu, exact, strict=True):
+        assert relative(mine, expected) < 2 * relative(reference, expected) + 1e-3
