@@ -447,13 +447,15 @@ def _step(
 
 # (chunk, slice, warps, stages) of `_scan` for padded A = 64 or less, 128, 256, 512; by target, bits
 # of the factors and variant. Chosen by compiling: no spills, and then as many programs on a
-# processor as that allows (kernels/bench/resources.py); not yet by measuring.
+# processor as that allows (kernels/bench/resources.py); measured on an H100 for 64 to 256
+# (kernels/bench/LOG.md). On sm_90 512 has chunks of 32: those of 64 are miscompiled
+# (kernels/bench/sass.py).
 _SCAN = {
     ("sm_80", 16, "constant"): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
     ("sm_80", 16, "gates"): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
     ("sm_80", 16, "bonus"): ((64, 32, 4, 2), (32, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
-    ("sm_90", 16, "constant"): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 8, 1)),
-    ("sm_90", 16, "gates"): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1)),
+    ("sm_90", 16, "constant"): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 16, 8, 2)),
+    ("sm_90", 16, "gates"): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 16, 8, 2)),
     ("sm_90", 16, "bonus"): ((64, 32, 4, 2), (64, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
     ("sm_100", 16, "constant"): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (16, 16, 8, 1)),
     ("sm_100", 16, "gates"): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2), (16, 16, 8, 1)),
