@@ -4,6 +4,7 @@
 # make bench   the operators on one core, beside what transformers runs there
 # make aot     every kernel compiled for four GPUs, without one, and checked; in part in make test
 # make gpu     the tests that need a GPU, then benchmarks, with PYTHON as it is: installs nothing
+#              (if it has pytest-xdist, tests run side by side: most of their time is compiling)
 # make clean   remove what was built; runs/, exported/ and .venv/ stay
 #
 # demo, test, check, bench and aot create .venv and install into it by themselves, once.
@@ -50,8 +51,11 @@ aot: $(STAMP)
 gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { \
 		echo "make gpu: the torch of $(PYTHON) sees no GPU" >&2; exit 1; }
-	@PYTHONPATH=. $(PYTHON) -m pytest tests --ignore=tests/recipes -m gpu -q; tests=$$?; \
-	PYTHONPATH=. $(PYTHON) kernels/bench/run.py && exit $$tests
+	@tests() { PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests --ignore=tests/recipes -q "$$@"; }; \
+	many=$$($(PYTHON) -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null); \
+	tests -m "gpu and not alone" $$many; together=$$?; \
+	tests -m "gpu and alone"; alone=$$?; \
+	PYTHONPATH=. $(PYTHON) kernels/bench/run.py && exit $$((together + alone))
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

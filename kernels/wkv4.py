@@ -15,7 +15,7 @@ numbers with all chunks of positions side by side, and its gradients by formula.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -180,9 +180,11 @@ def wkv4_chunked(
         chunk_length: positions per chunk; None picks it from the documents' mean length.
     """
     dtype = accumulator_dtype(k)
+    num_documents = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if chunk_length is None:
-        mean_length = k.shape[1] / (1 if cu_seqlens is None else len(cu_seqlens) - 1)
-        chunk_length = 1 << max(0, round(math.log2(mean_length) / 2))
+        mean_length = k.shape[0] * k.shape[1] / num_documents
+        # The root of the length makes the fewest steps; longer chunks than 32 do not pay for them.
+        chunk_length = min(32, 1 << max(0, round(math.log2(mean_length) / 2)))
     with torch.autocast(k.device.type, enabled=False):
         inputs = w.to(dtype).clamp(min=LOWEST), u.to(dtype)
         if cu_seqlens is None:
@@ -190,7 +192,9 @@ def wkv4_chunked(
         else:
             layout = _layout_packed(k, cu_seqlens, chunk_length)
         if initial_state is None:
-            state_N3D = _empty_state(len(layout.order), inputs[0])
+            state_N3D = _empty_state(num_documents, inputs[0])
+        elif layout.order is None:
+            state_N3D = initial_state.to(dtype)
         else:
             state_N3D = initial_state.to(dtype).index_select(0, layout.order)
         y_RCD, state_N3D = _TwoLevelScan.apply(
@@ -198,13 +202,14 @@ def wkv4_chunked(
             layout.split(k.to(dtype), -math.inf),
             layout.split(v.to(dtype), 0.0),
             state_N3D,
-            layout.length_R1.to(dtype),
-            layout.steps,
+            layout._replace(length_R1=layout.length_R1.to(dtype)),
         )
         y = layout.join(y_RCD).to(v.dtype)
     if not output_final_state:
         return y, None
-    return y, state_N3D.index_select(0, layout.order.argsort())
+    if layout.order is not None:
+        state_N3D = state_N3D.index_select(0, layout.order.argsort())
+    return y, state_N3D
 
 
 def _empty_state(num_documents, like):
@@ -219,15 +224,19 @@ class _Layout(NamedTuple):
     What is past a document's end has a key of -inf, that is no weight.
 
     order: [N] the documents in the order of the walk, longest first: a prefix is still running.
-    steps: the rows of each step of the walk over chunks, chunk n of every document that has one,
-        with their number.
+        None: as they come, for they end together.
+    counts: documents in each step of the walk over chunks: those that have a chunk n.
+    walk: [R, ...] to what each step meets, [count, ...] each.
+    gather: back.
     length_R1: positions of each chunk that hold tokens.
     split: ([B, T, D], what to fill with) to [R, C, D].
     join: back.
     """
 
-    order: torch.Tensor
-    steps: list[tuple[slice, int]]
+    order: torch.Tensor | None
+    counts: list[int]
+    walk: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+    gather: Callable[[Sequence[torch.Tensor]], torch.Tensor]
     length_R1: torch.Tensor
     split: Callable[[torch.Tensor, float], torch.Tensor]
     join: Callable[[torch.Tensor], torch.Tensor]
@@ -241,6 +250,12 @@ def _layout_dense(k, chunk_length):
     length_BN = k.new_full((batch, num_chunks), chunk_length, dtype=torch.long)
     length_BN[:, -1] -= missing
 
+    def walk(x_R):
+        return x_R.unflatten(0, (batch, num_chunks)).unbind(1)
+
+    def gather(steps):
+        return torch.stack(steps, dim=1).flatten(0, 1)
+
     def split(x_BTD, fill):
         if missing:
             x_BTD = F.pad(x_BTD, (0, 0, 0, missing), value=fill)
@@ -250,8 +265,10 @@ def _layout_dense(k, chunk_length):
         return x_RCD.reshape(batch, -1, width)[:, :time]
 
     return _Layout(
-        order=torch.arange(batch, device=k.device),
-        steps=[(slice(n, None, num_chunks), batch) for n in range(num_chunks)],
+        order=None,
+        counts=[batch] * num_chunks,
+        walk=walk,
+        gather=gather,
         length_R1=length_BN.reshape(-1, 1),
         split=split,
         join=join,
@@ -265,15 +282,14 @@ def _layout_packed(k, cu_seqlens, chunk_length):
     length_N, order_N = cu_seqlens.diff().sort(descending=True, stable=True)
     start_N = cu_seqlens[:-1][order_N]
     num_chunks_N = (-(-length_N // chunk_length)).tolist()
-    steps, first_R, end_R, rows = [], [], [], 0
+    first_R, end_R = [], []
     count = len(num_chunks_N)
     for step in range(num_chunks_N[0]):
         while num_chunks_N[count - 1] <= step:
             count -= 1
-        steps.append((slice(rows, rows + count), count))
         first_R.append(start_N[:count] + step * chunk_length)
         end_R.append((start_N + length_N)[:count])
-        rows += count
+    counts = [first.shape[0] for first in first_R]
 
     first_R1, end_R1 = torch.cat(first_R)[:, None], torch.cat(end_R)[:, None]
     index_RC = first_R1 + torch.arange(chunk_length, device=device)
@@ -290,8 +306,11 @@ def _layout_packed(k, cu_seqlens, chunk_length):
     def join(x_RCD):
         return x_RCD.flatten(0, 1).index_select(0, place_T)[None]
 
+    def walk(x_R):
+        return x_R.split(counts)
+
     length_R1 = (end_R1 - first_R1).clamp(max=chunk_length)
-    return _Layout(order_N, steps, length_R1, split, join)
+    return _Layout(order_N, counts, walk, torch.cat, length_R1, split, join)
 
 
 class _TwoLevelScan(torch.autograd.Function):
@@ -307,7 +326,18 @@ class _TwoLevelScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, w_D, u_D, k_RCD, v_RCD, state_N3D, length_R1, steps):
+    def forward(ctx, w_D, u_D, k_RCD, v_RCD, state_N3D, layout):
+        counts, walk, gather, length_R1 = (
+            layout.counts,
+            layout.walk,
+            layout.gather,
+            layout.length_R1,
+        )
+
+        def entering(first, left):
+            """What leaves the steps enters the next, where a document goes on [R, ...]."""
+            return gather([first, *map(_first, left, counts[1:])])
+
         # Sums over each chunk, in units of its own largest exponent.
         left_RC1 = _positions_left(length_R1, k_RCD)
         exponent_RCD = torch.addcmul(k_RCD, left_RC1, w_D)
@@ -316,113 +346,111 @@ class _TwoLevelScan(torch.autograd.Function):
         sums_R2D = torch.stack([(weight_RCD * v_RCD).sum(1), weight_RCD.sum(1)], dim=1)
         del exponent_RCD, weight_RCD
 
+        # What leaves each chunk and enters the next: first the exponents of its units, one maximum
+        # after the other; then, in one piece, what follows from them; then the sums.
         decay_RD = length_R1 * w_D
-        enter_R3D = k_RCD.new_empty(len(length_R1), 3, len(w_D))
-        finished = []
-        for rows, count in steps:
-            finished.append(state_N3D[count:])
-            state_N3D = state_N3D[:count]
-            enter_R3D[rows] = state_N3D
-            past = state_N3D[:, 2] + decay_RD[rows]
-            top = torch.maximum(past, max_RD[rows])
-            sums = (past - top).exp()[:, None] * state_N3D[:, :2]
-            sums.addcmul_((max_RD[rows] - top).exp()[:, None], sums_R2D[rows])
-            state_N3D = torch.cat([sums, top[:, None]], dim=1)
-        final_N3D = torch.cat([state_N3D, *finished[::-1]])
+        running_N3D = state_N3D[: counts[0]]
+        top, tops = running_N3D[:, 2], []
+        for count, decay, largest in zip(counts, walk(decay_RD), walk(max_RD)):
+            top = torch.maximum(_first(top, count) + decay, largest)
+            tops.append(top)
+        enter_RD, left_RD = entering(running_N3D[:, 2], tops), gather(tops)
+        keep_R1D = (enter_RD + decay_RD).sub_(left_RD).exp_()[:, None]
+        sums_R2D *= (max_RD - left_RD).exp_()[:, None]
+        sums, all_sums = running_N3D[:, :2], []
+        for count, keep, own in zip(counts, walk(keep_R1D), walk(sums_R2D)):
+            sums = torch.addcmul(own, keep, _first(sums, count))
+            all_sums.append(sums)
+        enter_R2D = entering(running_N3D[:, :2], all_sums)
+        enter_R3D = torch.cat([enter_R2D, enter_RD[:, None]], dim=1)
+        # A document's final state is what leaves its last chunk, or what came if it is empty.
+        ends = [
+            torch.cat([sums[after:], top[after:, None]], dim=1)
+            for sums, top, count, after in zip(all_sums, tops, counts, [*counts[1:], 0])
+            if count > after
+        ]
+        final_N3D = torch.cat([*ends[::-1], state_N3D[counts[0] :]])
 
         y_RCD = torch.empty_like(k_RCD, memory_format=torch.contiguous_format)
         mean, log = _mean_and_log(enter_R3D)
-        for c in range(k_RCD.shape[1]):
-            k, v = k_RCD[:, c], v_RCD[:, c]
-            gain = k - log
-            y_RCD[:, c] = torch.lerp(mean, v, (gain + u_D).sigmoid_())
-            mean = torch.lerp(mean, v, gain.sub_(w_D).sigmoid_())
-            log = torch.logaddexp(log + w_D, k)
-        ctx.steps = steps
+        for k, v, y in _blocks(k_RCD, v_RCD, y_RCD):
+            means, now, _, mean, log = _averages(k, v, w_D, u_D, mean, log)
+            y.copy_(torch.lerp(means, v, now))
+        ctx.layout = layout
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(w_D, u_D, k_RCD, v_RCD, length_R1, enter_R3D, final_N3D)
+        ctx.save_for_backward(w_D, u_D, k_RCD, v_RCD, enter_R3D, final_N3D)
         return y_RCD, final_N3D
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_RCD, dfinal_N3D):
-        w_D, u_D, k_RCD, v_RCD, length_R1, enter_R3D, final_N3D = ctx.saved_tensors
-        num_positions = k_RCD.shape[1]
+        w_D, u_D, k_RCD, v_RCD, enter_R3D, final_N3D = ctx.saved_tensors
+        layout = ctx.layout
+        counts, walk = layout.counts, layout.walk
         if dy_RCD is None:
             dy_RCD = torch.zeros_like(k_RCD)
         if dfinal_N3D is None:
             dfinal_N3D = torch.zeros_like(final_N3D)
 
         # The averages and gates again; and p and q at each chunk's start from its own outputs.
-        mean_CRD, now_CRD, write_CRD = (
-            k_RCD.new_empty(num_positions, *enter_R3D[:, 0].shape) for _ in range(3)
-        )
         mean, log = _mean_and_log(enter_R3D)
         keep = torch.ones_like(mean)
         pq_R2D = torch.zeros_like(enter_R3D[:, :2])
-        for c in range(num_positions):
-            k, v, dy = k_RCD[:, c], v_RCD[:, c], dy_RCD[:, c]
-            gain = k - log
-            mean_CRD[c] = mean
-            now = torch.sigmoid(gain + u_D, out=now_CRD[c])
-            write = torch.sigmoid(gain.sub_(w_D), out=write_CRD[c])
-            y = torch.lerp(mean, v, now)
-            past = (dy - now * dy).mul_(keep)
-            pq_R2D[:, 0] += past
-            pq_R2D[:, 1].addcmul_(past, y, value=-1)
-            keep.addcmul_(keep, write, value=-1)
-            mean = torch.lerp(mean, v, write)
-            log = torch.logaddexp(log + w_D, k)
+        p, q = pq_R2D.unbind(1)
+        averages = []
+        for k, v, dy in _blocks(k_RCD, v_RCD, dy_RCD):
+            means, now, write, mean, log = _averages(k, v, w_D, u_D, mean, log)
+            averages.append((means, now, write))
+            kept, keep = _values(keep, _without, write)
+            past = (dy - now * dy).mul_(kept)
+            _add_positions(p, past)
+            _add_positions(q, past.mul_(torch.lerp(means, v, now)), -1)
 
-        # Back over the chunks: what each one's end receives from all that follow.
-        num_running = ctx.steps[-1][1]
+        # Back over the chunks: what each one's end receives from all that follow. Documents whose
+        # last chunk it is join with the gradient of their final state.
         dlast_N2D = dfinal_N3D[:, :2] * final_N3D[:, 1:2]
-        pq = dlast_N2D[:num_running]
-        after_R2D = torch.empty_like(pq_R2D)
-        for rows, count in reversed(ctx.steps):
-            # Documents whose last chunk this is join with the gradient of their final state.
-            pq = torch.cat([pq, dlast_N2D[len(pq) : count]])
-            after_R2D[rows] = pq
-            pq = torch.addcmul(pq_R2D[rows], keep[rows][:, None], pq)
+        pq, after = dlast_N2D[:0], []
+        steps = list(zip([*counts[1:], 0], counts, walk(pq_R2D), walk(keep[:, None])))
+        for later, count, own, kept in reversed(steps):
+            if count > later:
+                pq = torch.cat([pq, dlast_N2D[later:count]])
+            after.append(pq)
+            pq = torch.addcmul(own, kept, pq)
+        after_R2D = layout.gather(after[::-1])
 
         dstate_N3D = None
         if ctx.needs_input_grad[4]:
-            num, den = enter_R3D[ctx.steps[0][0]][:, :2].unbind(1)
+            num, den = walk(enter_R3D)[0][:, :2].unbind(1)
             unit = torch.where(den > 0, 1 / den, 0.0)
             dstate = [pq[:, 0] * unit, pq[:, 1] * unit, pq[:, 0] * num * unit + pq[:, 1]]
             dstate_N3D = dfinal_N3D.clone()
             dstate_N3D[:, 2] = 0
-            dstate_N3D[: len(pq)] = torch.stack(dstate, dim=1)
+            dstate_N3D[: pq.shape[0]] = torch.stack(dstate, dim=1)
 
         # Back over the positions.
-        inside_CR1 = (_positions_left(length_R1, k_RCD) >= 0).to(k_RCD.dtype).transpose(0, 1)
+        inside_RC1 = (_positions_left(layout.length_R1, k_RCD) >= 0).to(k_RCD.dtype)
         dk_RCD, dv_RCD = torch.empty_like(k_RCD), torch.empty_like(v_RCD)
         dw_RD, du_RD = torch.zeros_like(keep), torch.zeros_like(keep)
-        p, q = after_R2D.unbind(1)
-        p, q = p.contiguous(), q.contiguous()
-        for c in reversed(range(num_positions)):
-            v, dy, mean, now, write = (
-                v_RCD[:, c],
-                dy_RCD[:, c],
-                mean_CRD[c],
-                now_CRD[c],
-                write_CRD[c],
-            )
-            y = torch.lerp(mean, v, now)
+        pq = torch.stack([after_R2D[:, 0], -after_R2D[:, 1]])  # of q the negative
+        blocks = _blocks(v_RCD, dy_RCD, inside_RC1, dk_RCD, dv_RCD)
+        for (v, dy, inside, dk, dv), (means, now, write) in reversed(list(zip(blocks, averages))):
             dnow = now * dy
+            y = torch.lerp(means, v, now)
             dpast = dy - dnow
-            dv_RCD[:, c] = torch.addcmul(dnow, write, p)
+            added = torch.stack([dpast, dpast * y], dim=1)
+            hold = 1 - write
+            pqs, pq = _values(pq, _kept_and_added, hold[:, None], added, reverse=True)
+            p, minus_q = pqs.unbind(1)
+            dv.copy_(torch.addcmul(dnow, write, p))
             dkey = dnow.mul_(v - y)
-            du_RD += dkey
-            dk_RCD[:, c] = torch.addcmul(dkey, write, torch.addcmul(q, p, v))
-            p.addcmul_(p, write, value=-1)
-            q.addcmul_(q, write, value=-1)
-            dw_RD.addcmul_(torch.addcmul(q, p, mean), inside_CR1[c])
-            p += dpast
-            q.addcmul_(dpast, y, value=-1)
+            _add_positions(du_RD, dkey)
+            dwrite = torch.addcmul(minus_q, p, v, value=-1)
+            dk.copy_(torch.addcmul(dkey, write, dwrite, value=-1))
+            dmean = torch.addcmul(minus_q, p, means, value=-1)
+            _add_positions(dw_RD, dmean.mul_(hold).mul_(inside), -1)
         # In float64: many rows, and many cancel.
         dw_D, du_D = (x.sum(0, dtype=torch.float64).to(x.dtype) for x in (dw_RD, du_RD))
-        return dw_D, du_D, dk_RCD, dv_RCD, dstate_N3D, None, None
+        return dw_D, du_D, dk_RCD, dv_RCD, dstate_N3D, None
 
 
 def _positions_left(length_R1, like_RCD):
@@ -434,3 +462,71 @@ def _mean_and_log(state_R3D):
     """The average so far and the log of the sum of weights: 0 and -inf if there is none."""
     num, den, top = state_R3D.unbind(1)
     return torch.where(den > 0, num / den, 0.0), top + den.log()
+
+
+def _first(x, count):
+    """The first rows of a tensor, without the cost of a view of all of them."""
+    return x if x.shape[0] == count else x[:count]
+
+
+# Elements of a block, of which a dozen arrays are worked on at once: they stay near the processor.
+# With fewer positions than eight, starting a block costs what it saves: then they come one by one.
+_BLOCK, _FEWEST = 1 << 17, 8
+
+
+def _blocks(*x_RCX):
+    """Groups of positions, [positions, R, ...] of each argument.
+
+    What does not hang on the position before is calculated for a block at a time, in few and larger
+    operations: for short sequences starting an operation costs more than its work.
+    """
+    num_rows, _, width = x_RCX[0].shape
+    size = _BLOCK // (num_rows * width)
+    size = size if size >= _FEWEST else 1
+    return zip(*(x.transpose(0, 1).split(size) for x in x_RCX))
+
+
+def _values(start, step, *parts, reverse=False):
+    """A recursion: (the value that each position meets [positions, ...], what it ends with [...]).
+
+    Args:
+        start: the first position's; in reverse, the last one's.
+        step: (value, *part of the position, out=) to the value that the next position meets.
+        parts: [positions, ...] each.
+    """
+    count = parts[0].shape[0]
+    if count == 1:
+        return start[None], step(start, *(x[0] for x in parts), out=None)
+    met = start.new_empty(count, *start.shape)
+    places, *parts = (x.unbind()[:: -1 if reverse else 1] for x in (met, *parts))
+    here = places[0].copy_(start)
+    for place, *part in zip([*places[1:], None], *parts):
+        here = step(here, *part, out=place)
+    return met, here
+
+
+def _add_positions(total_RD, x, factor=1):
+    """Adds the values of all positions of a block, times a factor."""
+    total_RD.add_(x[0] if x.shape[0] == 1 else x.sum(0), alpha=factor)
+
+
+def _without(value, write, *, out):
+    return torch.addcmul(value, value, write, value=-1, out=out)
+
+
+def _kept_and_added(value, keep, added, *, out):
+    return torch.addcmul(added, keep, value, out=out)
+
+
+def _averages(k, v, w_D, u_D, mean_RD, log_RD):
+    """(x before each position of a block, s and r there, x and l after it): see the class."""
+
+    def log_of_sum(log, k, *, out):
+        return torch.logaddexp(log + w_D, k, out=out)
+
+    logs, log_RD = _values(log_RD, log_of_sum, k)
+    gain = k - logs
+    now = (gain + u_D).sigmoid_()
+    write = gain.sub_(w_D).sigmoid_()
+    means, mean_RD = _values(mean_RD, torch.lerp, v, write)
+    return means, now, write, mean_RD, log_RD

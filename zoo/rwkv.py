@@ -101,9 +101,11 @@ def token_shift(x_BTD, sequence, before_ND):
         (the previous tokens [B, T, D], each document's last token [N, D] to go on from).
     """
     if sequence.cu_seqlens is None:
-        before_ND = x_BTD.new_zeros(x_BTD[:, 0].shape) if before_ND is None else before_ND
-        before_BTD = torch.cat([before_ND.to(x_BTD.dtype)[:, None], x_BTD[:, :-1]], dim=1)
-        return before_BTD, x_BTD[:, -1]
+        # Split, not sliced twice: the gradients of both parts come back in one piece.
+        all_but_last_BTD, last_B1D = x_BTD.split([x_BTD.shape[1] - 1, 1], dim=1)
+        before_B1D = torch.zeros_like(last_B1D) if before_ND is None else before_ND[:, None]
+        before_BTD = torch.cat([before_B1D.to(x_BTD.dtype), all_but_last_BTD], dim=1)
+        return before_BTD, last_B1D[:, 0]
     starts_N, ends_N = sequence.cu_seqlens[:-1], sequence.cu_seqlens[1:]
     if before_ND is None:
         before_ND = x_BTD.new_zeros(len(starts_N), x_BTD.shape[-1])

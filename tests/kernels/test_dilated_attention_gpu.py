@@ -125,6 +125,7 @@ def test_the_host_never_waits(held):
 
 
 @gpu_only
+@pytest.mark.alone
 def test_offsets_beyond_31_bits():
     """2.2e9 elements; the last segments have a reference of their own."""
     # Queries, keys and values of 4.5 GB each, the sums in float32, and what they are rounded to.
@@ -144,6 +145,7 @@ def test_offsets_beyond_31_bits():
 
 
 @gpu_only
+@pytest.mark.alone
 def test_peak_memory_is_linear_and_small():
     """Training on 131,072 tokens: nothing of quadratic size, no copies of branches."""
     leaves, keyword = inputs(131_072, 8, 64, torch.bfloat16)

@@ -231,6 +231,7 @@ def test_packed_documents_of_the_other_operators(lengths):
     assert_close(got, {name: expected[name] for name in names}, LIMITS[torch.float32])
 
 
+@pytest.mark.alone
 def test_a_million_tokens():
     """One row and two heads, cut into segments; every gradient."""
     x = linear_inputs("H", False, tiny(1, 1 << 20, 2, 64, 64, to=64), torch.bfloat16)
@@ -245,6 +246,7 @@ BEYOND = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", BEYOND)
 def test_offsets_beyond_31_bits(name):
     """2.2e9 elements; decays forget within tens of tokens, so the tail has a reference of its own.
@@ -292,6 +294,7 @@ def test_offsets_beyond_31_bits(name):
         assert relative(got[:, -tail:], wanted[:, -tail:]) < LIMITS[torch.bfloat16]
 
 
+@pytest.mark.alone
 def test_wkv4_offsets_beyond_31_bits():
     shape = (1, 64, 16) if IS_TINY else (1, 1 << 20, 2064)
     if HAS_GPU and torch.cuda.mem_get_info()[0] < 60e9:
@@ -469,6 +472,7 @@ def test_the_host_never_waits(name, packed):
 
 
 @gpu_only
+@pytest.mark.alone
 @pytest.mark.parametrize("name", OPERATORS)
 def test_host_time(name):
     """The benchmark reports it, and 60 us is the aim; this notices work that does not belong there.
@@ -488,6 +492,7 @@ def test_host_time(name):
 
 
 @gpu_only
+@pytest.mark.alone
 def test_peak_memory_is_linear_and_small():
     """Forward and backward of 32,768 tokens: inputs' size in gradients, and little beside."""
     x = linear_inputs("H", False, (1, 32768, 8, 128, 128), torch.bfloat16)

@@ -7,6 +7,7 @@ import torch
 from goldens import golden_tensors
 from ladder import values_and_gradients
 
+from zoo.kernels import wkv4 as module
 from zoo.kernels.wkv4 import wkv4, wkv4_chunked, wkv4_reference
 
 # An empty document first, in the middle and last; one-token documents; one of exactly a chunk.
@@ -63,6 +64,32 @@ def test_chunked_equals_reference(packed, initial):
 
         # Sums of a few hundred products in float64, in another order.
         assert worst(values_and_gradients(chunked, positional, keyword), expected) < 1e-11
+
+
+@pytest.mark.parametrize("positions", [1, 8, 11, 16])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_blocks_of_positions(packed, positions, monkeypatch):
+    """One position of a chunk of 16 at a time, some, with a rest, or all."""
+    positional, keyword = arguments(packed, True)
+    expected = values_and_gradients(wkv4_reference, positional, keyword)
+    monkeypatch.setattr(module, "_FEWEST", 1)
+    blocks = module._blocks
+    lengths = set()
+
+    def counted(*x_RCX):
+        rows, _, width = x_RCX[0].shape
+        monkeypatch.setattr(module, "_BLOCK", positions * rows * width)
+        for parts in blocks(*x_RCX):
+            lengths.add(len(parts[0]))
+            yield parts
+
+    monkeypatch.setattr(module, "_blocks", counted)
+
+    def chunked(*args, **kwargs):
+        return wkv4_chunked(*args, chunk_length=16, **kwargs)
+
+    assert worst(values_and_gradients(chunked, positional, keyword), expected) < 1e-11
+    assert lengths == {positions, 16 % positions or positions}
 
 
 @pytest.mark.parametrize("time", [1, 7, 8, 9, 15, 16, 17, 131])
