@@ -539,10 +539,17 @@ def first_line(error):
     return f"{type(error).__name__}: {text[0][:200] if text else ''}"
 
 
-def check_and_warm_up(workload, mode):
+class DeviceLost(RuntimeError):
+    """After some errors, such as an illegal access, a process can do nothing more on its device."""
+
+
+def check_and_warm_up(device, workload, mode):
     """(functions that may be timed, what is known of every contender), both by name.
 
     What fails or computes something else is not timed; `known` says why.
+
+    Raises:
+        DeviceLost: a contender failed in a way that no other could be run after it.
     """
     functions, known = {}, {}
     for name, call in calls(workload, mode).items():
@@ -558,6 +565,10 @@ def check_and_warm_up(workload, mode):
                 call()
         except Exception as error:  # any failure of theirs or ours is a result, not the end
             known[name]["failed"] = first_line(error)
+            try:
+                device.synchronize()
+            except Exception as lost:
+                raise DeviceLost(f"{name}, {mode}: {first_line(error)}") from lost
             continue
         functions[name] = call
     return functions, known
@@ -583,7 +594,7 @@ def measure(device, workload, mode, ceilings, seconds):
         ceilings: (bytes per second, FLOP per second) of the device.
         seconds: about how long the timing may take.
     """
-    functions, known = check_and_warm_up(workload, mode)
+    functions, known = check_and_warm_up(device, workload, mode)
     moved, computed = workload.floors[mode]
     floors = {"bytes": moved / ceilings[0], "FLOPs": computed / ceilings[1]}
     floor_of = max(floors, key=floors.get)
@@ -685,13 +696,45 @@ def tune(device, deadline, cases, is_tiny):
                     chosen["scan"] = Config(64, width, 4, stages)
                 with override(**chosen):
                     seconds = 0.0 if is_tiny else 0.3
-                    record = measure(device, workload, mode, (1, 1), seconds)["by"]["ours"]
+                    try:
+                        record = measure(device, workload, mode, (1, 1), seconds)["by"]["ours"]
+                    except DeviceLost as error:
+                        print(f"{name} {mode}, {chosen}: the device is lost: {error}")
+                        return
                 words = f"segments {segments or 'as shipped'}, "
                 words += f"slice {width}, stages {stages}" if width else "configuration as shipped"
                 rows.append((record.get("ms", math.inf), words, record.get("failed", "")))
             print(f"\n{name} {mode}")
             for ms, words, failed in sorted(rows):
                 print(f"  {ms:9.4f} ms  {words}  {failed}", flush=True)
+
+
+def compile_first(cases, processes, arguments, seconds):
+    """Lets child processes compile everything, the cases shared out: fla's configurations are many.
+
+    What they compile is in Triton's cache when this process wants it. What goes wrong there will
+    go wrong here, and be told.
+    """
+    command = [sys.executable, __file__, *arguments, "--compile"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    shares = (json.dumps(list(cases)[i::processes]) for i in range(processes))
+    children = [subprocess.Popen([*command, share], **quiet) for share in shares]
+    end = time.perf_counter() + seconds
+    for child in children:
+        try:
+            child.wait(max(0.0, end - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def compile_share(device, cases, is_tiny):
+    """In a child process: runs every mode of the cases once."""
+    for case in cases.values():
+        with contextlib.suppress(Exception):
+            workload = case.make(device.device, is_tiny)
+            for mode in case.modes:
+                check_and_warm_up(device, workload, mode)
 
 
 def versions():
@@ -740,7 +783,7 @@ def run(device, cases, output, deadline, is_tiny):
         if time.perf_counter() > deadline:
             print(f"out of time before {name}")
             break
-        entry = {"commit": this_commit}
+        entry, is_lost = {"commit": this_commit}, False
         try:
             workload = case.make(device.device, is_tiny)
             for mode in case.modes:
@@ -748,12 +791,18 @@ def run(device, cases, output, deadline, is_tiny):
                 entry[mode] = measure(device, workload, mode, ceilings, seconds)
                 if mode in case.targets:
                     entry[mode]["target"] = case.targets[mode]
+        except DeviceLost as error:
+            entry["failed"] = str(error)
+            is_lost = True
         except Exception as error:  # out of memory, say: the other cases can still be measured
             entry["failed"] = first_line(error)
         workload = None
         record["results"][name] = entry
         write()
         print("\n".join(lines_of(name, entry)), flush=True)
+        if is_lost:
+            print("The device is lost to this process: the cases after it were not measured.")
+            return
     for name in () if is_tiny else FIRST_CALLS:
         if name not in cases or time.perf_counter() > deadline:
             continue
@@ -914,6 +963,13 @@ def main(arguments=None):
     parser.add_argument(
         "--output", type=Path, help="result file, in place of results/<device>.json"
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=min(8, os.cpu_count()),
+        help="compile everything first, in so many (0: each case when its turn comes)",
+    )
+    parser.add_argument("--compile", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--first-call", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.table:
@@ -931,6 +987,13 @@ def main(arguments=None):
     cases = {name: case for name, case in CASES.items() if options.only in name}
     if not cases:
         parser.error(f"no case's name contains {options.only!r}; there are: {', '.join(CASES)}.")
+    if options.compile is not None:
+        compile_share(device, {name: CASES[name] for name in options.compile}, options.smoke)
+        return
+    if options.processes and not options.tune:
+        given = ["--device", options.device, *["--smoke"] * options.smoke]
+        given += ["--output", str(options.output)] if options.output else []
+        compile_first(cases, options.processes, given, 20 * options.minutes)
     if options.tune:
         tune(device, deadline, cases, options.smoke)
         return

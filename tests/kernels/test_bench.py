@@ -20,7 +20,8 @@ def tiny(name):
 
 
 def smoke(path, *arguments):
-    run.main(["--device", "cpu", "--smoke", "--output", str(path), *arguments])
+    plain = ["--device", "cpu", "--smoke", "--output", str(path), "--processes", "0"]
+    run.main([*plain, *arguments])
     return json.loads(path.read_text())["results"] if path.exists() else {}
 
 
@@ -90,6 +91,86 @@ def test_what_is_wrong_is_not_timed(contender, reason):
     # And alone: no figure, no crash.
     alone = workload._replace(contenders={"ours": contender})
     assert run.measure(CPU, alone, "training", (1e9, 1e9), 0)["by"]["ours"]["failed"] == reason
+
+
+class Fragile(run.Cpu):
+    """A device that nothing runs on after the first error of a contender."""
+
+    is_lost = False
+
+    def synchronize(self):
+        if self.is_lost:
+            raise RuntimeError("illegal memory access")
+
+
+@pytest.mark.parametrize("tunes", [False, True], ids=["run", "tune"])
+def test_ends_where_the_device_is_lost(tunes, tmp_path, monkeypatch, capsys):
+    """What came before is kept, what comes after is not blamed."""
+    device, path = Fragile(), tmp_path / "results.json"
+
+    def breaks(**x):
+        device.is_lost = True
+        raise RuntimeError("illegal memory access")
+
+    def broken(*_):
+        workload = tiny("retention (8, 1024, 8, 64)")
+        return workload._replace(contenders={"ours": breaks})
+
+    first, second, third = list(run.CASES)[:3]
+    cases = {name: run.CASES[name] for name in (first, second, third)}
+    cases[second] = cases[second]._replace(make=broken)
+    if tunes:
+        run.tune(device, float("inf"), {name: cases[name] for name in (second, third)}, True)
+        printed = capsys.readouterr().out
+        assert f"{second} forward" in printed and "the device is lost" in printed
+        assert third not in printed
+        return
+    run.run(device, cases, path, float("inf"), True)
+    results = json.loads(path.read_text())["results"]
+    assert list(results) == [first, second]
+    assert "failed" not in results[first]
+    assert results[second]["failed"] == "ours, forward: RuntimeError: illegal memory access"
+    assert "the cases after it were not measured" in capsys.readouterr().out
+
+
+def test_compiles_in_children_first(tmp_path, monkeypatch):
+    """Every case once, and one that hangs is not waited for."""
+    commands, waits = [], []
+
+    class Child:
+        def __init__(self, command, **_):
+            commands.append(command)
+
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            if timeout and len(waits) == 1:
+                raise subprocess.TimeoutExpired("", timeout)
+
+        def kill(self):
+            waits.append("killed")
+
+    monkeypatch.setattr(run.subprocess, "Popen", Child)
+    run.compile_first(run.CASES, 3, ["--device", "cuda"], 7)
+    shares = [json.loads(command[-1]) for command in commands]
+    assert sorted(name for share in shares for name in share) == sorted(run.CASES)
+    assert all(command[2:-1] == ["--device", "cuda", "--compile"] for command in commands)
+    assert 0 < waits[0] <= 7 and waits[1:3] == ["killed", None] and len(waits) == 5
+
+    ran = []
+    monkeypatch.setattr(run, "check_and_warm_up", lambda device, x, mode: ran.append(mode))
+    run.main(["--device", "cpu", "--smoke", "--output", "x", "--compile", json.dumps(shares[0])])
+    assert ran == [mode for name in shares[0] for mode in run.CASES[name].modes]
+
+
+def test_a_child_compiles(tmp_path):
+    """As it is called, from anywhere."""
+    arguments = ["--device", "cpu", "--smoke", "--output", str(tmp_path / "x.json")]
+    share = json.dumps(["wkv4 (8, 4096, 2048)"])
+    command = [run.sys.executable, run.__file__, *arguments, "--compile", share]
+    environment = os.environ | {"PYTHONPATH": str(run.HERE.parents[1])}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert not (tmp_path / "x.json").exists()
 
 
 def stand_in(module, name):
