@@ -33,7 +33,7 @@ def build(name, variant="default", **fields):
 
 
 def inputs():
-    """(ids [2, T], mask with a hole and padding, positions of three packed documents)."""
+    """(ids [2, T], a mask with padding in one row, positions of three packed documents)."""
     ids = torch.randint(0, 512, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :70] = 0
