@@ -173,6 +173,8 @@ def wkv4_chunked(
 ):
     """A scan on two levels, for any device: about 2 sqrt(T) steps instead of T, linear memory.
 
+    Of documents longer than 1,024 tokens T / 32 + 32 steps, which are faster than fewer.
+
     First the sums over each chunk, all chunks at once; then a walk over chunks, which gives the
     state that enters each; then a walk over the positions of a chunk, in all chunks side by side.
 

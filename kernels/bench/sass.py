@@ -89,14 +89,9 @@ def after(instruction, known):
     if ".64" in instruction.operation:  # operands are pairs, by the name of the first
         sources += [re.sub(r"\d+", lambda n: str(int(n.group()) + 1), name) for name in sources]
     sources += instruction.operands[1:]  # SOURCE, places on the stack
-    is_from_it = any(name in known for name in sources)
-    if instruction.operation.startswith(DATA):
-        is_from_it = False
-    if is_from_it and not instruction.is_conditional:
-        return known | set(targets)
-    if is_from_it:
-        return known
-    return known - set(targets)
+    if instruction.operation.startswith(DATA) or known.isdisjoint(sources):
+        return known - set(targets)
+    return known if instruction.is_conditional else known | set(targets)
 
 
 def descriptors(instruction):
@@ -124,7 +119,7 @@ def stray_descriptors(code):
     waiting = collections.deque([0] if code else [])
     while waiting:
         i = waiting.popleft()
-        state = frozenset(after(code[i], known[i]))
+        state = after(code[i], known[i])
         operation = code[i].operation
         following = []
         if operation.startswith("BRA") and code[i].operands[-1].startswith("0x"):

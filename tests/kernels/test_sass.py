@@ -81,8 +81,8 @@ def test_loops_and_places_on_the_stack(body, expected):
 def test_both_sides_of_a_branch():
     """The descriptor must be there whichever way the program came."""
     start = [*ADDRESS, "MOV R10, R50", *B[1:]]
-    target = len(start) + 3
-    taken = [*start, f"@P0 BRA 0x{16 * (target + 0):x}", *A[:2], PRODUCT, *END]
+    product = len(start) + 3
+    taken = [*start, f"@P0 BRA 0x{16 * product:x}", *A[:2], PRODUCT, *END]
     assert [name for _, name in stray(*taken)][0] == "UR4"
 
 
