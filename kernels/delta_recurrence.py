@@ -97,7 +97,7 @@ def delta_recurrence(
             raise ValueError(
                 f"delta_recurrence: {name} has the shape of q {list(q.shape)}, got {list(x.shape)}."
             )
-    run = {"torch": delta_recurrence_chunked, "triton": _run_triton, "fla": _run_fla}[chosen]
+    run = {"torch": _run_torch, "triton": _run_triton, "fla": _run_fla}[chosen]
     return run(
         q,
         k,
@@ -110,6 +110,15 @@ def delta_recurrence(
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _run_torch(q, k, v, log_decay, a, b, **keyword):
+    """Chunks one after the other; in a program that is being exported, in operators alone."""
+    if torch.compiler.is_exporting():
+        from .delta_recurrence_export import delta_recurrence_exported
+
+        return delta_recurrence_exported(q, k, v, log_decay, a, b, **keyword)
+    return delta_recurrence_chunked(q, k, v, log_decay, a, b, **keyword)
 
 
 def _run_triton(q, k, v, log_decay, a, b, **keyword):

@@ -78,7 +78,7 @@ def linear_recurrence(
     check_arguments(
         "linear_recurrence", q, k, v, log_decay, bonus, initial_state, cu_seqlens, backend
     )
-    run = {"torch": linear_recurrence_chunked, "triton": _run_triton, "fla": _run_fla}[backend]
+    run = {"torch": _run_torch, "triton": _run_triton, "fla": _run_fla}[backend]
     return run(
         q,
         k,
@@ -90,6 +90,15 @@ def linear_recurrence(
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _run_torch(q, k, v, log_decay, **keyword):
+    """Chunks one after the other; in a program that is being exported, in operators alone."""
+    if torch.compiler.is_exporting():
+        from .linear_recurrence_export import linear_recurrence_exported
+
+        return linear_recurrence_exported(q, k, v, log_decay, **keyword)
+    return linear_recurrence_chunked(q, k, v, log_decay, **keyword)
 
 
 def _run_triton(q, k, v, log_decay, **keyword):

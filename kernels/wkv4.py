@@ -78,7 +78,7 @@ def wkv4(
         )
     backend = choose_backend("wkv4", backend, k)
     check_arguments(w, u, k, v, initial_state, cu_seqlens)
-    run = _run_triton if backend == "triton" else wkv4_chunked
+    run = _run_triton if backend == "triton" else _run_torch
     return run(
         w,
         u,
@@ -88,6 +88,15 @@ def wkv4(
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _run_torch(w, u, k, v, **keyword):
+    """Chunks one after the other; in a program that is being exported, in operators alone."""
+    if torch.compiler.is_exporting():
+        from .wkv4_export import wkv4_exported
+
+        return wkv4_exported(w, u, k, v, **keyword)
+    return wkv4_chunked(w, u, k, v, **keyword)
 
 
 def _run_triton(w, u, k, v, **keyword):

@@ -100,6 +100,11 @@ def token_shift(x_BTD, sequence, before_ND):
     Returns:
         (the previous tokens [B, T, D], each document's last token [N, D] to go on from).
     """
+    if torch.compiler.is_exporting():
+        # T - 1 may be 1, which a program that runs at any length must not know.
+        before_BD = torch.zeros_like(x_BTD[:, 0]) if before_ND is None else before_ND
+        before_BTD = torch.cat([before_BD[:, None].to(x_BTD.dtype), x_BTD], dim=1)
+        return before_BTD[:, : x_BTD.shape[1]], x_BTD[:, -1]
     if sequence.cu_seqlens is None:
         # Split, not sliced twice: the gradients of both parts come back in one piece.
         all_but_last_BTD, last_B1D = x_BTD.split([x_BTD.shape[1] - 1, 1], dim=1)

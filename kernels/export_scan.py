@@ -1,0 +1,58 @@
+"""What operators are made of in a program that torch.export writes: it has to hold at any length.
+
+A loop over chunks that Python runs is unrolled into as many as the example had. So while a program
+is being exported, each operator takes a form of its own (`*_export.py`): whole chunks in tensors
+with an axis for them, and where one chunk needs what the one before left, PyTorch's `scan`. All of
+it is PyTorch's own operators: a program needs nothing of ours to run, and can be trained.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def chunk_length(time, length):
+    """Positions per chunk: that many, of a single token one."""
+    return 1 if time == 1 else length
+
+
+def count_chunks(time, length):
+    """How many chunks a sequence is cut into: one more than it fills, at its end.
+
+    Exporting takes a size that is 1 for a constant, and this one never is.
+    """
+    return (time - 1) // length + 2
+
+
+def into_chunks(x_BTX, length):
+    """[B, T, ...] to [N, B, C, ...], with zeros behind the last token."""
+    count = count_chunks(x_BTX.shape[1], length)
+    filler = count * length - x_BTX.shape[1]
+    x_BTX = F.pad(x_BTX, (0, 0) * (x_BTX.ndim - 2) + (0, filler))
+    return x_BTX.reshape(x_BTX.shape[0], count, length, *x_BTX.shape[2:]).transpose(0, 1)
+
+
+def from_chunks(x_NBCX, time):
+    """The inverse of `into_chunks`."""
+    return x_NBCX.transpose(0, 1).flatten(1, 2)[:, :time]
+
+
+def joined(first, second, dim=-2):
+    """Pairs of blocks, [..., pairs, W, ...] each, as blocks of 2 W; dim: the axis of W."""
+    return torch.stack([first, second], dim=dim - 1).flatten(dim - 2, dim)
+
+
+def scan(step, state, *parts):
+    """A recursion over the first axis of `parts`.
+
+    Args:
+        step: (state, *parts of this place) to (the next state, what is put together); pure, and
+            what it returns are new tensors.
+        state: the first one's: a tuple of tensors.
+        parts: [N, ...] each.
+
+    Returns:
+        (the state after the last, [N, ...] of what is put together: a tuple).
+    """
+    from torch._higher_order_ops.scan import scan as torch_scan
+
+    return torch_scan(lambda state, parts: step(state, *parts), state, parts)
