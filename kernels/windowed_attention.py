@@ -164,9 +164,27 @@ def windowed_attention(
     _check(q, k, v, window, cu_seqlens, first_key, sinks)
     _check_bias(q, window, sink_logits, delay, distance_bias)
     (length, num_heads), (num_keys, num_groups) = q.shape[1:3], k.shape[1:3]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if block_length is None and window is not None:
+        block_length = min(max(MIN_BLOCK, window // 4), MAX_BLOCK)
+    if torch.compiler.is_exporting():
+        from .windowed_attention_export import windowed_attention_exported
+
+        return windowed_attention_exported(
+            q,
+            k,
+            v,
+            window,
+            scale=scale,
+            first_key=first_key,
+            sinks=sinks,
+            sink_logits=sink_logits,
+            delay=delay,
+            distance_bias=distance_bias,
+            block_length=block_length,
+        )
     window = num_keys if window is None else window
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if block_length is None:
         block_length = min(max(MIN_BLOCK, window // 4), MAX_BLOCK)
     older = num_keys - length
