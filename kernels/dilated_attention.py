@@ -347,6 +347,17 @@ def _rounded_up(size):
 
 def _run_torch(q, k, v, branches, scale, offsets, log_decay, cu_seqlens, held, weight_gradient):
     """Gather, attention of all segments alike in one call, scatter: linear in the length."""
+    if torch.compiler.is_exporting():
+        from .dilated_attention_export import dilated_attention_exported
+
+        if held is not None:
+            raise ValueError(
+                "dilated_attention: a program that is exported starts with a document's first "
+                f"token or takes one at a time, got {q.shape[1]} tokens after others."
+            )
+        return dilated_attention_exported(
+            q, k, v, branches, scale, offsets, log_decay, weight_gradient
+        )
     dtype = accumulator_dtype(q)
     if log_decay is not None:
         log_decay = log_decay.detach().to(dtype)

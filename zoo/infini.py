@@ -52,6 +52,7 @@ from .base import (
     check_activation,
     check_head_dim,
 )
+from .kernels.export_scan import scan
 from .kernels.windowed_attention import attention_step
 from .mlp import GatedMLP
 from .positions import RotaryPositions, check_rope_parameters, rotate
@@ -195,6 +196,21 @@ def update_of(k_SHQK, v_SHQV, memory_SHKV=None, strength_SHQ1=None):
     return k_SHQK.mT @ v_SHQV
 
 
+def write_segment(held_NHKV, partial_NHKV, k_NHQK, v_NHQV, is_complete_N, strength_NHQ1=None):
+    """Equation 9 for a segment's tokens: the memory and the sums of an unfinished segment after it.
+
+    Args:
+        held_NHKV: the memory before the segment.
+        partial_NHKV: the sums of its tokens in earlier passes.
+        k_NHQK, v_NHQV, strength_NHQ1: as of `update_of`.
+        is_complete_N: whether these tokens complete the segment.
+    """
+    partial_NHKV = partial_NHKV + update_of(k_NHQK, v_NHQV, held_NHKV, strength_NHQ1)
+    is_complete = is_complete_N[:, None, None, None]
+    after_NHKV = torch.where(is_complete, held_NHKV + partial_NHKV, held_NHKV)
+    return after_NHKV, torch.where(is_complete, 0, partial_NHKV)
+
+
 class InfiniAttention(nn.Module):
     """Causal attention in the segment and a compressive memory, mixed by a gate per head.
 
@@ -301,7 +317,7 @@ class InfiniAttention(nn.Module):
             grid.rows_to_documents(x) for x in (state.memory_BHKV, state.partial_BHKV)
         )
         if held_N is None:
-            num_documents = len(grid.first_row)
+            num_documents = grid.first_row.shape[0]
             shape = num_documents, self.num_groups, self.head_dim, self.head_dim + 1
             held_N = partial_N = k_SHQK.new_zeros(shape)
         run = self.pass_delta if self.config.memory_update == "delta" else self.pass_linear
@@ -320,6 +336,8 @@ class InfiniAttention(nn.Module):
 
     def pass_delta(self, k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid):
         """One segment after the other: what each writes depends on what it finds."""
+        if torch.compiler.is_exporting():
+            return self.scan_delta(k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid)
         strengths = [None] * grid.num_ranks
         if strength_SHQ1 is not None:
             strengths = grid.by_rank(strength_SHQ1)
@@ -330,14 +348,26 @@ class InfiniAttention(nn.Module):
             # Documents that have no segment of this rank are the last ones.
             held_N, partial_N = held_N[: len(k_NHQK)], partial_N[: len(k_NHQK)]
             memories.append(held_N)
-            partial_N = partial_N + update_of(k_NHQK, v_NHQV, held_N, strength_NHQ1)
-            is_complete_N = is_complete_N[:, None, None, None]
-            held_N = torch.where(is_complete_N, held_N + partial_N, held_N)
-            partial_N = torch.where(is_complete_N, 0, partial_N)
+            held_N, partial_N = write_segment(
+                held_N, partial_N, k_NHQK, v_NHQV, is_complete_N, strength_NHQ1
+            )
             after.append(held_N)
             partials.append(partial_N)
         ends = (grid.last(grid.from_ranks(xs)) for xs in (after, partials))
         return grid.from_ranks(memories), *ends
+
+    def scan_delta(self, k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid):
+        """`pass_delta` in a program that is being exported, for any number of segments."""
+
+        def step(state, *tokens):
+            held_N, partial_N = state
+            return write_segment(held_N, partial_N, *tokens), (held_N.clone(),)
+
+        parts = [k_SHQK, v_SHQV, grid.is_complete]
+        parts += [] if strength_SHQ1 is None else [strength_SHQ1]
+        state = held_N, partial_N.clone()
+        (after, partial), (memories,) = scan(step, state, *map(grid.stacked, parts))
+        return grid.unstacked(memories), after, partial
 
     def recall(self, q_SQHK, memory_SHKV):
         """A_mem of each query, [S, H, Q, V]."""

@@ -55,10 +55,14 @@ class SegmentGrid:
             if not (is_fresh or torch.compiler.is_compiling()):
                 first_slot = int((start_N % length).max())
             self.num_ranks = (first_slot + time - 1) // length + 1
-            self.width = min(first_slot + time, length)
+            smaller = min
+            if torch.compiler.is_exporting():
+                # One more, which is empty: exporting takes a number that is 1 for a constant.
+                self.num_ranks, smaller = self.num_ranks + 1, torch.sym_min
+            self.width = smaller(first_slot + time, length)
             is_aligned = first_slot == 0
-            self.document = torch.arange(batch, device=device).repeat_interleave(self.num_ranks)
-            self.rank = torch.arange(self.num_ranks, device=device).repeat(batch)
+            rows_S = torch.arange(batch * self.num_ranks, device=device)
+            self.document, self.rank = rows_S // self.num_ranks, rows_S % self.num_ranks
             self.first_row = torch.arange(batch, device=device) * self.num_ranks
             longest = time
         else:
@@ -80,7 +84,7 @@ class SegmentGrid:
             is_aligned = is_fresh or not bool((start_N % length).any())
         # Every document begins with a segment: slot q is query q.
         self.is_aligned = is_aligned
-        self.num_queries = min(self.width, longest)
+        self.num_queries = self.width if is_fresh and self.is_dense else min(self.width, longest)
         begin_S = (self.first_segment[self.document] + self.rank) * length
         from_S = torch.maximum(begin_S, start_N[self.document])
         to_S = torch.minimum(begin_S + length, after_N[self.document])
@@ -106,7 +110,7 @@ class SegmentGrid:
         if self.is_dense and self.is_aligned:
             return self._reshaped(x_BTHK)
         slots_L = torch.arange(self.width, device=self.offset.device)
-        x_SLHK = self._gathered(x_BTHK, slots_L.expand(len(self.offset), -1))
+        x_SLHK = self._gathered(x_BTHK, slots_L.expand(self.offset.shape[0], -1))
         if held_NLHK is None:
             return x_SLHK
         is_held_SL = (slots_L < self.offset[:, None]) & (self.rank == 0)[:, None]
@@ -158,7 +162,7 @@ class SegmentGrid:
     def sums_before(self, x_S):
         """For each segment the sum of x over its document's earlier ones in this pass, [S, ...]."""
         if self.is_dense:
-            x_BN = x_S.unflatten(0, (-1, self.num_ranks))
+            x_BN = x_S.unflatten(0, (self.sequence.shape[0], self.num_ranks))
             return pad(x_BN, (0, 0) * (x_S.ndim - 1) + (1, 0))[:, :-1].cumsum(1).flatten(0, 1)
 
         # By doubling: differences of sums over all documents would cancel.
@@ -189,6 +193,14 @@ class SegmentGrid:
             return torch.stack(xs, dim=1).flatten(0, 1)
         x_S = torch.cat(xs)
         return x_S[self.walk_rows.argsort()]
+
+    def stacked(self, x_S):
+        """The segments of a dense pass with an axis for their ranks, [ranks, N, ...]."""
+        return x_S.unflatten(0, (self.sequence.shape[0], self.num_ranks)).transpose(0, 1)
+
+    def unstacked(self, x_RN):
+        """The inverse of `stacked`."""
+        return x_RN.transpose(0, 1).flatten(0, 1)
 
     def last(self, x_S):
         """Of each document the value of its last segment with a token, [N, ...]."""

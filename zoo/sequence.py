@@ -93,6 +93,9 @@ class Sequence:
             clock_before = torch.zeros(1, dtype=torch.long, device=device)
         if time == 1 and cu_seq_lens_q is None:
             return cls._single_step(shape, attention_mask, position_ids, clock_before, has_state)
+        if torch.compiler.is_exporting():
+            _check_exportable(attention_mask, position_ids, cu_seq_lens_q, seq_idx)
+            return cls._dense(shape, position_ids, clock_before, has_state)
         is_packed = cu_seq_lens_q is not None or seq_idx is not None
         if attention_mask is not None and not is_packed:
             is_packed = not bool(attention_mask.all())
@@ -214,6 +217,15 @@ class Sequence:
             last_document=last_document,
         )
 
+    @property
+    def num_tokens(self):
+        """How many tokens each row has in this pass, without padding: [B], or T where all do."""
+        if self.keep is not None:
+            return self.keep.long()
+        if self.token_index is None:
+            return self.shape[1]
+        return (self.token_index // self.shape[1]).bincount(minlength=self.shape[0])
+
     def pack(self, x_BTD):
         """Takes the padding out: [B, T, ...] to [1, total, ...]. A dense batch stays as it is."""
         if self.token_index is None:
@@ -295,6 +307,32 @@ def _last_columns(name, x, shape):
             f"got shape {list(x.shape)}."
         )
     return x[:, -time:].expand(batch, time) if name == "attention_mask" else x[:, -time:]
+
+
+def _check_exportable(attention_mask, position_ids, cu_seq_lens_q, seq_idx):
+    """Leaves checks in a program that is being exported, whose tokens are one document per row.
+
+    Raises:
+        ValueError: packed documents.
+    """
+    if cu_seq_lens_q is not None or seq_idx is not None:
+        raise ValueError(
+            "a program that is exported takes one document per row, got cu_seq_lens_q or seq_idx; "
+            "export without them."
+        )
+    if attention_mask is not None:
+        torch._assert_async(
+            attention_mask.all(),
+            "this exported program takes no padding: expected an attention_mask of ones, got a "
+            "zero; run rows of one length together, or the model itself.",
+        )
+    if position_ids is not None:
+        before = torch.cat([position_ids[:, :1] - 1, position_ids], dim=1)
+        torch._assert_async(
+            (before[:, : position_ids.shape[1]] < position_ids).all(),
+            "this exported program takes one document per row: expected position_ids that grow; "
+            "run documents as rows of their own, or the model itself.",
+        )
 
 
 def _unless_all(condition_B):

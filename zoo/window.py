@@ -86,7 +86,7 @@ def gather_tokens(x_BTHK, held_NSHK, positions_NS, spans):
     is_new_NS = positions_NS >= spans.start[:, None]
     token_NS = spans.first[:, None] + (positions_NS - spans.start[:, None]).clamp(min=0)
     x_TDK = x_BTHK.flatten(0, 1)
-    new_NSHK = x_TDK[token_NS.clamp(max=len(x_TDK) - 1)]
+    new_NSHK = x_TDK[token_NS.clamp(max=x_TDK.shape[0] - 1)]
     if held_NSHK is None:
         return torch.where(is_new_NS[..., None, None], new_NSHK, 0)
     is_held_NS = (positions_NS >= 0)[..., None, None]
