@@ -11,6 +11,7 @@ argument and a result (zoo/state.py), and what `ZooModel.mixer_inputs` computes 
 
 import difflib
 import fnmatch
+import itertools
 from dataclasses import fields
 from typing import ClassVar
 
@@ -22,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -37,6 +37,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .generation import StateGeneration
 from .replay import replay
 from .sequence import Sequence, restarting_positions
 from .state import (
@@ -77,6 +78,11 @@ class ZooConfig(PreTrainedConfig):
     # The cache layer and the attention pattern of each block; accelerate reads these names to
     # refuse splitting a sequence over devices, which would restart a recurrent state in silence.
     layer_type: ClassVar[str] = StateLayer._layer_type
+    # What to do for layers of several kinds, said to whoever asks for them by layer_types.
+    hybrids: ClassVar[str] = (
+        "leave them out: its layers are all of one kind, and LightningConfig(softmax_layers=...) "
+        "has layers of two."
+    )
     # Settings worth testing beside the default: name -> fields.
     variants: ClassVar[dict[str, dict]] = {}
 
@@ -90,17 +96,34 @@ class ZooConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.layer_types is None:
-            self.layer_types = [self.layer_type] * self.num_hidden_layers
+        layer_types = kwargs.pop("layer_types", None)
         for name in self._unknown(kwargs):
             known = sorted(field.name for field in fields(self))
             nearest = difflib.get_close_matches(name, known, n=1)
             remedy = f"did you mean {nearest[0]}?" if nearest else "leave it out."
             raise ValueError(f"{type(self).__name__} has no field {name!r}; {remedy}")
         super().__post_init__(**kwargs)
+        if layer_types is not None:
+            self.layer_types = layer_types
+
+    @property
+    def layer_types(self):
+        """The cache layer and attention pattern of each block, which follow from the other fields.
+
+        Not written to config.json: transformers reads that with classes that know its own alone. A
+        file that has them loads if they are those of the architecture.
+        """
+        return [self.layer_type] * self.num_hidden_layers
+
+    @layer_types.setter
+    def layer_types(self, value):
+        if list(value) != self.layer_types:
+            raise ValueError(
+                f"layer_types follow from the other fields of {type(self).__name__}, which make "
+                f"{_in_runs(self.layer_types)}, got {_in_runs(value)}; {self.hybrids}"
+            )
 
     def to_dict(self):
         """The fields as JSON has them, to be saved.
@@ -133,12 +156,16 @@ class ZooConfig(PreTrainedConfig):
             )
 
     def validate_layer_type(self):
-        """The layer types are the architecture's own, one per block."""
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types has one entry per layer, {self.num_hidden_layers}, "
-                f"got {len(self.layer_types)}; leave it out to have it filled in."
-            )
+        """Nothing: transformers would want names of its own."""
+
+    def validate_rope(self):
+        """Nothing: `check_rope_parameters` does it, and refuses where transformers warns."""
+
+
+def _in_runs(names):
+    """Names in a row, for a message: 3 x a, 1 x b."""
+    groups = [(name, len(list(group))) for name, group in itertools.groupby(names)]
+    return ", ".join(f"{count} x {name}" for name, count in groups) or "none"
 
 
 def check_head_dim(config):
@@ -185,7 +212,8 @@ class Constant(nn.Module):
     the config.
 
     Args:
-        compute: returns the tensor, in float64.
+        compute: returns the tensor, in float64. A function of a module, or a `functools.partial` of
+            one, so that a model can be pickled.
     """
 
     def __init__(self, compute):
@@ -203,15 +231,24 @@ class Constant(nn.Module):
         # Follow the model to its device, but not to its dtype.
         device = fn(torch.empty(0, device=self.value.device)).device
         if device != self.value.device:
-            with torch.device("cpu"):
-                value = self.compute() if self.value.is_meta else self.value
-            # Apple's GPUs have no float64.
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self.value = value.to(dtype).to(device)
+            self.value = self._on(device)
         return self
 
-    def forward(self):
-        """The tensor."""
+    def _on(self, device):
+        with torch.device("cpu"):
+            value = self.compute() if self.value.is_meta else self.value
+        # Apple's GPUs have no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return value.to(dtype).to(device)
+
+    def forward(self, device):
+        """The tensor, on a device.
+
+        A model that was built without memory and given its weights since (`load_state_dict` with
+        assign=True) has had no other chance to compute it.
+        """
+        if self.value.is_meta and device.type != "meta":
+            self.value = self._on(device)
         return self.value
 
 
@@ -274,12 +311,24 @@ class ZooPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
+        # transformers tells norms by the names of their classes.
+        if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+            for name, fill in (("weight", init.ones_), ("bias", init.zeros_)):
+                if getattr(module, name, None) is not None:
+                    fill(getattr(module, name))
         # A module that knows its paper's initialisation says so; children come before parents, so
         # it has the last word on the linear layers it contains.
         if isinstance(module, Constant):
             module.reset()
         elif hasattr(module, "init_weights_of_paper"):
             module.init_weights_of_paper()
+
+
+def scale_(weight, factor):
+    """Multiplies a fresh weight; one that was loaded stays, whatever kind of tensor it is now."""
+    if not getattr(weight, "_is_hf_initialized", False):
+        with torch.no_grad():
+            weight.mul_(factor)
 
 
 class ZooBlock(GradientCheckpointingLayer):
@@ -400,6 +449,7 @@ class ZooModel(ZooPreTrainedModel):
             past_key_values = new_cache(self.config)
         if past_key_values is not None:
             self._check_cache(past_key_values, inputs_embeds)
+            check_past_columns(attention_mask, past_key_values, inputs_embeds.shape[1])
         replays = self.training and torch.is_grad_enabled() and self.replay_segment_length
         run = self._run
         if replays and inputs_embeds.shape[1] > self.replay_segment_length:
@@ -542,6 +592,35 @@ class ZooModel(ZooPreTrainedModel):
             )
 
 
+def check_past_columns(attention_mask, cache, num_new):
+    """Says, once, if a mask hides other columns of the past than were hidden when they were run.
+
+    A recurrent state has taken them in or left them out by then.
+
+    Args:
+        attention_mask: [B, past + T], or None or another shape: then there is nothing to see.
+        cache: a cache, or None.
+        num_new: T.
+    """
+    first = (getattr(cache, "layers", None) or [None])[0]
+    num_tokens = getattr(first, "num_tokens", None)
+    if attention_mask is None or num_tokens is None or torch.compiler.is_compiling():
+        return
+    past = attention_mask.shape[1] - num_new if attention_mask.ndim == 2 else 0
+    # A look at the values would stall a GPU at every token of a loop.
+    is_loop = num_new == 1 and attention_mask.device.type != "cpu"
+    is_other = attention_mask.shape[0] not in (1, len(num_tokens)) or first.pending_length
+    if past <= 0 or is_loop or is_other or past != first.length:
+        return
+    count_B = (attention_mask[:, :past] != 0).sum(1)
+    if not bool((count_B == num_tokens.to(count_B.device)).all()):
+        logger.warning_once(
+            "attention_mask hides columns of the past that the recurrent state has taken in, or "
+            "shows some that it has not: they count as they did when they were run. Mask tokens in "
+            "the pass they come in, as generate does for rows that have ended."
+        )
+
+
 def _with_pending(inputs, layer):
     """The inputs after the tokens that `crop` left to be run again, and how many those are."""
     length = layer.pending_length
@@ -584,6 +663,7 @@ def _fused_linear_cross_entropy(head, hidden_TD):
         not hidden_TD.is_cuda
         or type(head) is not nn.Linear
         or type(head.weight) is not nn.Parameter
+        or "forward" in vars(head)  # accelerate's hooks, which bring an offloaded weight
     ):
         return None
     try:
@@ -600,7 +680,7 @@ def in_range(x):
     return x.float() if x.dtype == torch.float16 else x
 
 
-class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
+class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
     """The decoder with a projection onto the vocabulary.
 
     Attributes:
@@ -632,7 +712,6 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -640,13 +719,15 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
 
         Args, beside those of `ZooModel.forward`:
             labels: [B, T] token ids; position t is scored on labels[t + 1]; -100 is not scored.
-            shift_labels: [B, T], labels already moved by one; instead of labels.
+            shift_labels: [B, T], labels already moved by one; instead of labels. By keyword alone:
+                a Trainer takes every named argument with "label" in it for one that a batch has.
             logits_to_keep: only the last so many positions, or these indices; 0: all.
             num_items_in_batch: what the summed loss is divided by; None: scored tokens here.
 
         Returns:
             loss (scalar, nats per token), logits [B, T, vocab_size], past_key_values.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -671,7 +752,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
-                shift_labels=shift_labels,
+                shift_labels=None if shift_labels is None else shift_labels.contiguous(),
                 num_items_in_batch=num_items_in_batch,
             )
         return CausalLMOutputWithPast(
@@ -726,6 +807,8 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         config, inputs_embeds, attention_mask, past_key_values=None, **kwargs
     ):
         """The padding mask of the new tokens, in the same shape at every step; not one in 4D."""
+        if attention_mask is not None:
+            check_past_columns(attention_mask, past_key_values, inputs_embeds.shape[1])
         layers = getattr(past_key_values, "layers", ())
         if attention_mask is None or any(getattr(x, "pending_length", 0) for x in layers):
             return attention_mask
@@ -758,4 +841,5 @@ __all__ = [
     "check_activation",
     "check_head_dim",
     "in_range",
+    "scale_",
 ]

@@ -18,7 +18,7 @@ from .kernels.linear_recurrence import accumulator_dtype
 from .kernels.windowed_attention import attention_step, windowed_attention
 from .recurrent_cell import RecurrentCell, look, scaled, truncated_, unit_heads
 from .segments import SegmentGrid
-from .state import StateSpec
+from .state import StateSpec, dtype_of
 from .window import Past, gather_ring, ring_positions, row_spans, write_slot
 
 # In every softmax over a window: where it is all that is left, attention is zero.
@@ -84,8 +84,7 @@ class WindowAttention(nn.Module):
 
         Keys and values in the dtype of the weights, which is that of a key before it is stored.
         """
-        weight, slots = self.k_proj.weight, self.window
-        dtype = weight.dtype if weight.is_floating_point() else None
+        dtype, slots = dtype_of(self.k_proj), self.window
         specs = {}
         if self.is_recurrent:
             specs["states_BMD"] = StateSpec((self.config.num_states, self.config.hidden_size))
@@ -107,14 +106,16 @@ class WindowAttention(nn.Module):
         dtype = v_BTHV.dtype
         q_BTHK = scaled(unit_heads(self.q_proj(x_BTD), self.num_heads), self.scale, dtype)
         k_BTHK = unit_heads(self.k_proj(x_BTD), self.num_heads).to(dtype)
-        is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
+        is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None
+        is_step = is_step and state.keys_BWHK is not None
         attend = self.attend_step if is_step else self.attend
         y_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, sequence, state)
         if self.reads_states:
             q_BTHK = unit_heads(self.state_q_proj(x_BTD), self.num_heads)
             q_BTHK = scaled(q_BTHK, self.state_scale, dtype)
             if self.is_recurrent:
-                y2_BTHV = self.cell.walk(q_BTHK, k_BTHK, v_BTHV, sequence, state)
+                tokens = q_BTHK, k_BTHK, v_BTHV
+                y2_BTHV, state.states_BMD = self.cell(sequence, state, tokens)
             else:
                 y2_BTHV = self.look_by_document(q_BTHK, *read, sequence)
             y_BTHV = torch.cat([y_BTHV, y2_BTHV], dim=2)
@@ -128,7 +129,7 @@ class WindowAttention(nn.Module):
         The zero keys and the extra logit have no values: all they do is to add to the denominator.
         """
         bias_HR = self.relative_bias.to(dtype) * self.scale.to(dtype).abs()[:, None]
-        bias_HW = bias_HR[:, self.buckets().long()]
+        bias_HW = bias_HR[:, self.buckets(clock_BT.device).long()]
         extra_H1 = bias_HW.new_full((self.num_heads, 1), EXTRA_LOGIT)
         # Before token n lie n tokens, and zeros at the distances n + 1 to W.
         logits_HN = torch.cat([extra_H1, bias_HW.flip(1)], dim=1).logcumsumexp(1).flip(1)
@@ -162,8 +163,6 @@ class WindowAttention(nn.Module):
         """One token per row: looks at the slots of the tokens before it, in any order."""
         clock_B1 = sequence.clock.expand(len(q_BTHK), 1)
         bias_HW, logits_BTH = self.biases(clock_B1, accumulator_dtype(q_BTHK))
-        if state.keys_BWHK is None:
-            return torch.zeros_like(v_BTHV)  # the values of what lies before a document
         num_slots = state.keys_BWHK.shape[1]
         slots_W = torch.arange(num_slots, device=clock_B1.device)
         distance_BW = (clock_B1 - 1 - slots_W) % num_slots

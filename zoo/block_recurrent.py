@@ -260,8 +260,7 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel, ZooModel):
         is_recorded = kwargs.get("output_hidden_states") or self.config.output_hidden_states
         for index, (tokens, own) in enumerate(passes):
             h_BTD = take_tokens(x_BTD, tokens)
-            cell = self.layers[source].mixer.cell
-            read = cell.keys_values(cell.states_before(own, states[source].states_BMD))[1:]
+            read = self.layers[source].mixer.cell(own, states[source])
             pieces = []
             for number, layer in enumerate(self.layers):
                 states[number].is_kept = cache is not None or index + 1 < len(passes)

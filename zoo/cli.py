@@ -2,8 +2,12 @@
 
 import argparse
 import os
+import shlex
 import sys
 import textwrap
+from importlib import metadata
+
+from . import __version__
 
 # What takes long to import is imported by the command that needs it: `zoo --help` does not wait.
 
@@ -38,16 +42,33 @@ def main(argv=None):
         return 2
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser, *_):
+        names = ("torch", "transformers", "huggingface_hub")
+        print(", ".join([f"zoo {__version__}", *(f"{n} {metadata.version(n)}" for n in names)]))
+        parser.exit()
+
+
 def _parser():
-    parser = argparse.ArgumentParser(prog="zoo", description="The model zoo's tools.")
+    parser = argparse.ArgumentParser(
+        prog="zoo",
+        description="The model zoo's tools.",
+        epilog="zoo COMMAND --help explains each, with an example.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and stop")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     commands.add_parser(
         "contract", help="check that every way of running a model gives the same numbers"
     )
 
-    command = commands.add_parser(
-        "convert", help="turn a foreign checkpoint into one of ours, or back"
+    command = _add(
+        commands,
+        "convert",
+        "turn a foreign checkpoint into one of ours, or back",
+        """
+        zoo convert rwkv-pth RWKV-x070-World-0.4B.pth models/rwkv7
+        zoo convert hf-mistral --reverse models/mistral models/mistral-for-transformers""",
     )
     command.add_argument("format", metavar="FORMAT", help="the foreign one; see --list")
     command.add_argument(
@@ -58,17 +79,29 @@ def _parser():
         "--reverse", action="store_true", help="SRC is one of ours, DST becomes a FORMAT"
     )
     command.add_argument("--list", action="store_true", help="name the formats and stop")
-    command.add_argument("--overwrite", action="store_true", help="replace a model in DST")
+    _add_overwrite(command, "DST")
     command.set_defaults(run=_convert)
 
-    command = commands.add_parser(
-        "export", help="write a checkpoint as a folder that loads without zoo"
+    command = _add(
+        commands,
+        "export",
+        "write a checkpoint as a folder that loads without zoo",
+        """
+        zoo export runs/retnet_demo exported/retnet_demo
+        zoo export models/rwkv7 exported/rwkv7 --license apache-2.0""",
     )
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model or a run")
     command.add_argument("out", metavar="OUT", help="folder to write")
-    command.add_argument("--overwrite", action="store_true", help="replace a model in OUT")
+    _add_overwrite(command, "OUT")
     command.add_argument(
-        "--license", default="apache-2.0", metavar="ID", help="of the weights (%(default)s)"
+        "--license",
+        metavar="ID",
+        help="of the weights, the Hub's name of it (what their source says; of a run apache-2.0)",
+    )
+    command.add_argument(
+        "--base-model",
+        metavar="OWNER/NAME",
+        help="on the Hub, which these weights are or were made from (what their source says)",
     )
     command.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (%(default)s)"
@@ -81,17 +114,45 @@ def _parser():
     )
     command.set_defaults(run=_export)
 
-    command = commands.add_parser("info", help="say what a model is: config, parameters, state")
+    command = _add(
+        commands,
+        "info",
+        "say what a model is: config, parameters, state",
+        """
+        zoo info rwkv7
+        zoo info runs/retnet_demo""",
+    )
     command.add_argument("model", metavar="MODEL", help="an architecture's name, or a folder")
     command.set_defaults(run=_info)
 
-    command = commands.add_parser("push", help="upload an exported folder to the Hugging Face Hub")
+    command = _add(
+        commands,
+        "push",
+        "upload an exported folder to the Hugging Face Hub",
+        """
+        zoo push exported/retnet_demo me/retnet-demo --private""",
+    )
     command.add_argument("exported", metavar="EXPORTED", help="folder that `zoo export` wrote")
     command.add_argument("repo_id", metavar="REPO_ID", help="user/name on the Hub")
-    command.add_argument("--private", action="store_true", help="if the repository is new")
+    command.add_argument("--private", action="store_true", help="a new one only its owner sees")
     command.add_argument("--message", help="of the commit")
     command.set_defaults(run=_push)
     return parser
+
+
+def _add(commands, name, title, examples):
+    return commands.add_parser(
+        name,
+        help=title,
+        description=f"{title[0].upper()}{title[1:]}.",
+        epilog=f"examples:\n{textwrap.indent(textwrap.dedent(examples).strip(), '  ')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_overwrite(command, folder):
+    text = f"replace a model that zoo wrote to {folder}; what else lies there stays"
+    command.add_argument("--overwrite", action="store_true", help=text)
 
 
 def _list_formats():
@@ -115,7 +176,28 @@ def _convert(arguments):
         f"{dtype}, {'from' if report.is_rounded else 'exactly as in'} {arguments.src}"
     )
     _print_notes(report.notes)
+    print("next:")
+    for step in _next_steps(arguments, report):
+        print(f"  {step}")
     return 0
+
+
+def _next_steps(arguments, report):
+    """What to do with a converted checkpoint, a line each, not to be broken: they are copied."""
+    from .hub.convert import FORMATS
+
+    dst, format = shlex.quote(arguments.dst), FORMATS[arguments.format]
+    steps = []
+    if not report.has_tokenizer:
+        steps.append(f"a tokenizer, as none came along: {format.tokenizer.format(dst=dst)}")
+    if arguments.reverse:
+        return [*steps, f"load it as {format.title.removesuffix('; both ways')}"]
+    license = "" if report.license else " --license ID"
+    return [
+        *steps,
+        f"zoo export {dst} OUT{license}    # for use without zoo, and for the Hub",
+        f"zoo contract {dst}    # every way of running it, compared",
+    ]
 
 
 def _print_notes(notes):
@@ -124,9 +206,11 @@ def _print_notes(notes):
 
 
 def _export(arguments):
-    from .hub.export import export
+    from .hub.export import export, require_license
 
     _hide_progress_bars()
+    if arguments.license is None:
+        require_license(arguments.checkpoint)
     exported = export(
         arguments.checkpoint,
         arguments.out,
@@ -134,6 +218,7 @@ def _export(arguments):
         arguments.license,
         arguments.max_shard_size,
         arguments.format,
+        arguments.base_model,
     )
     runs_on = ", ".join(exported.code) or f"transformers' {exported.model_class}"
     print(f"{arguments.out}: {exported.num_parameters:,} parameters, {runs_on}")
@@ -153,7 +238,12 @@ def _info(arguments):
 def _push(arguments):
     from .hub.push import push
 
-    print(push(arguments.exported, arguments.repo_id, arguments.private, arguments.message))
+    pushed = push(arguments.exported, arguments.repo_id, arguments.private, arguments.message)
+    print(f"{pushed.url}: {len(pushed.files)} files")
+    if pushed.left_out:
+        _print_notes([f"not of the model, so it stayed here: {', '.join(pushed.left_out)}"])
+    if pushed.removed:
+        _print_notes([f"removed there, of an earlier push: {', '.join(pushed.removed)}"])
     return 0
 
 

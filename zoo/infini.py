@@ -58,7 +58,7 @@ from .mlp import GatedMLP
 from .positions import RotaryPositions, check_rope_parameters, rotate
 from .segments import SegmentGrid, documents_to_rows
 from .softmax_attention import check_key_value_heads
-from .state import SlidingStateLayer, StateSpec
+from .state import SlidingStateLayer, StateSpec, dtype_of
 from .window import gather_ring, ring_positions, row_spans, write_slot
 
 # A memory that no key has been like reads as 0, not as 0 / 0.
@@ -244,8 +244,7 @@ class InfiniAttention(nn.Module):
 
     def state_specs(self):
         """Memory and unfinished segment."""
-        weight = self.k_proj.weight
-        dtype = weight.dtype if weight.is_floating_point() else None
+        dtype = dtype_of(self.k_proj)
         slots = StateSpec((self.length, self.num_groups, self.head_dim), dtype=dtype)
         specs = {"keys_BLHK": slots, "values_BLHV": slots}
         if self.has_memory:
@@ -264,6 +263,10 @@ class InfiniAttention(nn.Module):
         is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
         run = self.run_step if is_step else self.run_pass
         y_BTHV = run(q_BTHK, k_BTHK, v_BTHV, strength_BTH, rotation, sequence, state)
+        if strength_BTH is not None and torch.is_grad_enabled():
+            # Where no segment is read again, a gradient of zero: training on several devices waits
+            # for one of every parameter.
+            y_BTHV = y_BTHV + 0 * strength_BTH.sum().to(y_BTHV.dtype)
         return self.out_proj(y_BTHV.flatten(2)), state
 
     def run_pass(self, q_BTHK, k_BTHK, v_BTHV, strength_BTH, rotation, sequence, state):

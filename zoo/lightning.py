@@ -24,6 +24,7 @@ that of `zoo/sliding_window.py`: `softmax_layers` makes such hybrids, whose stat
 text unless `sliding_window` bounds it.
 """
 
+import functools
 import math
 from typing import ClassVar, Literal
 
@@ -104,6 +105,7 @@ class LightningConfig(ZooConfig):
     """
 
     model_type = "zoo_lightning"
+    hybrids: ClassVar[str] = "leave them out, and name the layers with softmax in softmax_layers."
     variants: ClassVar[dict[str, dict]] = {
         "transnormer": {},
         "minimax": {
@@ -178,14 +180,21 @@ class LightningConfig(ZooConfig):
                 self.softmax_beta = self.attention_beta
             # transformers fills the rest of it in.
             self.rope_parameters = dict(self.rope_parameters or {})
-            if self.layer_types is None:
-                self.layer_types = [self.layer_type] * self.num_hidden_layers
-                for layer in set(self.softmax_layers) & set(range(self.num_hidden_layers)):
-                    self.layer_types[layer] = softmax_layer_type(self.sliding_window)
         has_rope = self.rope_parameters is not None
         super().__post_init__(**kwargs)
         if not has_rope:  # transformers fills that in too
             self.rope_parameters = None
+
+    @property
+    def layer_types(self):
+        """As in `ZooConfig`; those of `softmax_layers` have a cache of another kind."""
+        softmax = softmax_layer_type(self.sliding_window)
+        layers = range(self.num_hidden_layers)
+        return [softmax if i in self.softmax_layers else self.layer_type for i in layers]
+
+    @layer_types.setter
+    def layer_types(self, value):
+        ZooConfig.layer_types.fset(self, value)
 
     def validate_architecture(self):
         """Checks heads, layers with LRPE, slopes and activations."""
@@ -301,7 +310,7 @@ class LightningAttention(nn.Module):
         self.has_lrpe = layer_idx in config.lrpe_layers
         if self.has_lrpe:
             self.lrpe_theta = nn.Parameter(torch.empty(self.head_shape))
-        self.log_decay = Constant(lambda: log_decay(config, layer_idx))
+        self.log_decay = Constant(functools.partial(log_decay, config, layer_idx))
 
     def init_weights_of_paper(self):
         """Angles from 1 to nearly 1e-8 over the channels of all heads."""
@@ -340,7 +349,7 @@ class LightningAttention(nn.Module):
             q_BTHK,
             k_BTHK,
             in_range(v_BTHV),
-            self.log_decay(),
+            self.log_decay(x_BTD.device),
             initial_state=state.memory_BHKV,
             output_final_state=state.is_kept,
             cu_seqlens=sequence.cu_seqlens,

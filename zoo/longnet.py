@@ -23,6 +23,7 @@ rotation) and values of the segment that is not over, so the state is sum_i ceil
 per head at any length. Segments and distances count tokens, from each document's start.
 """
 
+import functools
 import math
 from typing import ClassVar, Literal
 
@@ -42,6 +43,7 @@ from .base import (
     ZooModel,
     ZooPreTrainedModel,
     check_activation,
+    scale_,
 )
 from .kernels.dilated_attention import (
     Held,
@@ -52,7 +54,7 @@ from .kernels.dilated_attention import (
     write_slots,
 )
 from .positions import rotate, rotation_of
-from .state import SlidingStateLayer, StateSpec
+from .state import SlidingStateLayer, StateSpec, dtype_of
 from .window import document_spans, row_spans
 
 
@@ -176,6 +178,11 @@ def xpos_zeta(config):
     return (steps + 0.4 * config.head_dim) / (1.4 * config.head_dim)
 
 
+def xpos_log_decay(config):
+    """log of what a token of distance multiplies each channel of a score by, [K] in float64."""
+    return xpos_zeta(config).log().repeat_interleave(2) / config.xpos_scale_base
+
+
 def rescale_(config, linear):
     """Initialisation of a value or output projection, biases too: Magneto's, or deepnorm's."""
     layers = config.num_hidden_layers
@@ -183,7 +190,7 @@ def rescale_(config, linear):
     if config.deepnorm:
         factor = (8 * layers) ** -0.25
     for parameter in (linear.weight, linear.bias):
-        init.copy_(parameter, factor * parameter)
+        scale_(parameter, factor)
 
 
 def init_linear_(linear):
@@ -210,9 +217,7 @@ class DilatedAttention(nn.Module):
         self.settings = {"offsets": config.head_offsets}
         self.log_decay = None
         if config.xpos:
-            self.log_decay = Constant(
-                lambda: xpos_zeta(config).log().repeat_interleave(2) / config.xpos_scale_base
-            )
+            self.log_decay = Constant(functools.partial(xpos_log_decay, config))
 
     def init_weights_of_paper(self):
         """The authors' matrices and biases."""
@@ -223,8 +228,7 @@ class DilatedAttention(nn.Module):
 
     def state_specs(self):
         """Keys and values of selected tokens, in the dtype of the weights."""
-        weight, (heads, head_dim) = self.k_proj.weight, self.head_shape
-        dtype = weight.dtype if weight.is_floating_point() else None
+        dtype, (heads, head_dim) = dtype_of(self.k_proj), self.head_shape
         last = branches_of(*self.branches)[-1]
         slots = StateSpec((heads, last.first + last.count, head_dim), dtype=dtype)
         return {"keys_BHMK": slots, "values_BHMV": slots}
@@ -241,7 +245,7 @@ class DilatedAttention(nn.Module):
         run = self.run_step if is_step else self.run_pass
         attention = self.settings | {"weight_gradient": self.config.branch_weight_gradient}
         if self.log_decay is not None:
-            attention["log_decay"] = self.log_decay()
+            attention["log_decay"] = self.log_decay(x_BTD.device)
         y_BTD = run(q_BTHK, k_BTHK, v_BTHV, sequence, state, attention).flatten(2)
         if self.config.sub_norm:
             y_BTD = self.inner_norm(y_BTD)
@@ -359,7 +363,7 @@ class LongNetModel(LongNetPreTrainedModel, ZooModel):
     def __init__(self, config):
         super().__init__(config)
         if config.xpos:
-            self.angle = Constant(lambda: xpos_angles(config))
+            self.angle = Constant(functools.partial(xpos_angles, config))
         if config.max_position_embeddings is not None:
             sizes = config.max_position_embeddings, config.hidden_size
             self.embed_positions = nn.Embedding(*sizes)
@@ -401,7 +405,7 @@ class LongNetModel(LongNetPreTrainedModel, ZooModel):
         """The rotation of each position, the same in all layers."""
         if not self.config.xpos:
             return {}
-        return {"rotation": rotation_of(sequence.positions, self.angle())}
+        return {"rotation": rotation_of(sequence.positions, self.angle(x_BTD.device))}
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, ZooForCausalLM, GenerationMixin):

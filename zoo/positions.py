@@ -4,13 +4,32 @@ https://arxiv.org/abs/2104.09864. `RotaryPositions` has the angles of Transforme
 describes them; other architectures have their own.
 """
 
+import difflib
+import functools
+import math
+
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .base import Constant
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+# The fields of `rope_parameters` that each rope_type has to have, and those it may have.
+ROPE_FIELDS = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": (
+        ("factor",),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
+    "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor")),
+}
+ROPE_TYPES = tuple(ROPE_FIELDS)
+NEEDS_LENGTH = ("yarn", "llama3", "longrope")
+# Of all: "type" is the older name of rope_type.
+COMMON_FIELDS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 def rotate(x_BTHK, cos_BTHK, sin_BTHK, interleaved=False):
@@ -51,22 +70,84 @@ def check_rope_parameters(config):
         raise ValueError(
             f"rope_parameters['rope_type'] is one of {', '.join(ROPE_TYPES)}, got {rope_type!r}."
         )
+    _check_fields(config.rope_parameters, rope_type)
     known = config.max_position_embeddings
-    if rope_type in ("yarn", "llama3", "longrope"):
+    if rope_type in NEEDS_LENGTH:
         known = config.rope_parameters.get("original_max_position_embeddings")
-    needs_length = rope_type in ("dynamic", "yarn", "llama3", "longrope")
+    needs_length = rope_type in ("dynamic", *NEEDS_LENGTH)
     if needs_length and not (isinstance(known, int) and known > 0):
         raise ValueError(
             f"RoPE of type {rope_type} starts from the length the model was trained for, "
             f"got {known!r}; set max_position_embeddings."
         )
+    share = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    _check_number("partial_rotary_factor", share, 0)
     size = num_rotated_channels(config)
     if not 2 <= size <= config.head_dim or size % 2:
         raise ValueError(
             "partial_rotary_factor makes an even number of a head's channels, from 2 to head_dim "
-            f"{config.head_dim}, got {size} from "
-            f"{config.rope_parameters['partial_rotary_factor']}."
+            f"{config.head_dim}, got {size} from {share}."
         )
+    for name in ("short_factor", "long_factor"):
+        factors = config.rope_parameters.get(name)
+        if name in ROPE_FIELDS[rope_type][0] and not (
+            isinstance(factors, list)
+            and len(factors) == size // 2
+            and all(map(_is_above_0, factors))
+        ):
+            raise ValueError(
+                f"rope_parameters['{name}'] is a list of {size // 2} numbers above 0, one for each "
+                f"pair of channels, got {factors!r}."
+            )
+
+
+def _check_fields(parameters, rope_type):
+    """Raises a ValueError for fields that are unknown, missing or out of range."""
+    needed, optional = ROPE_FIELDS[rope_type]
+    known = {*COMMON_FIELDS, *needed, *optional}
+    if rope_type in NEEDS_LENGTH:
+        known.add("original_max_position_embeddings")
+    unknown = sorted(set(parameters) - known)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "leave it out."
+        raise ValueError(
+            f"rope_parameters of type {rope_type} have no field {unknown[0]!r}; {remedy}"
+        )
+    missing = [name for name in needed if parameters.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"rope_parameters of type {rope_type} need {' and '.join(missing)}, got "
+            f"{', '.join(sorted(parameters)) or 'nothing'}."
+        )
+    _check_number("rope_theta", parameters["rope_theta"], 0)
+    if parameters.get("factor") is not None:
+        _check_number("factor", parameters["factor"], 1, or_equal=True)
+    names = ("attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+    for name in names:
+        if parameters.get(name) is not None:
+            _check_number(name, parameters[name], 0)
+    fast, slow = parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1
+    if rope_type == "yarn" and fast < slow:
+        raise ValueError(
+            f"rope_parameters: beta_fast is at least beta_slow, got {fast} and {slow}."
+        )
+    low, high = parameters.get("low_freq_factor"), parameters.get("high_freq_factor")
+    if rope_type == "llama3" and high <= low:
+        raise ValueError(
+            f"rope_parameters: high_freq_factor is above low_freq_factor, got {high} and {low}."
+        )
+
+
+def _check_number(name, value, least, or_equal=False):
+    if _is_above_0(value) and (value > least or or_equal and value == least):
+        return
+    words = "at least" if or_equal else "above"
+    raise ValueError(f"rope_parameters['{name}'] is a number {words} {least}, got {value!r}.")
+
+
+def _is_above_0(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def rotation_of(positions_BT, angle_K):
@@ -90,13 +171,14 @@ class RotaryPositions(nn.Module):
         super().__init__()
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
-        self.angle = Constant(lambda: self.angles(config))
+        self.angle = Constant(functools.partial(self.angles, config))
         self.scaling = 1.0
         if self.rope_type != "default":
             self.scaling = ROPE_INIT_FUNCTIONS[self.rope_type](config)[1]
         if self.rope_type == "longrope":
             self.trained_length = config.rope_parameters["original_max_position_embeddings"]
-            self.long_angle = Constant(lambda: self.angles(config, self.trained_length + 1))
+            length = self.trained_length + 1
+            self.long_angle = Constant(functools.partial(self.angles, config, length))
 
     @staticmethod
     def angles(config, length=None):
@@ -113,10 +195,10 @@ class RotaryPositions(nn.Module):
 
     def forward(self, positions_BT):
         """(cos, sin) of each position, [B, T, 1, K / 2]."""
-        angle_BTK = self.angle()
+        angle_BTK = self.angle(positions_BT.device)
         if self.rope_type == "longrope":
             is_long_BT1 = positions_BT[..., None] >= self.trained_length
-            angle_BTK = torch.where(is_long_BT1, self.long_angle(), angle_BTK)
+            angle_BTK = torch.where(is_long_BT1, self.long_angle(positions_BT.device), angle_BTK)
         elif self.rope_type == "dynamic":
             angle_BTK = angle_BTK * self.dynamic_scale(positions_BT, angle_BTK.dtype)
         cos_BTHK, sin_BTHK = rotation_of(positions_BT, angle_BTK)

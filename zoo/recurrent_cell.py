@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from .kernels.export_scan import scan
 from .kernels.linear_recurrence import accumulator_dtype
 from .segments import SegmentGrid, documents_to_rows
 from .window import document_spans
@@ -156,6 +157,26 @@ class RecurrentCell(nn.Module):
         normed_NMD = F.rms_norm(state_NMD, weight_D.shape, eps=self.config.rms_norm_eps)
         return normed_NMD.to(weight_D.dtype) * weight_D
 
+    def forward(self, sequence, state, tokens=None):
+        """What there is to read of the states before a pass; with tokens, what these read of them.
+
+        All that uses a parameter of the cell is called from here: offloading and sharding bring a
+        module's parameters where they are needed when the module itself is called.
+
+        Args:
+            sequence: how the tokens of the pass lie.
+            state: before the pass.
+            tokens: (queries for the states [B, T, H, K], keys, values [B, T, H, V]), or None.
+
+        Returns:
+            Without tokens keys rk [N, M, H, K] and values rv of the states of each document; with
+            them (what they see [B, T, H, V], the states after the pass [B, M, D] or None if nobody
+            keeps them).
+        """
+        if tokens is not None:
+            return self.walk(*tokens, sequence, state)
+        return self.keys_values(self.states_before(sequence, state.states_BMD))[1:]
+
     def keys_values(self, state_NMD):
         """What is read of a state.
 
@@ -168,7 +189,7 @@ class RecurrentCell(nn.Module):
         k_NMHK = unit_heads(self.k_proj(n_NMD), heads).to(v_NMHV.dtype)
         return n_NMD, k_NMHK, v_NMHV
 
-    def forward(self, state_NMD, read, keys_NSHK, values_NSHV):
+    def update(self, state_NMD, read, keys_NSHK, values_NSHV):
         """The states after a window.
 
         Args:
@@ -209,7 +230,7 @@ class RecurrentCell(nn.Module):
         initial_MD = self.initial.to(accumulator_dtype(self.initial))
         if states_BMD is None:
             # A copy, for a state may stay what it was while the parameter is trained.
-            initial_NMD = initial_MD.expand(len(start_N), -1, -1)
+            initial_NMD = initial_MD.expand(start_N.shape[0], -1, -1)
             return initial_NMD.clone(memory_format=torch.contiguous_format)
         if sequence.row_of_document is not None:
             states_BMD = states_BMD[sequence.row_of_document]
@@ -223,18 +244,21 @@ class RecurrentCell(nn.Module):
             k_BTHK: their keys.
             v_BTHV: their values.
             sequence: how they lie.
-            state: before them; its `states_BMD` is brought up to date.
+            state: before them.
 
         Returns:
-            What the tokens see, [B, T, H, V].
+            As `forward` with tokens.
         """
         grid = SegmentGrid(sequence, self.config.sliding_window, state.keys_BWHK is None)
+        if torch.compiler.is_exporting():
+            return self.walk_exported(q_BTHK, k_BTHK, v_BTHV, grid, state)
         states_NMD = grid.in_walk_order(self.states_before(sequence, state.states_BMD))
         is_filled = self.filled_ranks(grid, state.is_kept)
         tokens = [None] * grid.num_ranks
-        if not any(is_filled) and torch.is_grad_enabled():
-            # Texts shorter than a window teach the cell nothing. That has to be a gradient of zero:
-            # training on several devices waits for one of every parameter.
+        if not any(is_filled[:-1]) and torch.is_grad_enabled():
+            # Texts of one window or less teach the cell nothing: no token reads what comes after.
+            # That has to be a gradient of zero: training on several devices waits for one of every
+            # parameter.
             states_NMD = states_NMD + 0 * sum(x.flatten()[0] for x in self.parameters())
         if any(is_filled):
             held = held_windows(grid, state.keys_BWHK), held_windows(grid, state.values_BWHV)
@@ -249,13 +273,32 @@ class RecurrentCell(nn.Module):
             read = self.keys_values(states_NMD)
             reads.append(read[1:])
             if is_filled_here:
-                next_NMD = self(states_NMD, read, *window)
+                next_NMD = self.update(states_NMD, read, *window)
                 states_NMD = torch.where(is_complete_N[:, None, None], next_NMD, states_NMD)
             after.append(states_NMD)
-        if state.is_kept:
-            state.states_BMD = self.states_after(grid, after, state.states_BMD)
+        states_BMD = self.states_after(grid, after, state.states_BMD) if state.is_kept else None
         rk_SMHK, rv_SMHV = (grid.from_ranks(list(xs)) for xs in zip(*reads))
-        return grid.join(look(grid.queries(q_BTHK), rk_SMHK, rv_SMHV))
+        return grid.join(look(grid.queries(q_BTHK), rk_SMHK, rv_SMHV)), states_BMD
+
+    def walk_exported(self, q_BTHK, k_BTHK, v_BTHV, grid, state):
+        """`walk` in a program that is being exported, for any number of windows."""
+
+        def step(states, is_complete_N, keys_NSHK, values_NSHV):
+            (states_NMD,) = states
+            read = self.keys_values(states_NMD)
+            next_NMD = self.update(states_NMD, read, keys_NSHK, values_NSHV)
+            return (torch.where(is_complete_N[:, None, None], next_NMD, states_NMD),), read[1:]
+
+        windows = (
+            stacked_with_last(grid, x_BTHK, *held_windows(grid, held_BWHK))
+            for x_BTHK, held_BWHK in ((k_BTHK, state.keys_BWHK), (v_BTHV, state.values_BWHV))
+        )
+        states = (self.states_before(grid.sequence, state.states_BMD),)
+        (states_NMD,), reads = scan(step, states, grid.stacked(grid.is_complete), *windows)
+        states_BMD = None
+        if state.is_kept:
+            states_BMD = self.states_after(grid, [states_NMD], state.states_BMD)
+        return grid.join(look(grid.queries(q_BTHK), *map(grid.unstacked, reads))), states_BMD
 
     def filled_ranks(self, grid, is_kept):
         """For each rank, whether a window may be filled there, so that states change."""
@@ -323,3 +366,12 @@ def windows_with_last(grid, x_BTHK, held_NWHK, last_NWHK):
     for own_NWHK in by_rank:
         yield torch.cat([last_NWHK[: len(own_NWHK)].to(own_NWHK.dtype), own_NWHK], dim=1)
         last_NWHK = own_NWHK
+
+
+def stacked_with_last(grid, x_BTHK, held_NWHK, last_NWHK):
+    """`windows_with_last` of a dense pass with an axis for ranks, [ranks, N, 2 W, H, K]."""
+    own_RNWHK = grid.stacked(grid.keys(x_BTHK, held_NWHK))
+    if last_NWHK is None:
+        last_NWHK = torch.zeros_like(own_RNWHK[0])
+    last_RNWHK = torch.cat([last_NWHK[None].to(own_RNWHK.dtype), own_RNWHK])
+    return torch.cat([last_RNWHK[: own_RNWHK.shape[0]], own_RNWHK], dim=2)

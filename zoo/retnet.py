@@ -20,6 +20,7 @@ flash-linear-attention's RetNet is another model (`RetNetConfig.variants["fla"]`
 halves with RoPE's angles, no normalisation by s_n, a learned weight in the head norm, SwiGLU.
 """
 
+import functools
 import math
 from typing import ClassVar, Literal
 
@@ -40,6 +41,7 @@ from .base import (
     ZooPreTrainedModel,
     check_activation,
     in_range,
+    scale_,
 )
 from .kernels.linear_recurrence import linear_recurrence
 from .positions import rotate, rotation_of
@@ -156,7 +158,7 @@ class Rotation(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.angle = Constant(lambda: self.angles(config))
+        self.angle = Constant(functools.partial(self.angles, config))
 
     @staticmethod
     def angles(config):
@@ -168,7 +170,7 @@ class Rotation(nn.Module):
 
     def forward(self, positions_BT):
         """(cos, sin) of each position, [B, T, 1, K / 2]."""
-        return rotation_of(positions_BT, self.angle())
+        return rotation_of(positions_BT, self.angle(positions_BT.device))
 
 
 class HeadRMSNorm(nn.RMSNorm):
@@ -198,7 +200,7 @@ class Retention(nn.Module):
         self.head_norm = HeadRMSNorm(
             self.value_dim, config.rms_norm_eps, elementwise_affine=config.head_norm_weight
         )
-        self.log_decay = Constant(lambda: log_decay(config))
+        self.log_decay = Constant(functools.partial(log_decay, config))
 
     def init_weights_of_paper(self):
         """torchscale: Xavier with gain 2^-2.5, for the output 2^-1; deepnorm scales two of them."""
@@ -240,7 +242,7 @@ class Retention(nn.Module):
     def forward(self, x_BTD, sequence, state, rotation):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
         q_BTHK, k_BTHK, v_BTHV, gate_BTHV = self.project(x_BTD, rotation)
-        log_decay_H = self.log_decay()
+        log_decay_H = self.log_decay(x_BTD.device)
         if self.config.normalize_retention:
             q_BTHK = self.normalize(q_BTHK, log_decay_H, sequence.clock)
         y_BTHV, state.memory_BHKV = linear_recurrence(
@@ -301,7 +303,7 @@ def deepnorm_scale_(config, *weights):
     """Divides freshly initialised weights by (8L)^(1/4), if the config says deepnorm."""
     if config.deepnorm:
         for weight in weights:
-            init.copy_(weight, weight / (8 * config.num_hidden_layers) ** 0.25)
+            scale_(weight, (8 * config.num_hidden_layers) ** -0.25)
 
 
 class RetNetBlock(ZooBlock):

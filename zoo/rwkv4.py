@@ -25,7 +25,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 
-from .base import ZooForCausalLM, ZooForSequenceClassification
+from .base import ZooForCausalLM, ZooForSequenceClassification, scale_
 from .kernels.linear_recurrence import accumulator_dtype
 from .kernels.wkv4 import EMPTY_MAX, wkv4
 from .rwkv import (
@@ -146,8 +146,8 @@ class RWKV4ChannelMix(ChannelMix):
     def init_weights_of_paper(self):
         """As later, but tall matrices are scaled to keep the variance of what they are given."""
         super().init_weights_of_paper()
-        weight = self.k_proj.weight
-        init.copy_(weight, weight * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5)
+        rows, columns = self.k_proj.weight.shape
+        scale_(self.k_proj.weight, max(1.0, rows / columns) ** 0.5)
 
 
 class RWKV4Block(RwkvBlock):

@@ -98,12 +98,14 @@ class SlidingWindowConfig(ZooConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 7 * self.hidden_size // 2
-        if self.layer_types is None:
-            layer_type = softmax_layer_type(self.sliding_window)
-            self.layer_types = [layer_type] * self.num_hidden_layers
         # transformers fills the rest of it in.
         self.rope_parameters = dict(self.rope_parameters or {})
         super().__post_init__(**kwargs)
+
+    @property
+    def layer_type(self):
+        """Of every layer: with a window, or without."""
+        return softmax_layer_type(self.sliding_window)
 
     def validate_architecture(self):
         """Checks heads, window and what the rotation needs to know."""

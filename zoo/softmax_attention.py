@@ -22,7 +22,7 @@ from .kernels.windowed_attention import (
     windowed_attention_reference,
 )
 from .positions import rotate
-from .state import GrowingStateLayer, SlidingStateLayer, StateSpec
+from .state import GrowingStateLayer, SlidingStateLayer, StateSpec, dtype_of
 from .window import (
     Past,
     document_spans,
@@ -215,8 +215,7 @@ class SoftmaxAttention(nn.Module):
 
         In the dtype of the weights, which is that of a key before it is stored.
         """
-        weight = self.k_proj.weight
-        dtype = weight.dtype if weight.is_floating_point() else None
+        dtype = dtype_of(self.k_proj)
         sizes = {"keys_BWHK": self.window, "values_BWHV": self.window}
         if self.num_sinks:
             sizes |= {"sink_keys_BSHK": self.num_sinks, "sink_values_BSHV": self.num_sinks}

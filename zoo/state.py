@@ -38,6 +38,13 @@ class StateSpec(NamedTuple):
     dtype: torch.dtype | None = None
 
 
+def dtype_of(linear):
+    """What a projection makes of its input: the dtype of its weight; None if that is quantised."""
+    # PyTorch's own quantised layers have a method of that name.
+    weight = linear.weight() if callable(linear.weight) else linear.weight
+    return weight.dtype if weight.is_floating_point() else None
+
+
 class State:
     """One layer's state during a forward pass: each declared tensor is an attribute.
 
@@ -90,6 +97,7 @@ class Segment:
 
     tensors: dict[str, torch.Tensor]
     clock: torch.Tensor | None
+    num_tokens: torch.Tensor | None
     length_before: int
     length: int
     inputs: Inputs | None
@@ -104,6 +112,8 @@ class StateLayer(CacheLayerMixin):
     Attributes:
         tensors: the state by name, each [B, *shape].
         clock: [B], tokens of the current document that each row has seen, without padding.
+        num_tokens: [B], tokens of all its documents that each row has seen, without padding; None:
+            not known, as of a state from an older file.
         length: columns seen, with padding; what an attention mask for this cache has to cover.
     """
 
@@ -119,7 +129,7 @@ class StateLayer(CacheLayerMixin):
 
     def _clear(self):
         self.tensors: dict[str, torch.Tensor] = {}
-        self.clock = None
+        self.clock = self.num_tokens = None
         self.length = 0
         self.pending_length = 0
         self.pending: Inputs | None = None
@@ -193,9 +203,14 @@ class StateLayer(CacheLayerMixin):
         """
         if self.record_past:
             self._record(sequence.shape[1], inputs)
+        is_first = not self.tensors
         self.tensors = self._rows(sequence, specs, state)
         # A row of its own for each: a compiled step is for one stride.
         self.clock = sequence.clock_after.expand(sequence.shape[0]).contiguous()
+        if is_first:
+            self.num_tokens = torch.zeros_like(self.clock)
+        if self.num_tokens is not None:
+            self.num_tokens = self.num_tokens + sequence.num_tokens
         self._add_to_length(sequence.shape[1], self.clock.device)
         self.pending, self.pending_length = None, 0
 
@@ -220,7 +235,8 @@ class StateLayer(CacheLayerMixin):
         return tensors
 
     def _record(self, length, inputs):
-        self.segments.append(Segment(self.tensors, self.clock, self.length, length, inputs))
+        before = self.tensors, self.clock, self.num_tokens, self.length
+        self.segments.append(Segment(*before, length, inputs))
         while sum(s.length for s in self.segments[1:]) >= ROLLBACK_TOKENS:
             self.segments.pop(0)
 
@@ -253,7 +269,7 @@ class StateLayer(CacheLayerMixin):
         while remove > 0:
             segment = self.segments.pop()
             self.tensors, self.clock = segment.tensors, segment.clock
-            self.length = segment.length_before
+            self.num_tokens, self.length = segment.num_tokens, segment.length_before
             kept = max(0, segment.length - remove)
             remove -= segment.length - kept
         self._set_pending(segment.inputs, kept)
@@ -307,8 +323,9 @@ class StateLayer(CacheLayerMixin):
                 )
             self.segments = []
         self.tensors = {name: function(x) for name, x in self.tensors.items()}
-        if self.clock is not None:
-            self.clock = function(self.clock)
+        for name in ("clock", "num_tokens"):
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))
 
 
 class SlidingStateLayer(StateLayer):
@@ -382,21 +399,22 @@ class LayerFrame(NamedTuple):
 
     names: tuple[str, ...]
     clock: torch.Tensor | None
+    num_tokens: torch.Tensor | None
     length: int
 
 
 def take_apart(cache):
     """(a `LayerFrame` for each layer, all tensors in one list); `put_together` undoes it."""
-    frame = [LayerFrame(tuple(x.tensors), x.clock, x.length) for x in cache.layers]
+    frame = [LayerFrame(tuple(x.tensors), x.clock, x.num_tokens, x.length) for x in cache.layers]
     return frame, [x for layer in cache.layers for x in layer.tensors.values()]
 
 
 def put_together(config, frame, tensors):
     """A cache from what `take_apart` returned, or from other tensors of the same meaning."""
     cache, tensors = new_cache(config), iter(tensors)
-    for layer, (names, clock, length) in zip(cache.layers, frame, strict=True):
-        layer.tensors = {name: next(tensors) for name in names}
-        layer.clock, layer.length = clock, length
+    for layer, own in zip(cache.layers, frame, strict=True):
+        layer.tensors = {name: next(tensors) for name in own.names}
+        layer.clock, layer.num_tokens, layer.length = own.clock, own.num_tokens, own.length
     return cache
 
 
@@ -437,14 +455,10 @@ def fork_state(cache):
 
 
 def _all_tensors(layer):
-    yield from layer.tensors.values()
-    if layer.clock is not None:
-        yield layer.clock
     held = [layer.pending, *(s.inputs for s in layer.segments)]
-    for segment in layer.segments:
-        yield from segment.tensors.values()
-        if segment.clock is not None:
-            yield segment.clock
+    for owner in (layer, *layer.segments):
+        yield from owner.tensors.values()
+        yield from (x for x in (owner.clock, owner.num_tokens) if x is not None)
     for inputs in held:
         if inputs is not None:
             yield from (x for x in vars(inputs).values() if x is not None)
@@ -465,7 +479,9 @@ def save_state(cache, path):
                 + "; run the model on at least one token first."
             )
         tensors |= {f"layers.{index}.{name}": x.contiguous() for name, x in layer.tensors.items()}
-        tensors[f"layers.{index}.clock"] = layer.clock.contiguous()
+        for name in ("clock", "num_tokens"):
+            if getattr(layer, name) is not None:
+                tensors[f"layers.{index}.{name}"] = getattr(layer, name).contiguous()
         lengths.append(layer.length)
     metadata = {"format": FORMAT, "lengths": json.dumps(lengths)}
     save_file({name: x.detach().clone() for name, x in tensors.items()}, path, metadata)
@@ -499,8 +515,8 @@ def load_state(path, config, device="cpu"):
         for name in file.keys():
             _, index, key = name.split(".", 2)
             layer = cache.layers[int(index)]
-            if key == "clock":
-                layer.clock = file.get_tensor(name)
+            if key in ("clock", "num_tokens"):
+                setattr(layer, key, file.get_tensor(name))
             else:
                 layer.tensors[key] = file.get_tensor(name)
         for layer, length in zip(cache.layers, lengths, strict=True):
