@@ -62,6 +62,13 @@ def look(q_NTHK, k_NMHK, v_NMHV):
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
 
 
+def project(linear, x_NMF):
+    """linear(x), in a form whose gradient torch.export can follow through a scan of any batch."""
+    if torch.compiler.is_exporting() and type(linear) is nn.Linear and linear.bias is not None:
+        return F.linear(x_NMF, linear.weight) + linear.bias
+    return linear(x_NMF)
+
+
 class GatedProjection(nn.Module):
     """A projection whose result takes the place of a state, as far as a gate lets it.
 
@@ -103,10 +110,10 @@ class GatedProjection(nn.Module):
         if self.gate == "bias":
             kept = self.bias.to(dtype).sigmoid()
         else:
-            kept = (self.keep_gate(hidden_NMF).to(dtype) + 1).sigmoid()
+            kept = (project(self.keep_gate, hidden_NMF).to(dtype) + 1).sigmoid()
         taken = 1 - kept
         if self.gate == "lstm":
-            taken = (self.input_gate(hidden_NMF).to(dtype) - 1).sigmoid()
+            taken = (project(self.input_gate, hidden_NMF).to(dtype) - 1).sigmoid()
         return kept * state_NMD + taken * y_NMD
 
 
@@ -259,7 +266,10 @@ class RecurrentCell(nn.Module):
             # Texts of one window or less teach the cell nothing: no token reads what comes after.
             # That has to be a gradient of zero: training on several devices waits for one of every
             # parameter.
-            states_NMD = states_NMD + 0 * sum(x.flatten()[0] for x in self.parameters())
+            size = len(states_NMD), 1
+            window = (x.new_zeros(*size, *x.shape[2:]) for x in (k_BTHK, v_BTHV))
+            next_NMD = self.update(states_NMD, self.keys_values(states_NMD), *window)
+            states_NMD = states_NMD + 0 * next_NMD
         if any(is_filled):
             held = held_windows(grid, state.keys_BWHK), held_windows(grid, state.values_BWHV)
             tokens = zip(
