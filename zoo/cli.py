@@ -178,12 +178,13 @@ def _convert(arguments):
     _print_notes(report.notes)
     print("next:")
     for step in _next_steps(arguments, report):
-        print(f"  {step}")
+        # A command is copied: it stays on its line.
+        print(f"  {step}") if step.startswith("zoo ") else _print_notes([step])
     return 0
 
 
 def _next_steps(arguments, report):
-    """What to do with a converted checkpoint, a line each, not to be broken: they are copied."""
+    """What to do with a converted checkpoint."""
     from .hub.convert import FORMATS
 
     dst, format = shlex.quote(arguments.dst), FORMATS[arguments.format]
@@ -236,6 +237,7 @@ def _info(arguments):
 
 
 def _push(arguments):
+    from .hub.folder import some
     from .hub.push import push
 
     pushed = push(arguments.exported, arguments.repo_id, arguments.private, arguments.message)
@@ -243,7 +245,7 @@ def _push(arguments):
     if pushed.left_out:
         _print_notes([f"not of the model, so it stayed here: {', '.join(pushed.left_out)}"])
     if pushed.removed:
-        _print_notes([f"removed there, of an earlier push: {', '.join(pushed.removed)}"])
+        _print_notes([f"removed there, of an earlier push: {some(pushed.removed, 8)}"])
     return 0
 
 

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ import zoo
 from zoo.cli import main
 from zoo.hub.convert import FORMATS, convert
 from zoo.hub.export import export
+from zoo.hub.push import files_to_push
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 256}
@@ -146,23 +146,20 @@ def test_options(folder, models, tmp_path, capsys):
     assert "parameters, transformers' MistralForCausalLM\n" in capsys.readouterr().out
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert "\nlicense: mit\n" in (tmp_path / "out" / "README.md").read_text()
-    assert main(arguments) == 2
+    assert main(arguments + more) == 2
     assert "pass --overwrite" in capsys.readouterr().err
-    assert main([*arguments, "--overwrite"]) == 0
+    assert main([*arguments, "--license", "mit", "--overwrite"]) == 0
     assert not list((tmp_path / "out").glob("model-*.safetensors"))
 
 
-def test_it_can_be_pushed(folder, models, monkeypatch, capsys, tmp_path):
-    url = type("Url", (str,), {"repo_id": "me/tiny"})("https://hub.example/me/tiny")
-    hub = SimpleNamespace(create_repo=lambda *_, **__: url, upload_folder=lambda **_: None)
-    monkeypatch.setattr("zoo.hub.push.HfApi", lambda: hub)
-    monkeypatch.setattr("zoo.hub.push.get_token", lambda: "token")
-    assert main(["push", str(folder / "window"), "me/tiny"]) == 0
+def test_it_can_be_pushed(folder, models, tmp_path):
+    files, left_out = files_to_push(folder / "window")
+    assert {"README.md", "model.safetensors", "tokenizer.json"} <= set(files) and not left_out
     # Ours, with a README but without the code that it needs.
     ours = shutil.copytree(folder / "run-window" / "checkpoint-3", tmp_path / "ours")
     shutil.copy(folder / "window" / "README.md", ours)
-    assert main(["push", str(ours), "me/tiny"]) == 2
-    assert "is not an exported folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is not an exported folder"):
+        files_to_push(ours)
 
 
 REFUSED = [

@@ -4,7 +4,6 @@ Of a folder for transformers' own class, whose code is not ours to describe, hub
 """
 
 import json
-import math
 import re
 from pathlib import Path
 from string import Template
@@ -14,7 +13,8 @@ from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedConfig
 
 from .. import Architecture
-from .folder import settings
+from .folder import one_line, settings
+from .origin import LICENSE, Origin
 
 ZOO = Path(__file__).resolve().parent.parent
 
@@ -27,12 +27,11 @@ class Subject(NamedTuple):
         architecture: a `zoo.Architecture`.
         config: the model's config.
         dtype: of the weights.
-        license: of the weights.
         has_tokenizer: whether the folder holds one.
         num_parameters: tied ones count once.
         state_bytes: recurrent state of one sequence, without what grows with its tokens.
         state_bytes_per_token: what grows.
-        run_folder: where run.json and metrics.jsonl may be, or in its parent.
+        origin: where the weights come from, and under which license.
         native_format: name of the format whose class in transformers loads it; None: ours does.
         native_config: config.json of that class.
         notes: on what was left out for it.
@@ -42,12 +41,11 @@ class Subject(NamedTuple):
     architecture: Architecture
     config: PreTrainedConfig
     dtype: str
-    license: str
     has_tokenizer: bool
     num_parameters: int
     state_bytes: int
     state_bytes_per_token: int
-    run_folder: Path
+    origin: Origin
     native_format: str | None = None
     native_config: dict | None = None
     notes: list[str] = []
@@ -63,44 +61,71 @@ class Subject(NamedTuple):
 def render_card(subject):
     """The text of README.md.
 
+    Metadata are written as YAML by huggingface_hub, and what comes from elsewhere is escaped in the
+    text, so that no name can break either.
+
     Args:
         subject: a `Subject`.
     """
-    is_ours = subject.native_format is None
+    is_ours, origin = subject.native_format is None, subject.origin
     kind = subject.architecture.name if is_ours else "native"
-    template = Template(find_template(kind).read_text(encoding="utf-8"))
+    card = ModelCard(find_template(kind).read_text(encoding="utf-8"), ignore_metadata_errors=False)
     values = settings(subject.config) if is_ours else subject.native_config
-    run, metrics = read_run(subject.run_folder)
-    text = template.substitute(
-        name=subject.name,
-        license=subject.license,
+    card.text = Template(card.text).substitute(
+        name=_plain(subject.name),
+        license_of_weights=_license(origin),
         dtype=subject.dtype,
         num_parameters=f"{subject.num_parameters:,}",
         state_bytes=f"{subject.state_bytes:,}",
         state=state_in_words(subject.state_bytes, subject.state_bytes_per_token),
         config=_config_table(values),
         model_class=subject.model_class,
-        model_type=subject.config.model_type if is_ours else values["model_type"],
         architecture=subject.architecture.name,
         format=subject.native_format,
         notes="".join(f"\n- {note}" for note in subject.notes) + "\n" * bool(subject.notes),
         usage=_usage(subject),
-        training=_training(run, metrics),
+        training=_training(origin),
     )
-    card = ModelCard(text)
-    if held_out := _held_out(metrics):
-        corpus = str(_part(run, "recipe").get("data", "held-out text"))
+    for name in ("license", "license_name", "license_link", "base_model"):
+        card.data[name] = getattr(origin, name)
+    if not is_ours:
+        card.data.tags = [values["model_type"]]
+    if origin.data_is_on_the_hub:
+        card.data.datasets = [origin.data]
+    if origin.bits_per_byte is not None:
+        data = origin.data or "held-out text"
         card.data.model_name = subject.name
         card.data.eval_results = [
             EvalResult(
                 task_type="text-generation",
-                dataset_type=corpus,
-                dataset_name=f"{corpus}, held out",
+                dataset_type=data,
+                dataset_name=f"{data}, held out",
                 metric_type="bits_per_byte",
-                metric_value=round(held_out["bits_per_byte"], 4),
+                metric_value=round(origin.bits_per_byte, 4),
             )
         ]
-    return card.content
+    text = str(card)
+    check_card(text)
+    return text
+
+
+def check_card(text):
+    """Raises a ValueError if the metadata of a README.md are not what the Hub takes.
+
+    What can be checked without asking it: they are YAML, and license and figures of a known shape.
+    """
+    try:
+        data = ModelCard(text, ignore_metadata_errors=False).data
+    except Exception as error:  # YAML and the model-index have many ways to be wrong
+        raise ValueError(
+            f"README.md has metadata that cannot be read: {one_line(error)}."
+        ) from None
+    names = data.license if isinstance(data.license, list) else [data.license]
+    for name in names:
+        if name is not None and not LICENSE.fullmatch(str(name)):
+            raise ValueError(
+                f"README.md has license {name!r}, which is no license's name on the Hub."
+            )
 
 
 def state_in_words(num_bytes, num_bytes_per_token):
@@ -117,56 +142,39 @@ def find_template(name):
     return next((f / f"{name}.md" for f in folders if f.is_dir()), folders[-1] / f"{name}.md")
 
 
-def read_run(folder):
-    """run.json and the lines of metrics.jsonl of the run behind a checkpoint, as far as there are.
-
-    Args:
-        folder: the run's own folder, or a checkpoint in it.
-    """
-    folder = Path(folder).resolve()
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    last = int(match[1]) if match else math.inf
-    for place in (folder, folder.parent):
-        if (place / "run.json").is_file():
-            run = _json_or_empty((place / "run.json").read_text(encoding="utf-8"))
-            lines = []
-            if (place / "metrics.jsonl").is_file():
-                text = (place / "metrics.jsonl").read_text(encoding="utf-8")
-                lines = [_json_or_empty(line) for line in text.splitlines()]
-            # The run may have gone on after this checkpoint.
-            return run, [line for line in lines if line.get("step", math.inf) <= last]
-    return {}, []
-
-
-def _json_or_empty(text):
-    # A record is worth showing, but not worth failing for.
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {}
-
-
-def _part(record, name):
-    value = record.get(name)
-    return value if isinstance(value, dict) else {}
-
-
-def _held_out(metrics):
-    lines = [line for line in metrics if line.get("kind") == "held_out"]
-    lines = [line for line in lines if isinstance(line.get("bits_per_byte"), float)]
-    return lines[-1] if lines else None
-
-
 def _config_table(values):
-    rows = [(f"`{name}`", f"`{value}`") for name, value in values.items() if value is not None]
-    return _table("setting", "value", rows)
+    return _table(
+        "setting",
+        "value",
+        [(_code(name), _code(value)) for name, value in values.items() if value is not None],
+    )
 
 
 def _table(left, right, rows):
-    return "\n".join(
-        [f"| {left} | {right} |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)]
-    )
+    rows = [(left, right), ("---", "---"), *rows]
+    # A pipe would end the cell, in code too.
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {a} | {b} |" for a, b in rows)
+
+
+def _code(value):
+    """A value as code on one line, whatever it holds."""
+    text = " ".join(str(value).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if not text or "`" in (text[0], text[-1]) else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _plain(text):
+    """Text on one line in which Markdown finds nothing to mark up."""
+    return re.sub(r"([\\`*\[\]<>#|&$])", r"\\\1", " ".join(text.split()))
+
+
+def _license(origin):
+    if origin.license is None:
+        return "their source does not say under which license"
+    details = [_plain(x) for x in (origin.license_name, origin.license_link) if x]
+    return origin.license + (f" ({', '.join(details)})" if details else "")
 
 
 def _usage(subject):
@@ -174,7 +182,8 @@ def _usage(subject):
     load = [
         "from transformers import AutoModelForCausalLM" + ", AutoTokenizer" * subject.has_tokenizer,
         "",
-        f'name = "{subject.name}"  # this folder, or its name on the Hub',
+        # A string of JSON is one of Python, and nothing can end it early.
+        f"name = {json.dumps(subject.name, ensure_ascii=False)}  # this folder, or its Hub name",
         f"model = AutoModelForCausalLM.from_pretrained(name{trust})",
     ]
     if subject.has_tokenizer:
@@ -193,32 +202,16 @@ def _usage(subject):
     return "\n".join(load)
 
 
-def _training(run, metrics):
-    recipe, held_out, results = _part(run, "recipe"), _held_out(metrics), _part(run, "results")
-    names = {
-        "data": "data",
-        "batch_size": "windows per step",
-        "sequence_length": "tokens per window",
-        "learning_rate": "peak learning rate",
-        "schedule": "schedule",
-        "weight_decay": "weight decay",
-        "seed": "seed",
-    }
-    rows = [(label, recipe[name]) for name, label in names.items() if name in recipe]
-    size = _part(_part(run, "corpus"), "train").get("bytes")
-    if isinstance(size, int):
-        rows.append(("bytes of training text", f"{size:,}"))
-    if held_out:
-        labels = {"step": "steps", "tokens": "tokens trained on"}
-        rows += [(labels[n], f"{held_out[n]:,}") for n in labels if n in held_out]
-        rows.append(("held-out bits per byte", f"{held_out['bits_per_byte']:.4f}"))
-        gzip = results.get("gzip_bits_per_byte")
-        if isinstance(gzip, float):
-            rows.append(("`gzip -9` of the same text", f"{gzip:.4f}"))
-    rows += [(name, f"`{run[name]}`") for name in ("device", "precision", "command") if name in run]
-    if "git_commit" in run:
-        changed = " with changes" if run.get("git_changed") else ""
-        rows.append(("source", f"{run['git_commit']}{changed}"))
-    if not rows:
-        return "The checkpoint came without the record of a training run."
-    return _table("", "", rows)
+def _training(origin):
+    parts = []
+    if origin.format and origin.source:
+        exactness = "some of them rounded" if origin.is_rounded else "every one bit for bit"
+        parts.append(
+            f"The weights were converted from {_code(origin.source)} by "
+            f"{_code('zoo convert ' + origin.format)}, {exactness}."
+        )
+    if origin.training:
+        parts.append(_table("", "", [(_plain(a), _code(b)) for a, b in origin.training]))
+    if not parts:
+        return "The checkpoint came without the record of its training."
+    return "\n\n".join(parts)

@@ -20,18 +20,19 @@ from transformers import GenerationConfig
 
 from .card import Subject, render_card
 from .convert import native_format, write_model
+from .files import TOKENIZER_FILES, carry_tokenizer, new_folder
 from .folder import (
-    TOKENIZER_FILES,
+    HUB_ID,
     build_model,
-    carry_files,
     check_tokenizer,
     load_tokenizer,
-    new_folder,
+    not_found,
     read_config,
     read_generation_config,
     read_json,
     read_tensors,
 )
+from .origin import check_license, origin_of_checkpoint
 
 EXPORT_FORMATS = ("zoo", "native")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -51,7 +52,7 @@ class Exported(NamedTuple):
         code: names of the source files beside the weights; none in transformers' own format.
         has_tokenizer: whether there is a tokenizer.
         model_class: name of the class that loads it.
-        notes: on what transformers' own format left out.
+        notes: on what transformers' own format left out, and what else to know.
     """
 
     num_parameters: int
@@ -65,9 +66,10 @@ def export(
     checkpoint,
     out,
     overwrite=False,
-    license="apache-2.0",
+    license=None,
     max_shard_size="5GB",
     format="zoo",
+    base_model=None,
 ):
     """Writes a checkpoint as a folder for the Hugging Face Hub.
 
@@ -75,20 +77,29 @@ def export(
         checkpoint: a folder that `save_pretrained` or a training run wrote; of a run without a
             final model, the newest checkpoint.
         out: the folder to write.
-        overwrite: replace a model that is there.
-        license: of the weights, the Hub's name for it. The code's own is in LICENSE.
+        overwrite: replace a model that is there; files that are not its own stay.
+        license: of the weights, the Hub's name for it. None: what the checkpoint says, which of a
+            training run of ours is apache-2.0; if it says nothing, neither does the card. The
+            code's own license is in LICENSE.
         max_shard_size: a file of weights is at most this large.
         format: "zoo", with our code beside the weights, or "native", for transformers' own class.
+        base_model: name on the Hub of the model that these weights are, or were made from. None:
+            what the checkpoint says.
 
     Returns:
         An `Exported`.
 
     Raises:
         ValueError: not a checkpoint of ours, damaged files, a tokenizer of another model, a model
-            that transformers' own class cannot express, or something in the way at `out`.
+            that transformers' own class cannot express, no license's or model's name, or something
+            in the way at `out`.
     """
     if format not in EXPORT_FORMATS:
         raise ValueError(f"format is {' or '.join(EXPORT_FORMATS)}, got {format!r}.")
+    if license is not None:
+        check_license(license)
+    if base_model is not None and not HUB_ID.fullmatch(base_model):
+        raise ValueError(f"a base model is owner/name on the Hub, got {base_model!r}.")
     checkpoint = find_checkpoint(checkpoint)
     if checkpoint.resolve().is_relative_to(Path(out).resolve()):
         raise ValueError(f"{out} contains the checkpoint itself; choose a folder beside it.")
@@ -103,6 +114,7 @@ def export(
         raise ValueError(f"{checkpoint}: {error}") from None
     model = build_model(architecture, config, read_tensors(checkpoint), checkpoint)
     model.generation_config = _generation_config(checkpoint, config, tokenizer)
+    origin, remarks = _origin(checkpoint, license, base_model)
     with new_folder(out, overwrite) as new:
         if native is None:
             code, notes = _save_with_code(model, architecture, new, max_shard_size), []
@@ -113,24 +125,52 @@ def export(
             except ValueError as error:
                 raise ValueError(f"{checkpoint}: {error}") from None
             model.generation_config.save_pretrained(new)
-        carry_files(checkpoint, new, TOKENIZER_FILES)
+        carry_tokenizer(checkpoint, new)
+        origin.write(new)
         subject = Subject(
             name=Path(out).absolute().name,
             architecture=architecture,
             config=config,
             dtype=str(model.dtype).removeprefix("torch."),
-            license=license,
             has_tokenizer=tokenizer is not None,
             num_parameters=sum(p.numel() for p in model.parameters()),
             state_bytes=model.state_size(0),
             state_bytes_per_token=model.state_size(1) - model.state_size(0),
-            run_folder=checkpoint,
+            origin=origin,
             native_format=native and native.name,
             native_config=native and read_json(new / "config.json"),
             notes=notes,
         )
         (new / "README.md").write_text(render_card(subject), encoding="utf-8")
-    return Exported(subject.num_parameters, code, subject.has_tokenizer, subject.model_class, notes)
+    return Exported(
+        subject.num_parameters,
+        code,
+        subject.has_tokenizer,
+        subject.model_class,
+        notes + remarks,
+    )
+
+
+def require_license(checkpoint):
+    """Raises a ValueError if a checkpoint does not say which license its weights have."""
+    origin = origin_of_checkpoint(find_checkpoint(checkpoint))
+    if origin.license is None:
+        source = f"{origin.source}, where it is from," if origin.source else "it"
+        raise ValueError(
+            f"{checkpoint}: which license do the weights have? {source} does not say; pass "
+            "--license with the Hub's name of it, such as apache-2.0, mit or other."
+        )
+
+
+def _origin(checkpoint, license, base_model):
+    """Where a checkpoint comes from, with what the user says of it, and remarks on both."""
+    origin, remarks = origin_of_checkpoint(checkpoint), []
+    if license is not None and license != origin.license:
+        if origin.license is not None and origin.source:
+            remarks.append(f"license {license}, as you say; {origin.source} says {origin.license}")
+        origin.license, origin.license_name, origin.license_link = license, None, None
+    origin.base_model = base_model or origin.base_model
+    return origin, remarks
 
 
 def find_checkpoint(folder):
@@ -141,7 +181,7 @@ def find_checkpoint(folder):
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; expected a checkpoint.")
+        raise not_found(folder, "folder of a checkpoint or run")
     if (folder / "config.json").is_file():
         return folder
     steps = {
@@ -230,7 +270,7 @@ def _leave_out_layer_types(path):
     and that refuses layer types that are not transformers'.
     """
     fields = read_json(path)
-    del fields["layer_types"]
+    fields.pop("layer_types", None)
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

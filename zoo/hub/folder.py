@@ -1,11 +1,8 @@
-"""Model folders: reading weights and configs with checks, writing a folder whole or not at all."""
+"""Model folders: reading weights, configs and tokenizers, with checks."""
 
 import json
-import os
 import pickle
-import shutil
-import tempfile
-from contextlib import contextmanager
+import re
 from pathlib import Path
 
 import torch
@@ -17,22 +14,13 @@ from transformers import AutoTokenizer, GenerationConfig
 from .. import MODELS
 from ..base import ZooConfig
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 # Names of a training run's other files, which share a weight file's extension.
 NOT_WEIGHTS = ("training_args", "training_state", "optimizer", "scheduler", "scaler", "rng_state")
 PICKLES = (".bin", ".pt", ".pth")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+# What can be computed with, or is none of the model's own weights, as a counter is.
+PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
+PLAIN_DTYPES |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def one_line(error):
@@ -51,6 +39,15 @@ def some(names, limit=4):
     names = list(names)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(str, names[:limit])) + rest
+
+
+def not_found(path, expected="folder or file"):
+    """An error about a path that leads nowhere, with what to do if a model on the Hub was meant."""
+    hint = ""
+    if HUB_ID.fullmatch(str(path)):
+        name = Path(path).name
+        hint = f"; a model on the Hub comes first to here: hf download {path} --local-dir {name}"
+    return ValueError(f"{path}: no such {expected}{hint}.")
 
 
 def read_json(path):
@@ -86,8 +83,14 @@ def find_weights(src):
     if src.is_file():
         return _shards(src) if src.name.endswith(".index.json") else [src]
     if not src.is_dir():
-        raise ValueError(f"{src}: no such folder or file.")
+        raise not_found(src)
     for name in ("model.safetensors", "pytorch_model.bin"):
+        if (src / f"{name}.index.json").is_file() and (src / name).is_file():
+            # transformers would load the one file, whichever is newer.
+            raise ValueError(
+                f"{src} holds {name} and {name}.index.json, which are two models' weights; "
+                "remove those you do not mean."
+            )
         if (src / f"{name}.index.json").is_file():
             return _shards(src / f"{name}.index.json")
         if (src / name).is_file():
@@ -130,7 +133,8 @@ def read_tensors(src, others=None):
         others: a dict to fill with what is not a tensor, by name; None refuses such things.
 
     Raises:
-        ValueError: nothing to read, damaged files, or something that is not a tensor.
+        ValueError: nothing to read, damaged files, something that is not a tensor, or tensors
+            that are quantised, sparse, complex or without values.
     """
     tensors = {}
     for path in find_weights(src):
@@ -138,6 +142,9 @@ def read_tensors(src, others=None):
             found = _load_safetensors(path)
         else:
             found = _load_pickle(path, others)
+        for tensor, x in found.items():
+            if what := _what_is_odd(x):
+                raise ValueError(f"{path}: {tensor} is {what}; save the weights as plain floats.")
         twice = sorted(found.keys() & tensors.keys())
         if twice:
             raise ValueError(f"{path} holds {some(twice)}, which another shard holds too.")
@@ -145,9 +152,27 @@ def read_tensors(src, others=None):
     return tensors
 
 
+def _what_is_odd(x):
+    """Why a tensor is no plain one, in words, or None."""
+    if x.is_meta:
+        return "on the meta device, so it has no values"
+    if x.is_quantized or x.dtype not in PLAIN_DTYPES:
+        kind = "complex" if x.is_complex() else "quantised"
+        return f"{kind} ({str(x.dtype).removeprefix('torch.')})"
+    if x.layout != torch.strided or x.is_nested:
+        return f"sparse or nested ({str(x.layout).removeprefix('torch.')})"
+    return None
+
+
 def _load_safetensors(path):
     try:
         return load_file(path)
+    except KeyError as error:
+        # One of the packed formats that this torch has no dtype for.
+        raise ValueError(
+            f"{path} holds tensors of dtype {error}, which torch cannot read; "
+            "save the weights as plain floats."
+        ) from None
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is not a readable safetensors file ({one_line(error)}); "
@@ -177,8 +202,9 @@ def _load_pickle(path, others):
     for name in strange:
         others[name] = tensors.pop(name)
     # A pickle may hold views of one storage, which safetensors cannot.
-    for name in tensors:
-        tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
+    for name, x in tensors.items():
+        if _what_is_odd(x) is None:
+            tensors[name] = x.clone(memory_format=torch.contiguous_format)
     return tensors
 
 
@@ -208,6 +234,11 @@ def read_config(folder):
     classes = fields.get("architectures") or [wanted]
     if wanted not in classes:
         raise ValueError(f"{path}: expected a language model ({wanted}), got {some(classes)}.")
+    if fields.get("quantization_config"):
+        raise ValueError(
+            f"{path} has a quantization_config: the weights are quantised; "
+            "give the checkpoint they were made from."
+        )
     try:
         return architecture, architecture.config.from_dict(fields)
     except (StrictDataclassError, ValueError, TypeError) as error:
@@ -281,14 +312,6 @@ def build_model(architecture, config, tensors, source):
     return model
 
 
-def carry_files(src, dst, names):
-    """Copies those of the named files that a folder has. Returns their names."""
-    found = [name for name in names if (Path(src) / name).is_file()]
-    for name in found:
-        shutil.copyfile(Path(src) / name, Path(dst) / name)
-    return found
-
-
 def load_tokenizer(folder):
     """The tokenizer in a folder.
 
@@ -329,47 +352,3 @@ def read_generation_config(folder):
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder}/generation_config.json: {one_line(error)}") from None
     return config
-
-
-@contextmanager
-def new_folder(path, overwrite=False, config_file="config.json"):
-    """A folder that appears at `path` complete, or, if the block fails, not at all.
-
-    Args:
-        path: where; its parents are made.
-        overwrite: replace a model folder that is there. Any other folder is left alone.
-        config_file: what a model folder is told by.
-
-    Yields:
-        An empty folder beside `path` to fill.
-
-    Raises:
-        ValueError: something is in the way.
-    """
-    path = Path(path).absolute()
-    if path.is_file():
-        raise ValueError(f"{path} is a file; expected a new folder's name.")
-    occupied = path.is_dir() and any(path.iterdir())
-    if occupied and not overwrite:
-        raise ValueError(
-            f"{path} exists and is not empty; choose another name, or pass --overwrite."
-        )
-    if occupied and not (path / config_file).is_file():
-        raise ValueError(
-            f"{path} holds no model (no {config_file}), so --overwrite does not delete it; "
-            "choose another name."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        new = work / "new"
-        new.mkdir()
-        yield new
-        for file in new.iterdir():
-            # safetensors writes for the owner alone; the folder was made as the user's umask says.
-            file.chmod(new.stat().st_mode & 0o666)
-        if path.is_dir():
-            os.replace(path, work / "old")
-        os.replace(new, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

@@ -7,7 +7,7 @@ import torch
 
 from .. import MODELS
 from .card import state_in_words
-from .folder import read_config, settings
+from .folder import HUB_ID, not_found, read_config, settings
 
 
 def describe(model):
@@ -27,6 +27,8 @@ def describe(model):
     elif Path(model).is_dir():
         architecture, config = read_config(model)
     else:
+        if HUB_ID.fullmatch(model):
+            raise not_found(model, "folder or architecture")
         near = difflib.get_close_matches(model, MODELS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(MODELS)}."
         raise ValueError(f"{model!r} is neither a folder nor an architecture; {hint}")

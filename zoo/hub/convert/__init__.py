@@ -17,13 +17,12 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 
 from ... import MODELS
+from ..files import carry_files, carry_tokenizer, new_folder
 from ..folder import (
-    TOKENIZER_FILES,
     build_model,
-    carry_files,
     check_tokenizer,
     load_tokenizer,
-    new_folder,
+    not_found,
     one_line,
     read_config,
     read_generation_config,
@@ -31,6 +30,7 @@ from ..folder import (
     read_tensors,
     settings,
 )
+from ..origin import origin_of_checkpoint, origin_of_source
 from . import (
     fla_retnet,
     fla_rwkv6,
@@ -76,6 +76,8 @@ class Report(NamedTuple):
         num_parameters: written.
         dtype: of them.
         notes: what was left out, and why.
+        has_tokenizer: whether a tokenizer came along.
+        license: of the weights, as far as the source says.
         is_rounded: whether some weights are not the source's bit for bit; a note says which.
     """
 
@@ -83,6 +85,8 @@ class Report(NamedTuple):
     num_parameters: int
     dtype: torch.dtype
     notes: list[str]
+    has_tokenizer: bool
+    license: str | None = None
     is_rounded: bool = False
 
 
@@ -97,7 +101,7 @@ def convert(format, src, dst, overwrite=False):
         src: a folder with weights (safetensors, sharded or not; .bin, .pt, .pth) and, in most
             formats, a config; or the weight file itself. Tokenizer files in it are carried over.
         dst: the folder to write.
-        overwrite: replace a model that is there.
+        overwrite: replace a model that is there; files that are not its own stay.
 
     Returns:
         A `Report`.
@@ -107,7 +111,7 @@ def convert(format, src, dst, overwrite=False):
             counterpart in our model, damaged files, or something in the way at `dst`.
     """
     chosen = _find_format(format)
-    src = _existing(src)
+    src = _existing(src, dst)
     folder = src if src.is_dir() else src.parent
     with new_folder(dst, overwrite) as new:
         fields, weights = _open(chosen, src, folder)
@@ -126,9 +130,19 @@ def convert(format, src, dst, overwrite=False):
         if generation_config is not None:
             model.generation_config = generation_config
         model.save_pretrained(new)
-        _carry_tokenizer(folder, new, config.vocab_size, fields.notes)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    return Report(len(pairs), num_parameters, model.dtype, fields.notes, fields.is_rounded)
+        origin = origin_of_source(src, chosen.name)
+        origin.is_rounded |= fields.is_rounded
+        origin.write(new)
+        has_tokenizer = _carry_tokenizer(folder, new, config.vocab_size, fields.notes)
+    return Report(
+        num_tensors=len(pairs),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        dtype=model.dtype,
+        notes=fields.notes,
+        has_tokenizer=has_tokenizer,
+        license=origin.license,
+        is_rounded=fields.is_rounded,
+    )
 
 
 def convert_back(format, src, dst, overwrite=False):
@@ -154,20 +168,22 @@ def convert_back(format, src, dst, overwrite=False):
     if chosen.architecture is None:
         names = ", ".join(f.name for f in FORMATS.values() if f.architecture)
         raise ValueError(f"{format} is only read; what can be written is {names}.")
-    src = _existing(src)
+    src = _existing(src, dst)
     architecture, config = read_config(src)
     if architecture.name != chosen.architecture:
         raise ValueError(f"{src} is {architecture.name}; {format} holds {chosen.architecture}.")
-    with new_folder(dst, overwrite, chosen.config_file) as new:
+    others = [chosen.weight_file] if chosen.weight_file else []
+    with new_folder(dst, overwrite, chosen.config_file, others) as new:
         model = build_model(architecture, config, read_tensors(src), src)
         try:
             num_tensors, notes = write_model(chosen, model, new)
         except ValueError as error:
             raise ValueError(f"{src}: {error}") from None
         carry_files(src, new, ("generation_config.json",))
-        _carry_tokenizer(src, new, config.vocab_size, notes)
+        origin_of_checkpoint(src).write(new)
+        has_tokenizer = _carry_tokenizer(src, new, config.vocab_size, notes)
     num_parameters = sum(p.numel() for p in model.parameters())
-    return Report(num_tensors, num_parameters, model.dtype, notes)
+    return Report(num_tensors, num_parameters, model.dtype, notes, has_tokenizer)
 
 
 def write_model(format, model, folder, max_shard_size="5GB"):
@@ -232,9 +248,11 @@ def _find_format(name):
     raise ValueError(f"unknown format {name!r}; {hint}")
 
 
-def _existing(src):
+def _existing(src, dst):
     if not Path(src).exists():
-        raise ValueError(f"{src}: no such folder or file.")
+        raise not_found(src)
+    if Path(src).resolve().is_relative_to(Path(dst).resolve()):
+        raise ValueError(f"{dst} contains {src} itself; choose a folder beside it.")
     return Path(src)
 
 
@@ -328,8 +346,9 @@ def _same(a, b):
 
 
 def _carry_tokenizer(src, new, vocab_size, notes):
-    if not carry_files(src, new, TOKENIZER_FILES):
-        return
+    """Copies a tokenizer, if there is one, and checks it. Returns whether there is."""
+    if not carry_tokenizer(src, new):
+        return False
     # Some need a package that is not here; that does not make the copy wrong.
     try:
         tokenizer = load_tokenizer(new)
@@ -337,3 +356,4 @@ def _carry_tokenizer(src, new, vocab_size, notes):
         notes.append(f"the tokenizer's files are copied, but here {error}")
     else:
         check_tokenizer(tokenizer, vocab_size)
+    return True

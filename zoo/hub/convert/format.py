@@ -9,6 +9,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 from ..folder import some
 
 REQUIRED = object()
+MAKE_A_TOKENIZER = (
+    "make one of transformers that gives the ids it was trained on, and save_pretrained it to {dst}"
+)
 
 
 class Fields:
@@ -199,6 +202,7 @@ class Format(NamedTuple):
         write_config: (our config) -> (their config file as a dict, notes for the report).
         write_weights: (Weights of ours, our config) -> pairs of their name and the tensor.
         weight_file: name of the one file of weights to write; None: transformers' names, in shards.
+        tokenizer: how to get its tokenizer to {dst}, a folder, where none lies beside the weights.
         left_out: our settings without a field there that do not change what a model computes.
     """
 
@@ -215,6 +219,10 @@ class Format(NamedTuple):
     write_config: Callable | None = None
     write_weights: Callable | None = None
     weight_file: str | None = None
+    tokenizer: str = (
+        "copy the tokenizer's files of its page on the Hub (tokenizer.json, tokenizer.model, ...) "
+        "to {dst}"
+    )
     left_out: tuple[str, ...] = ()
 
 

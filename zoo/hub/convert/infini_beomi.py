@@ -98,4 +98,5 @@ FORMAT = Format(
     expects="a config of Llama or Gemma, and a self_attn.gate in every layer",
     read_config=read_config,
     read_weights=read_weights,
+    tokenizer="copy the files of Llama's or Gemma's, from whose weights it began, to {dst}",
 )

@@ -10,7 +10,7 @@ its token-by-token mode weighs a whole segment like its last token; ours is its 
 import torch
 
 from ...infini import InfiniConfig
-from .format import Format
+from .format import MAKE_A_TOKENIZER, Format
 
 # Its norm is x / max(|x|, 1e-12): an epsilon that no hidden state feels.
 NORM_EPS = 1e-30
@@ -110,4 +110,5 @@ FORMAT = Format(
     expects="a config.json with its InfiniTransformer's arguments: num_tokens, dim, depth, ...",
     read_config=read_config,
     read_weights=read_weights,
+    tokenizer=MAKE_A_TOKENIZER,
 )

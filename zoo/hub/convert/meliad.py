@@ -11,7 +11,7 @@ import ast
 import re
 
 from ...block_recurrent import BlockRecurrentConfig
-from .format import Format
+from .format import MAKE_A_TOKENIZER, Format
 
 PROJECTIONS = {"q_proj": "queries", "k_proj": "keys", "v_proj": "values"}
 # What gin can set and no weight shows, with what our model computes.
@@ -240,4 +240,5 @@ FORMAT = Format(
     expects="a config.json with window_length, which the authors' code does not write: add it",
     read_config=read_config,
     read_weights=read_weights,
+    tokenizer=MAKE_A_TOKENIZER,
 )

@@ -297,4 +297,8 @@ FORMAT = Format(
     read_config=read_config,
     read_weights=read_weights,
     config_file=None,
+    tokenizer=(
+        "World models (65,536 ids) take python tokenizers/rwkv_world.py rwkv_vocab_v20230424.txt "
+        "{dst}; models of the Pile (50,277) the files of EleutherAI/gpt-neox-20b, copied to {dst}"
+    ),
 )

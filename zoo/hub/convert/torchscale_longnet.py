@@ -7,7 +7,7 @@ n + 2 of the table.
 import ast
 
 from ...longnet import LongNetConfig, xpos_zeta
-from .format import Format
+from .format import MAKE_A_TOKENIZER, Format
 from .torchscale_retnet import ACTIVATIONS, EXPERTS, TRAINING, prefix_of, take_prefix
 
 HOW_TO_RUN = ("flash_attention", "seq_parallel")
@@ -132,4 +132,5 @@ FORMAT = Format(
     expects="torchscale's fields (decoder_embed_dim, dilated_ratio, ...)",
     read_config=read_config,
     read_weights=read_weights,
+    tokenizer=MAKE_A_TOKENIZER,
 )

@@ -6,7 +6,7 @@ Both have the same weights; the port puts `model.` before the names, calls the o
 """
 
 from ...retnet import RetNetConfig, Rotation, log_decay
-from .format import Format
+from .format import MAKE_A_TOKENIZER, Format
 
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "swish": "silu"}
 
@@ -162,4 +162,5 @@ FORMAT = Format(
     expects="torchscale's fields (decoder_embed_dim, decoder_retention_heads, ...)",
     read_config=read_config,
     read_weights=read_weights,
+    tokenizer=MAKE_A_TOKENIZER,
 )
