@@ -268,6 +268,12 @@ class ZooPreTrainedModel(PreTrainedModel):
         # transformers decides by class name, and some of ours contain names it has excluded.
         return True
 
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        # transformers decides by the text of the model's file, and only warns where it says no.
+        # What a model cannot compute, it refuses when it is asked for it.
+        return True
+
     def _initialize_weights(self, module, is_custom_code=False):
         # For code outside of it, transformers skips every module whose own parameters are all
         # loaded, and so each one that has none of its own: a mixer, whose children hold them. It
@@ -578,6 +584,15 @@ class ZooModel(ZooPreTrainedModel):
                 if recording:
                     cache.activate_past_recording()
                 types = expected
+        if types != expected and any(
+            torch.is_tensor(getattr(x, "keys", None)) for x in cache.layers
+        ):
+            raise ValueError(
+                "past_key_values holds keys and values, as those of another model or of prefix "
+                f"tuning; {type(self).__name__} goes on from a recurrent state, which cannot be made "
+                "of them: make a cache with DynamicCache(config=model.config), and tune with LoRA "
+                "or prompt tuning."
+            )
         if types != expected:
             raise ValueError(
                 f"past_key_values: expected a cache of {len(expected)} recurrent state layers of "

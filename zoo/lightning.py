@@ -49,6 +49,7 @@ from .kernels.linear_recurrence import linear_recurrence
 from .mlp import GatedMLP
 from .positions import RotaryPositions, check_rope_parameters
 from .softmax_attention import (
+    OUR_IMPLEMENTATIONS,
     SoftmaxAttention,
     SoftmaxPreTrainedModel,
     check_key_value_heads,
@@ -184,6 +185,14 @@ class LightningConfig(ZooConfig):
         super().__post_init__(**kwargs)
         if not has_rope:  # transformers fills that in too
             self.rope_parameters = None
+
+    def to_dict(self):
+        """As in `ZooConfig`; what only softmax layers have stays out where it says nothing.
+
+        Other libraries count on a number of key heads that is there to be one.
+        """
+        values = super().to_dict()
+        return {n: x for n, x in values.items() if x is not None or n not in SOFTMAX_FIELDS}
 
     @property
     def layer_types(self):
@@ -406,6 +415,16 @@ class LightningPreTrainedModel(SoftmaxPreTrainedModel):
     config: LightningConfig
     _no_split_modules = ["LightningBlock"]
     _can_record_outputs = {"hidden_states": LightningBlock}
+
+    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
+        """The implementation of softmax attention that was asked for, if there is any."""
+        ours = (None, *OUR_IMPLEMENTATIONS)
+        if not self.config.softmax_layers and requested_attention not in ours:
+            raise ValueError(
+                "attn_implementation is about layers with softmax attention, got "
+                f"{requested_attention!r} and no softmax_layers; leave it out."
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
 
 class LightningModel(LightningPreTrainedModel, ZooModel):
