@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import zoo
+from finding import did_you_mean, hub_answers, is_path
 from recipe import UsageError, nearest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -22,12 +23,29 @@ def load_tokenizer(name):
     Raises:
         UsageError: there is none of that name.
     """
-    folders = [path for path in (Path(name), REPOSITORY / name) if path.is_dir()]
+    path = Path(name).expanduser()
+    folders = [folder for folder in (path, REPOSITORY / name) if folder.is_dir()]
+    hint = "" if folders else did_you_mean(name) or did_you_mean(name, REPOSITORY)
+    online = True
+    if not folders and (is_path(name) or path.is_file()):
+        what = "a file, not a folder" if path.is_file() else "no such folder"
+        raise UsageError(f"no tokenizer at {name}: {what}; give a folder or a Hub id.{hint}")
     try:
-        return AutoTokenizer.from_pretrained(folders[0] if folders else name)
-    except (OSError, ValueError) as error:
+        online = bool(folders) or hub_answers(name, "model")
+        return AutoTokenizer.from_pretrained(*folders[:1] or [name], local_files_only=not online)
+    except Exception as error:  # of transformers, of tokenizers, of whoever wrote the files
         reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"no tokenizer at {name}: {reason}") from None
+        if folders:
+            files = ", ".join(sorted(file.name for file in folders[0].iterdir())[:9])
+            hint = f" The folder holds {files or 'nothing'}."
+        elif not online:
+            reason = "the Hub cannot be reached, and nothing of that name is in its cache here."
+        raise UsageError(f"no tokenizer at {name}: {reason}{hint}") from None
+
+
+def vocabulary_size(tokenizer):
+    """How many embeddings the tokenizer needs: its ids may have gaps, its length counts tokens."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
 def build_config(recipe, tokenizer):
@@ -51,10 +69,11 @@ def build_config(recipe, tokenizer):
             )
         if types[key] is float and type(value) is int:  # TOML's 0 is not its 0.0
             model[key] = float(value)
-    vocab_size = model.setdefault("vocab_size", len(tokenizer))
-    if type(vocab_size) is int and vocab_size < len(tokenizer):
+    needed = vocabulary_size(tokenizer)
+    vocab_size = model.setdefault("vocab_size", needed)
+    if type(vocab_size) is int and vocab_size < needed:
         raise UsageError(
-            f"model.vocab_size must be at least {len(tokenizer)}, the size of the tokenizer "
+            f"model.vocab_size must be at least {needed}, the size of the tokenizer "
             f"{recipe.tokenizer}, got {vocab_size}; leave it out to take the tokenizer's."
         )
     special = {
@@ -68,13 +87,23 @@ def build_config(recipe, tokenizer):
 
 
 def build_model(recipe, config, checkpoint=None):
-    """The recipe's model with fresh weights, the same for the same seed, or with a checkpoint's."""
+    """The recipe's model with fresh weights, the same for the same seed, or with a checkpoint's.
+
+    Raises:
+        UsageError: the checkpoint's weights are not those of the model.
+    """
     set_seed(recipe.seed)
     model_class = zoo.MODELS[recipe.architecture].causal_lm
     if checkpoint is None:
         model = model_class(config)
     else:
-        model = model_class.from_pretrained(checkpoint, dtype=torch.float32)
+        model, loaded = model_class.from_pretrained(
+            checkpoint,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are refused below, with the others
+            output_loading_info=True,
+        )
+        _check_loaded(checkpoint, loaded)
     model.train()
     if hasattr(model, "loss_chunk_size"):
         model.loss_chunk_size = recipe.loss_chunk_size or None
@@ -82,6 +111,21 @@ def build_model(recipe, config, checkpoint=None):
         model.gradient_checkpointing_enable()
     model.base_model.replay_segment_length = recipe.replay_segment_length or None
     return model
+
+
+def _check_loaded(checkpoint, loaded):
+    """Refuses a checkpoint from which a weight was not loaded, or not all of it."""
+    wrong = {
+        "missing": sorted(loaded["missing_keys"]),
+        "unknown": sorted(loaded["unexpected_keys"]),
+        "of another shape": sorted(name for name, *_ in loaded["mismatched_keys"]),
+    }
+    said = [f"{len(names)} {what}, as {names[0]}" for what, names in wrong.items() if names]
+    if said or loaded["error_msgs"]:
+        raise UsageError(
+            f"the weights in {checkpoint} are not those of its model "
+            f"({'; '.join(said or loaded['error_msgs'])}); take another checkpoint, or begin again."
+        )
 
 
 def parameter_groups(model, recipe):

@@ -5,23 +5,20 @@ tokenizer's end-of-text. So each byte of a document is predicted from something,
 boundary before it, and a model learns where documents end.
 """
 
-import itertools
 import json
-import os
-import shutil
-import tempfile
-import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from caching import alone, remove_unfinished, sha256
 from recipe import UsageError
-from sources import load_dataset, sha256, standard_library
+from sources import find_source
+from splitting import plan_split
+from tokenising import fill_cache
 
-FORMAT = 1  # of the cached files; another number is another cache
-FEW_DOCUMENTS = 20
+FORMAT = 2  # of the cached files and of the split; another number is another cache
 
 
 @dataclass
@@ -122,6 +119,9 @@ def held_out_batches(tokens, length, size, packing, rank=0, num_processes=1):
 def load_corpus(recipe, tokenizer, cache_dir):
     """The recipe's corpus from the cache, after filling the cache if need be.
 
+    Every process calls it, and none of them in a collective operation: the first fills the cache
+    while the others wait for its lock, as long as it takes.
+
     Args:
         recipe: its data fields say what is read.
         tokenizer: a transformers tokenizer with an end-of-text token.
@@ -134,147 +134,52 @@ def load_corpus(recipe, tokenizer, cache_dir):
         raise UsageError(
             f"the tokenizer {recipe.tokenizer} has no eos_token, which ends a document."
         )
-    documents, source = (
-        standard_library() if recipe.data == "stdlib" else load_dataset(recipe, cache_dir)
-    )
+    cache_dir = Path(cache_dir)
+    documents, source = find_source(recipe, cache_dir)
     identity = [FORMAT, source["sha256"], tokenizer_hash(tokenizer), recipe.held_out]
-    key = sha256(json.dumps([*identity, recipe.eval_bytes]))[:16]
-    folder = Path(cache_dir) / key
+    folder = cache_dir / sha256(json.dumps([*identity, recipe.eval_bytes]))[:16]
+    remove_unfinished(cache_dir)
     if not (folder / "corpus.json").is_file():
-        record = {**source, "tokenizer_sha256": identity[2]}
-        _fill_cache(folder, documents(), tokenizer, recipe, record)
+        with alone(folder.with_suffix(".lock"), f"tokenises {recipe.data}"):
+            if not (folder / "corpus.json").is_file():
+                split = plan_split(documents(), recipe.data, recipe.held_out, recipe.eval_bytes)
+                _announce(source, split)
+                record = {**source, "tokenizer_sha256": identity[2]}
+                fill_cache(folder, documents(), split, tokenizer, record)
     record = json.loads((folder / "corpus.json").read_text())
-    splits = []
-    for name in ("train", "held_out"):
-        dtype = np.dtype(record[name]["dtype"])
-        ids = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
-        starts = np.load(folder / f"{name}_starts.npy")
-        splits.append(Tokens(ids, starts, record[name]["bytes"]))
-    return Corpus(*splits, record)
+    record["source"] = source["source"]  # it may have been called otherwise
+    return Corpus(*(_read_tokens(folder, name, record) for name in ("train", "held_out")), record)
+
+
+def _announce(source, split):
+    notes = {
+        "documents without text": split.num_blank,
+        **{f"{kind} not read": number for kind, number in source.get("files_not_read", {}).items()},
+    }
+    said = "".join(f", {number:,} {what}" for what, number in notes.items() if number)
+    print(
+        f"Tokenising {source['source']}: {split.num_bytes:,} bytes of text in "
+        f"{split.num_documents:,} documents{said}",
+        flush=True,
+    )
+
+
+def _read_tokens(folder, name, record):
+    dtype = np.dtype(record[name]["dtype"])
+    ids = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
+    if len(ids) != record[name]["tokens"]:
+        raise UsageError(
+            f"{folder} should hold {record[name]['tokens']:,} tokens to {name}, got {len(ids):,}; "
+            "delete that folder, and it is made again."
+        )
+    starts = np.load(folder / f"{name}_starts.npy", mmap_mode="r")
+    return Tokens(ids, starts, record[name]["bytes"])
 
 
 def tokenizer_hash(tokenizer):
-    """Identifies what a tokenizer does, wherever its files are."""
+    """Identifies what a tokenizer does to documents, wherever its files are."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return sha256(backend.to_str() if backend else json.dumps(tokenizer.get_vocab()))
-
-
-@dataclass
-class _Writer:
-    """Writes one split, and keeps its text only as a gzip size."""
-
-    folder: Path
-    name: str
-    boundary: int
-    dtype: np.dtype
-    starts: list[int] = field(default_factory=list)
-    num_tokens: int = 0
-    num_bytes: int = 0
-    gzip_bytes: int = 0
-
-    def __post_init__(self):
-        self.file = open(self.folder / f"{self.name}.bin", "wb")
-        self.gzip = zlib.compressobj(9, wbits=31)  # the gzip container, as `gzip -9` writes it
-
-    def add(self, text, ids):
-        self.starts.append(self.num_tokens)
-        stream = np.empty(len(ids) + 1, dtype=self.dtype)
-        stream[0], stream[1:] = self.boundary, ids
-        stream.tofile(self.file)
-        self.num_tokens += len(stream)
-        content = text.encode()
-        self.num_bytes += len(content)
-        if self.name == "held_out":
-            self.gzip_bytes += len(self.gzip.compress(content))
-
-    def close(self):
-        np.asarray([self.boundary], dtype=self.dtype).tofile(self.file)
-        self.file.close()
-        np.save(self.folder / f"{self.name}_starts.npy", np.asarray(self.starts, dtype=np.int64))
-        record = {
-            "documents": len(self.starts),
-            "tokens": self.num_tokens + 1,
-            "bytes": self.num_bytes,
-            "dtype": np.dtype(self.dtype).name,
-        }
-        if self.name == "held_out" and self.num_bytes:
-            size = self.gzip_bytes + len(self.gzip.flush())
-            record["gzip_bits_per_byte"] = 8 * size / self.num_bytes
-        return record
-
-
-def _fill_cache(folder, documents, tokenizer, recipe, record):
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the final place, and renamed when complete: an interrupted run leaves no half cache.
-    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-        splits = [
-            _Writer(building, name, tokenizer.eos_token_id, dtype) for name in ("train", "held_out")
-        ]
-        for batch in _batched(_divide(documents, recipe), 64):
-            ids = tokenizer(
-                [text for _, text in batch],
-                add_special_tokens=False,
-                # Text that spells a special token is text: every byte is counted, none becomes
-                # a boundary.
-                split_special_tokens=True,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
-            for (is_held_out, text), document_ids in zip(batch, ids):
-                splits[is_held_out].add(text, document_ids)
-        for split in splits:
-            record[split.name] = split.close()
-            if split.num_bytes == 0:
-                raise UsageError(
-                    f"the corpus {recipe.data} is empty: no {split.name.replace('_', '-')} text; "
-                    "check the file, or give more text."
-                )
-        (building / "corpus.json").write_text(json.dumps(record, indent=1) + "\n")
-        try:
-            os.replace(building, folder)
-        except OSError:
-            if not (folder / "corpus.json").is_file():  # else another run was faster
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _divide(documents, recipe):
-    """(is held out, text) of each document, by a hash of its key and never by chance.
-
-    Of fewer than 20 documents the last part of each is held out. Held-out text ends after
-    `eval_bytes`, the same bytes for every tokenizer.
-    """
-    documents = ((key, text) for key, text in documents if text.strip())
-    few = list(itertools.islice(documents, FEW_DOCUMENTS))
-    if len(few) < FEW_DOCUMENTS:
-        pairs = [
-            (is_held_out, part)
-            for _, text in few
-            for is_held_out, part in enumerate(_cut_tail(text, recipe.held_out))
-        ]
-    else:
-        pairs = (
-            (int(sha256(key)[:8], 16) < recipe.held_out * 2**32, text)
-            for key, text in itertools.chain(few, documents)
-        )
-    left = recipe.eval_bytes or None
-    for is_held_out, text in pairs:
-        if is_held_out and left is not None:
-            text = text.encode()[:left].decode(errors="ignore")
-            left -= len(text.encode())
-        if text:
-            yield bool(is_held_out), text
-
-
-def _cut_tail(text, fraction):
-    cut = round(len(text) * (1 - fraction))
-    return text[:cut], text[cut:]
-
-
-def _batched(items, size):
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+    state = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
+    # Calls change these two, and they play no part here.
+    state = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
+    return sha256(json.dumps([state, tokenizer.eos_token_id], sort_keys=True))

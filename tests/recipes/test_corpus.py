@@ -120,25 +120,6 @@ def test_split_and_bytes(tmp_path, tokenizer):
     assert sorted(documents_of(again.held_out, tokenizer)) == sorted(held_out)
 
 
-def test_few_documents_give_their_tails(tmp_path, tokenizer):
-    text = "".join(f"line {i}\n" for i in range(300))
-    (tmp_path / "one.txt").write_text(text)
-    corpus = load_corpus(recipe_for(tmp_path / "one.txt"), tokenizer, tmp_path / "cache")
-    (train,), (held_out,) = (
-        documents_of(part, tokenizer) for part in (corpus.train, corpus.held_out)
-    )
-    assert train + held_out == text
-    assert len(held_out) == round(0.05 * len(text))
-
-
-def test_eval_bytes_cuts_between_characters(tmp_path, tokenizer):
-    (tmp_path / "one.txt").write_text("é" * 1000)
-    recipe = recipe_for(tmp_path / "one.txt", eval_bytes=13)
-    corpus = load_corpus(recipe, tokenizer, tmp_path / "cache")
-    assert documents_of(corpus.held_out, tokenizer) == ["é" * 6]
-    assert corpus.held_out.num_bytes == 12
-
-
 def test_standard_library(tokenizer, cache_dir):
     corpus = load_corpus(Recipe("x", "retnet"), tokenizer, cache_dir)
     assert corpus.record["files"] > 300
@@ -161,26 +142,6 @@ def test_bits_per_byte_of_a_uniform_model(tmp_path, tokenizer):
     measured = held_out_bits_per_byte(Accelerator(cpu=True), Uniform(), tokens, recipe)
     targets = tokens.num_bytes + len(tokens.starts)  # each byte, and the end of each document
     assert measured == pytest.approx(math.log2(259) * targets / tokens.num_bytes, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("none.txt", None, "no data at"),
-        ("empty.txt", "", "is empty"),
-        ("blank.jsonl", '{"text": " "}\n{"text": null}\n', "is empty: no train text"),
-        ("column.jsonl", '{"words": "a b"}\n', "has no column 'text', only words"),
-        ("bad.jsonl", '{"text": \n', "cannot load"),
-        ("data.csv", "text\na\n", "must hold files of one kind"),
-        ("bad.parquet", "not parquet", "cannot load"),
-    ],
-)
-def test_bad_data(tmp_path, tokenizer, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(UsageError) as error:
-        load_corpus(recipe_for(tmp_path / name), tokenizer, tmp_path / "cache")
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_too_little_text():
