@@ -12,6 +12,42 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from recipe import UsageError, nearest
 
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# What `accelerate launch` or its config file may ask for and this recipe does not do.
+NOT_DONE = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_DOWNCAST_BF16": "downcast_bf16",
+}
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
+def check_environment(environ):
+    """Refuses what the launcher asks for and would get otherwise, or not at all.
+
+    Compilation (--dynamo_...) is done as asked, --mixed_precision by `precision_of`.
+
+    Args:
+        environ: environment variables, before accelerate reads them.
+
+    Raises:
+        UsageError: a way of training that the recipe does not know.
+    """
+    for name, called in NOT_DONE.items():
+        if environ.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
+            raise UsageError(
+                f"the launcher asks for {called} ({name}={environ[name]}), which this recipe does "
+                "not do; launch without it: data parallelism alone, with gradient_checkpointing "
+                "or replay_segment_length where memory is short."
+            )
+    accumulation = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"
+    if accumulation not in ("1", "auto"):
+        raise UsageError(
+            f"the launcher asks for {accumulation} steps of gradient accumulation "
+            "(ACCELERATE_GRADIENT_ACCUMULATION_STEPS), which the recipe decides; unset that, and "
+            "say --micro_batch_size for how many windows are run at once."
+        )
 
 
 def check_launch(environ, num_processes, command):
@@ -20,16 +56,16 @@ def check_launch(environ, num_processes, command):
     Args:
         environ: environment variables as the script found them.
         num_processes: processes that accelerate sees.
-        command: the script and its arguments, for the command in the message.
+        command: the script as it was called, with its arguments, for the message.
 
     Raises:
         UsageError: one process where more were asked for, or as many separate runs.
     """
-    several = (
-        "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
-        f"{command}"
-    )
     sizes = [int(environ[name]) for name in WORLD_SIZES if environ.get(name)]
+    several = (
+        "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "
+        f"{sizes[0] if sizes else 2} --num_machines 1 {command}"
+    )
     # accelerate sets an address for the processes to meet at, and then starts only one.
     from_accelerate = "ACCELERATE_USE_CPU" in environ and "MASTER_ADDR" in environ
     if from_accelerate and not sizes and "LOCAL_RANK" not in environ:
@@ -57,12 +93,25 @@ def check_trackers(names):
             raise UsageError(f"the tracker {name} is not installed; run: pip install {name}")
 
 
-def precision_of(requested, device):
+def precision_of(requested, device, launched=""):
     """ "bf16" or "fp32": what was asked for, or what the device computes fastest in.
 
+    Args:
+        requested: the recipe's precision.
+        device: what is trained on.
+        launched: of the launcher (ACCELERATE_MIXED_PRECISION), which says "no" unasked.
+
     Raises:
-        UsageError: bf16 asked of a device without it.
+        UsageError: bf16 asked of a device without it, another precision asked by the launcher.
     """
+    launched = launched.lower()
+    if launched not in ("", "no", "bf16") or (launched == "bf16" and requested == "fp32"):
+        raise UsageError(
+            f'the launcher asks for mixed precision {launched!r}, the recipe for "{requested}"; '
+            'launch with --mixed_precision no, and say --precision "fp32", "bf16" or "auto".'
+        )
+    if launched == "bf16":
+        requested = "bf16"
     if device.type == "cuda":
         available = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
@@ -99,12 +148,18 @@ def set_cpu_threads(requested, environ):
 
 
 class StopSignals:
-    """Remembers SIGTERM and SIGINT, so that the loop can save and leave between two steps."""
+    """Remembers the signals by which users and schedulers stop a run, or tell it to make ready.
+
+    The loop then saves and leaves between two steps. What whoever started the run had ignored, as
+    nohup does SIGHUP, stays ignored.
+    """
 
     def __init__(self):
         self.received = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+        for name in STOP_SIGNALS:
+            number = getattr(signal, name, None)  # not every system has all of them
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._remember)
 
     def _remember(self, number, frame):
         # Launchers pass signals on, so one Ctrl-C comes several times: later ones change nothing.
@@ -112,8 +167,8 @@ class StopSignals:
 
 
 def die_with_launcher(environ):
-    """Makes Linux send SIGTERM when `accelerate launch` dies, which passes no signal on itself."""
-    alone = "ACCELERATE_MIXED_PRECISION" in environ and "TORCHELASTIC_RUN_ID" not in environ
-    if alone and sys.platform == "linux":
+    """Makes Linux send SIGTERM when the launcher dies: one that was killed passes nothing on."""
+    launched = "ACCELERATE_MIXED_PRECISION" in environ or "TORCHELASTIC_RUN_ID" in environ
+    if launched and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

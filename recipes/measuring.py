@@ -23,7 +23,8 @@ def held_out_bits_per_byte(accelerator, model, tokens, recipe):
     The cost of the boundaries is included although they are no bytes of the text, so a comparison
     with a compressor errs to the model's disadvantage. So do the windows: each begins afresh.
     """
-    model = accelerator.unwrap_model(model)
+    # Not compiled: the last window is shorter, and would be compiled for once.
+    model = accelerator.unwrap_model(model, keep_torch_compile=False)
     model.eval()
     nats = torch.zeros((), device=accelerator.device)
     batches = held_out_batches(
@@ -53,7 +54,7 @@ def diagnostics(accelerator, model, tokens=None, recipe=None):
         tokens: held-out text, whose first window fills the state; None: no state.
         recipe: of the run.
     """
-    model = accelerator.unwrap_model(model)
+    model = accelerator.unwrap_model(model, keep_torch_compile=False)
     if not hasattr(model, "diagnostics"):
         return {}
     if tokens is None:
@@ -69,7 +70,7 @@ def diagnostics(accelerator, model, tokens=None, recipe=None):
 @torch.no_grad()
 def sample(accelerator, model, tokenizer, prompt, num_tokens, seed):
     """A prompt as the start of a document, and its continuation at temperature 0.8."""
-    model = accelerator.unwrap_model(model)
+    model = accelerator.unwrap_model(model, keep_torch_compile=False)
     model.eval()
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     inputs = torch.tensor([[tokenizer.eos_token_id, *ids]], device=accelerator.device)

@@ -8,11 +8,11 @@ gives the numbers of an uninterrupted one.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
-import shutil
 import sys
 
 # Waiting threads sleep instead of spinning, which on cores shared with others is far slower. OpenMP
@@ -21,10 +21,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import GradientAccumulationPlugin, str_to_bool
 
-from building import build_config, build_model, load_tokenizer
-from checkpointing import list_checkpoints
+from agreeing import together
+from building import REPOSITORY, build_config, build_model, load_tokenizer
+from checkpointing import MANIFEST, Checkpoint, file_hash, newest_checkpoint
+from continuing import check_changes
 from launching import (
+    StopSignals,
+    check_environment,
     check_launch,
     check_trackers,
     die_with_launcher,
@@ -32,20 +37,62 @@ from launching import (
     set_cpu_threads,
 )
 from recipe import Recipe, UsageError, read_recipe
+from reporting import Lasting, environment
+from run_folder import check_run_dir, locked, read_record, remove_run
 from training import Diverged, Run
 
+USAGE, DIVERGED = 2, 3  # exit statuses; Python's is 1 after a crash
+EPILOG = """\
+exit status: 0 done; 1 crashed; 2 something to put right, said in one line; 3 diverged;
+128 + n: stopped by signal n (HUP, INT, USR1, USR2, TERM) after saving, so --resume goes on
 
-def check_run_dir(recipe, resume, overwrite):
-    """Keeps a run from being overwritten by accident.
+any key of the recipe is also --key value, and --model.key value:
+"""
 
-    Raises:
-        UsageError: the folder holds checkpoints, and nothing says what is to happen with them.
-    """
-    if list_checkpoints(recipe.run_dir) and not (resume or overwrite):
-        raise UsageError(
-            f"{recipe.run_dir} holds a run; continue it with --resume, replace it with "
-            "--overwrite, or choose another --name."
-        )
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, as all others are."""
+
+    def error(self, message):
+        """Says what is wrong, without the list of all options."""
+        raise UsageError(f"{message} (--help says what there is)")
+
+
+def parse(arguments):
+    """The options of this script, and the words that change the recipe."""
+    parser = Parser(
+        description=__doc__.split("\n")[0],
+        epilog=EPILOG + ", ".join(field.name for field in dataclasses.fields(Recipe)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", help="a TOML file")
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run of this name from its newest whole checkpoint; there must be one",
+    )
+    earlier.add_argument(
+        "--resume_or_start",
+        "--resume-or-start",
+        action="store_true",
+        help="the same, or begin if there is no such run: for jobs that a scheduler restarts",
+    )
+    earlier.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete what an earlier run of this name wrote, and begin",
+    )
+    parser.add_argument(
+        "--change_schedule",
+        "--change-schedule",
+        action="store_true",
+        help="let --resume go on with another learning rate, schedule or gradient_clip than the "
+        "steps behind had (after a divergence it may without); the change is recorded",
+    )
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print, do not train")
+    return parser.parse_known_args(arguments)
 
 
 def dry_run(recipe):
@@ -58,46 +105,106 @@ def dry_run(recipe):
     print(f"{parameters:,} parameters, {tokens:,} tokens ({tokens / parameters:.1f} per parameter)")
 
 
+@dataclasses.dataclass
+class Plan:
+    """What is going to be done, as each process finds it for itself."""
+
+    recipe: Recipe
+    precision: str
+    resume: bool
+    checkpoint: Checkpoint
+    changes: list[str]
+
+
+def make_plan(options, overrides, environ, held):
+    """Reads and checks what this process was given.
+
+    Args:
+        options: of this script.
+        overrides: words that change the recipe.
+        environ: environment variables.
+        held: an exit stack, which takes the lock of the run's folder in the main process.
+
+    Returns:
+        A `Plan`, and what has to be the same in all processes.
+
+    Raises:
+        UsageError: something does not fit.
+    """
+    state = PartialState()
+    recipe = read_recipe(options.recipe, overrides)
+    recipe.windows_per_process(state.num_processes)
+    check_trackers(recipe.trackers)
+    launched = environ.get("ACCELERATE_MIXED_PRECISION", "")
+    precision = precision_of(recipe.precision, state.device, launched)
+    resume = check_run_dir(
+        recipe.run_dir,
+        resume=options.resume or options.resume_or_start,
+        start=not options.resume,
+        overwrite=options.overwrite,
+    )
+    if state.is_main_process:
+        held.enter_context(locked(recipe.run_dir))
+    checkpoint = newest_checkpoint(recipe.run_dir) if resume else Checkpoint()
+    changes, found = [], "none"
+    if checkpoint.folder:
+        diverged = read_record(recipe.run_dir).get("diverged", [])
+        changes = check_changes(checkpoint, recipe, diverged, options.change_schedule)
+        found = f"step {checkpoint.step}, {file_hash(checkpoint.folder / MANIFEST)[:8]}"
+    # Where files are may differ from machine to machine; what is in them may not.
+    places = ("output_dir", "cache_dir", "data", "tokenizer")
+    values = {**dataclasses.asdict(recipe), "precision": precision}
+    versions = environment(REPOSITORY)["versions"]
+    facts = {
+        "recipe": {key: value for key, value in values.items() if key not in places},
+        "checkpoint": found,
+        "versions": {name: versions[name] for name in versions if name != "python"},
+    }
+    return Plan(recipe, precision, resume, checkpoint, changes), facts
+
+
 def start(arguments):
     """Reads the command line and trains; returns the exit status."""
-    fields = ", ".join(field.name for field in dataclasses.fields(Recipe))
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        epilog=f"Any key of the recipe is also --key value, and --model.key value: {fields}",
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipe", help="a TOML file")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="delete an earlier run of this name"
-    )
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print, do not train")
-    options, overrides = parser.parse_known_args(arguments)
-    recipe = read_recipe(options.recipe, overrides)
+    options, overrides = parse(arguments)
     if options.dry_run:
-        dry_run(recipe)
+        dry_run(read_recipe(options.recipe, overrides))
         return 0
-
     environ = dict(os.environ)  # accelerate adds to it
-    on_cpu = not torch.accelerator.is_available()
-    processes = PartialState(cpu=on_cpu).num_processes
-    check_launch(environ, processes, shlex.join(["recipes/pretrain.py", *arguments]))
-    check_trackers(recipe.trackers)
-    check_run_dir(recipe, options.resume, options.overwrite)
+    check_environment(environ)
+    on_cpu = not torch.accelerator.is_available() or str_to_bool(
+        environ.get("ACCELERATE_USE_CPU") or "no"
+    )
+    processes = PartialState(cpu=bool(on_cpu)).num_processes
+    check_launch(environ, processes, shlex.join([sys.argv[0], *arguments]))
     die_with_launcher(environ)
-    threads = set_cpu_threads(recipe.cpu_threads, environ)
-    precision = precision_of(recipe.precision, PartialState().device)
+    with contextlib.ExitStack() as held:
+        plan = together(make_plan, options, overrides, environ, held)
+        return train(plan, bool(on_cpu), set_cpu_threads(plan.recipe.cpu_threads, environ), options)
+
+
+def train(plan, on_cpu, threads, options):
+    """Trains as planned; returns the exit status."""
+    recipe = plan.recipe
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision="bf16" if precision == "bf16" else "no",
+        mixed_precision="bf16" if plan.precision == "bf16" else "no",
+        # accelerate would divide each gradient by what the launcher says here.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=recipe.trackers or None,
         project_dir=str(recipe.run_dir),
     )
-    accelerator.wait_for_everyone()
-    if options.overwrite and accelerator.is_main_process and not options.resume:
-        shutil.rmtree(recipe.run_dir, ignore_errors=True)
-    run = Run(recipe, accelerator, threads, options.resume)
-    stopped_by = run.train()
+    torch.backends.cuda.matmul.allow_tf32 = tf32  # accelerate allows it where it compiles
+    run = Run(recipe, accelerator, threads, plan.checkpoint, plan.changes)
+    if plan.checkpoint.folder:
+        accelerator.print(f"Continuing from {plan.checkpoint.folder} after step {run.step}")
+        for change in plan.changes:
+            accelerator.print(f"From here on {change}")
+    elif plan.resume:
+        accelerator.print("Continuing from the beginning: no checkpoint was written yet")
+    if options.overwrite and accelerator.is_main_process:
+        remove_run(recipe.run_dir)
+    stopped_by = run.train(StopSignals())
     if stopped_by:
         accelerator.print(f"{stopped_by.name}: saved step {run.step}; continue with --resume")
         accelerator.end_training()
@@ -108,12 +215,14 @@ def start(arguments):
 
 def main():
     """Turns what the user can put right into one line."""
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     try:
         status = start(sys.argv[1:])
     except (UsageError, Diverged) as error:
-        if os.environ.get("RANK", "0") == "0":
+        # Once on each machine.
+        if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
             print(f"error: {error}", file=sys.stderr)
-        status = 2 if isinstance(error, UsageError) else 1
+        status = USAGE if isinstance(error, UsageError) else DIVERGED
     sys.exit(status)
 
 

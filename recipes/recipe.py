@@ -1,6 +1,5 @@
 """A recipe: everything that defines a pretraining run, from TOML plus `--key value`."""
 
-import dataclasses
 import difflib
 import math
 import typing
@@ -112,8 +111,13 @@ class Recipe:
                 "warmup_steps + decay_steps must fit into steps, got "
                 f"{self.warmup_steps} + {decay} > {self.steps}; shorten them or train longer."
             )
-        if not self.name or Path(self.name).name != self.name:
-            raise UsageError(f"name is the name of a folder, without slashes, got {self.name!r}.")
+        is_folder_name = self.name and not set(self.name) & set("/\\\0")
+        # With a dot in front it would be this folder, the one above, or a hidden one as .corpus is.
+        if not is_folder_name or self.name.startswith("."):
+            raise UsageError(
+                "name is the name of a folder, without slashes and without a dot in front, got "
+                f"{self.name!r}."
+            )
 
     @property
     def run_dir(self):
@@ -157,41 +161,6 @@ class Recipe:
         else:
             shape = 0.5 * (1 + math.cos(math.pi * progress))
         return self.min_learning_rate + (1 - self.min_learning_rate) * shape
-
-
-# What may change between a checkpoint and its continuation, because the numbers of the steps do not
-# depend on it (micro_batch_size and cpu_threads move them by rounding alone).
-FREE_KEYS = frozenset(
-    "name output_dir cache_dir micro_batch_size cpu_threads gradient_checkpointing loss_chunk_size "
-    "replay_segment_length eval_every eval_batch_size sample_prompts sample_tokens log_every "
-    "checkpoint_every keep_checkpoints trackers".split()
-)
-SCHEDULE_KEYS = frozenset(
-    "learning_rate schedule warmup_steps decay_steps min_learning_rate steps".split()
-)
-
-
-def changes_history(old, new, step):
-    """Which keys make `new` a different run from the one that trained `step` steps with `old`.
-
-    The schedule may change as long as the steps behind stay as they were, so that a finished WSD
-    run can be continued from its stable phase with more steps.
-
-    Args:
-        old: a recipe as a dictionary; new: a `Recipe`.
-        step: number of steps done.
-
-    Returns:
-        Descriptions "key: old -> new", empty if the run can go on.
-    """
-    current = dataclasses.asdict(new)
-    changed = {key for key in current if key not in FREE_KEYS and current[key] != old.get(key)}
-    if changed & SCHEDULE_KEYS:
-        before = Recipe(**{**current, **{key: old[key] for key in SCHEDULE_KEYS}})
-        same = all(before.learning_rate_at(s) == new.learning_rate_at(s) for s in range(step))
-        if same and new.steps >= step:
-            changed -= SCHEDULE_KEYS
-    return [f"{key}: {old.get(key)!r} -> {current[key]!r}" for key in sorted(changed)]
 
 
 def nearest(name, known):

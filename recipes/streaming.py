@@ -27,10 +27,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from building import REPOSITORY, load_tokenizer
+from continuing import FREE_KEYS
 from corpus import load_corpus
 from measuring import attention_on_sinks, generate_stream, nats_by_position
-from recipe import FREE_KEYS, Recipe, UsageError
-from reporting import bits_per_byte, environment, plot_streaming, write_json
+from plotting import plot_streaming
+from recipe import Recipe, UsageError
+from reporting import bits_per_byte, environment, write_json
 
 
 def read_run(folder):

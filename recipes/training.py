@@ -1,6 +1,5 @@
 """The training loop: a `Run` steps, measures, and saves."""
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -9,7 +8,6 @@ import signal
 import sys
 import time
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch.distributed.checkpoint.state_dict import (
@@ -18,22 +16,25 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from agreeing import together
 from building import REPOSITORY, build_config, build_model, load_tokenizer, parameter_groups
 from checkpointing import (
+    TRAINING_STATE,
     UNFINISHED,
     list_checkpoints,
+    move_aside,
     move_into,
-    newest_checkpoint,
     remove_unfinished,
     write_checkpoint,
 )
 from corpus import Windows, load_corpus
-from launching import StopSignals
 from measuring import diagnostics, held_out_bits_per_byte, sample
-from recipe import UsageError, changes_history
-from reporting import Metrics, Progress, bits_per_byte, duration, environment, plot_loss, write_json
+from plotting import plot_loss
+from recipe import UsageError
+from reporting import Metrics, Progress, bits_per_byte, duration, environment, write_json
+from run_folder import METRICS, PLOT, RECORD, TRACKED, read_record
+from stepping import accumulate_gradients, step_seed
 
-TRAINING_STATE = "training_state.pt"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -41,45 +42,36 @@ class Diverged(Exception):
     """The loss or its gradient is no longer a finite number."""
 
 
-def accumulate_gradients(accelerator, model, batches):
-    """The gradient of the mean loss over all scored tokens of all micro-batches and processes.
+def load_text(recipe):
+    """Tokenizer, config and corpus of a recipe, and what identifies the text."""
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    config = build_config(recipe, tokenizer)
+    cache_dir = recipe.cache_dir or os.path.join(recipe.output_dir, ".corpus")
+    corpus = load_corpus(recipe, tokenizer, cache_dir)
+    return (tokenizer, config, corpus), identity(corpus)
 
-    The mean is over tokens and not over micro-batches, so that a token counts the same wherever
-    it falls.
 
-    Args:
-        batches: this process's micro-batches, with `shift_labels` of which -100 are not scored.
-
-    Returns:
-        The loss in nats per token, a scalar tensor, the same on all processes.
-    """
-    num_targets = sum((batch["shift_labels"] != -100).sum() for batch in batches)
-    num_targets = accelerator.reduce(num_targets.to(accelerator.device), "sum")
-    total = torch.zeros((), device=accelerator.device)
-    for i, batch in enumerate(batches):
-        batch = {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
-        # Only a model that sees `labels` computes a loss; `shift_labels` is what it scores.
-        labels = {"labels": batch["shift_labels"], "num_items_in_batch": num_targets}
-        last = i == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            loss = model(**batch, **labels, use_cache=False).loss
-            # Data parallelism averages gradients over processes, and their sum is wanted.
-            accelerator.backward(loss * accelerator.num_processes)
-        total += loss.detach()
-    return accelerator.reduce(total, "sum")
+def identity(corpus):
+    """What a checkpoint and all processes have to share of a corpus."""
+    return {"corpus": corpus.record["sha256"], "tokenizer": corpus.record["tokenizer_sha256"]}
 
 
 class Run:
-    """A training run in progress."""
+    """A training run in progress.
 
-    def __init__(self, recipe, accelerator, threads, resume):
+    Args:
+        recipe: what to train.
+        accelerator: of accelerate.
+        threads: of this process, unless the checkpoint says how many it had.
+        checkpoint: what to continue.
+        changes: what the recipe changes of the run from there on, for the record.
+    """
+
+    def __init__(self, recipe, accelerator, threads, checkpoint, changes=()):
         self.recipe, self.accelerator = recipe, accelerator
-        self.tokenizer = load_tokenizer(recipe.tokenizer)
-        config = build_config(recipe, self.tokenizer)
+        self.checkpoint, self.changes = checkpoint, changes
         self.size, self.accumulation = recipe.windows_per_process(accelerator.num_processes)
-        cache_dir = recipe.cache_dir or os.path.join(recipe.output_dir, ".corpus")
-        with accelerator.main_process_first():
-            self.corpus = load_corpus(recipe, self.tokenizer, cache_dir)
+        self.tokenizer, config, self.corpus = together(load_text, recipe)
         self.windows = Windows(
             self.corpus.train,
             recipe.sequence_length,
@@ -87,10 +79,10 @@ class Run:
             recipe.seed,
             recipe.packing,
         )
-        manifest, folder = newest_checkpoint(recipe.run_dir) or ({}, None) if resume else ({}, None)
+        folder, manifest = checkpoint.folder, checkpoint.manifest
         if folder:
-            self._check_same_run(manifest, folder)
-        self.step, self.seconds = manifest.get("step", 0), manifest.get("seconds", 0.0)
+            self._check_same_text()
+        self.step, self.seconds = checkpoint.step, manifest.get("seconds", 0.0)
         # The order of summation, and so the last bit, depends on the number of threads.
         self.threads = threads if recipe.cpu_threads else manifest.get("cpu_threads", threads)
         torch.set_num_threads(self.threads)
@@ -108,35 +100,36 @@ class Run:
         if folder:
             state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
             set_optimizer_state_dict(
-                self.model, self.optimizer.optimizer, state["optimizer"], options=WHOLE
+                self._bare_model(), self.optimizer.optimizer, state["optimizer"], options=WHOLE
             )
+        compiled = f", compiled by {self._compiler()}" if self._compiler() else ""
         accelerator.print(
             f"{self.title()}, {accelerator.num_processes} x {accelerator.device.type}, "
-            f"{self.threads} threads, {self._precision()}\n"
+            f"{self.threads} threads, {self._precision()}{compiled}\n"
             f"{self.corpus.record['train']['bytes']:,} bytes of text in "
             f"{self.windows.num_windows:,} windows of {recipe.sequence_length} tokens; "
             f"{self._tokens(recipe.steps):,} tokens to train"
         )
-        if resume:
-            where = f"{folder} after step {self.step}" if folder else "the beginning: no checkpoint"
-            accelerator.print(f"Continuing from {where}")
 
-    def _check_same_run(self, manifest, folder):
-        changed = changes_history(manifest["recipe"], self.recipe, manifest["step"])
-        for name in ("corpus", "tokenizer"):
-            if manifest[name] != self._identity()[name]:
-                changed.append(
-                    f"the {name} is another: {manifest[name][:8]} -> {self._identity()[name][:8]}"
-                )
+    def _check_same_text(self):
+        changed = [
+            f"the {name} is another: {self.checkpoint.manifest[name][:8]} -> {value[:8]}"
+            for name, value in identity(self.corpus).items()
+            if value != self.checkpoint.manifest[name]
+        ]
         if changed:
             raise UsageError(
-                f"{folder} was trained otherwise ({'; '.join(changed)}); undo the change, or "
-                "start a new run with --name."
+                f"{self.checkpoint.folder} was trained otherwise ({'; '.join(changed)}); undo the "
+                "change, or start a new run with --name."
             )
 
-    def _identity(self):
-        record = self.corpus.record
-        return {"corpus": record["sha256"], "tokenizer": record["tokenizer_sha256"]}
+    def _bare_model(self):
+        """The model in none of accelerate's and torch.compile's wrappers, which rename weights."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _compiler(self):
+        backend = self.accelerator.state.dynamo_plugin.backend.value.lower()
+        return None if backend == "no" else backend
 
     def _precision(self):
         return "bf16" if self.accelerator.native_amp else "fp32"
@@ -144,8 +137,11 @@ class Run:
     def _tokens(self, steps):
         return steps * self.recipe.batch_size * self.recipe.sequence_length
 
-    def train(self):
+    def train(self, signals):
         """Runs the steps that are left.
+
+        Args:
+            signals: a `StopSignals`, which may end it early.
 
         Returns:
             The signal that ended it early, or None.
@@ -153,15 +149,35 @@ class Run:
         Raises:
             Diverged: the loss or the gradient is not finite; nothing was saved since.
         """
-        recipe, accelerator = self.recipe, self.accelerator
-        if accelerator.is_main_process:
-            recipe.run_dir.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(recipe.run_dir)
-            self.metrics = Metrics(recipe.run_dir / "metrics.jsonl", self.step)
-            self._write_record()
-            self.progress = Progress(self.step, recipe.steps)
+        if self.accelerator.is_main_process:
+            self._open_folder()
         self._start_trackers()
-        signals = StopSignals()
+        try:
+            return self._run_steps(signals)
+        except Diverged:
+            if self.accelerator.is_main_process:
+                self.diverged.append(self.step + 1)
+                self._write_record()
+            raise
+
+    def _open_folder(self):
+        run_dir = self.recipe.run_dir
+        remove_unfinished(run_dir)
+        for folder, reason in self.checkpoint.damaged.items():
+            aside = move_aside(folder, "damaged").name
+            print(f"{folder} cannot be used ({reason}): it is now {aside}")
+        record = read_record(run_dir)
+        if (run_dir / RECORD).exists() and not record:
+            print(f"{run_dir / RECORD} is damaged: {move_aside(run_dir / RECORD, 'damaged').name}")
+        self.files, self.diverged = record.get("files", []), record.get("diverged", [])
+        self.metrics = Metrics(run_dir / METRICS, self.step)
+        if self.changes:
+            self.metrics.write(kind="change", **self._now(), changes=self.changes)
+        self._write_record()
+        self.progress = Progress(self.step, self.recipe.steps)
+
+    def _run_steps(self, signals):
+        recipe = self.recipe
         logged, logged_seconds = self.step, self.seconds
         while self.step < recipe.steps:
             began = time.perf_counter()
@@ -191,8 +207,7 @@ class Run:
         recipe, accelerator = self.recipe, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         # Dropout draws from a generator of this step's own, so there is no state of it to restore.
-        entropy = np.random.SeedSequence([recipe.seed, self.step, rank])
-        set_seed(int(entropy.generate_state(1)[0]))
+        set_seed(step_seed(recipe.seed, self.step, rank))
         rate = recipe.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
@@ -205,10 +220,15 @@ class Run:
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), largest))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             checkpoints = list_checkpoints(recipe.run_dir)
-            kept = f"{checkpoints[-1][1]} is kept" if checkpoints else "there is no checkpoint yet"
+            begin = (
+                f"continue from {checkpoints[-1][1]} with --resume"
+                if checkpoints
+                else ("there is no checkpoint yet, begin again with --overwrite")
+            )
             raise Diverged(
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm}; stopped before the "
-                f"update, {kept}. Lower learning_rate or lengthen warmup_steps."
+                f"update; {begin} and a lower --learning_rate (it is {recipe.learning_rate:g}), "
+                "more --warmup_steps or a smaller --gradient_clip."
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -231,9 +251,11 @@ class Run:
         self._record("train", figures)
         self.progress.update(self.step, loss, speed)
 
+    def _now(self):
+        return {"step": self.step, "tokens": self._tokens(self.step), "seconds": self.seconds}
+
     def _record(self, kind, figures):
-        at = {"tokens": self._tokens(self.step), "seconds": self.seconds}
-        self.metrics.write(kind=kind, step=self.step, **at, **figures)
+        self.metrics.write(kind=kind, **self._now(), **figures)
         tracked = {f"{kind}/{name}": value for name, value in figures.items()}
         self.accelerator.log(tracked, step=self.step)
 
@@ -248,7 +270,7 @@ class Run:
             self.progress.say(
                 f"step {self.step}: held-out {value:.4f} bits per byte (gzip -9: {gzip:.4f})"
             )
-            plot_loss(recipe.run_dir / "loss.png", self.metrics.lines, gzip, self.title())
+            plot_loss(recipe.run_dir / PLOT, self.metrics.lines, gzip, self.title())
             for prompt in recipe.sample_prompts:
                 text = sample(
                     accelerator, self.model, self.tokenizer, prompt, recipe.sample_tokens, self.step
@@ -261,26 +283,25 @@ class Run:
         return f"{self.recipe.name}: {self.recipe.architecture}, {self.num_parameters:,} parameters"
 
     def _save_model(self, folder):
-        weights = self.accelerator.get_state_dict(self.model)
-        if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.model)
-            model.save_pretrained(folder, state_dict=weights)
-            self.tokenizer.save_pretrained(folder)
+        self._bare_model().save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def save_checkpoint(self):
         """Writes everything that `--resume` needs."""
-        optimizer = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)
+        optimizer = get_optimizer_state_dict(
+            self._bare_model(), self.optimizer.optimizer, options=WHOLE
+        )
 
         def write_files(folder):
             self._save_model(folder)
             torch.save({"optimizer": optimizer}, folder / TRAINING_STATE)
             recipe = dataclasses.asdict(self.recipe)
             state = {"seconds": self.seconds, "cpu_threads": self.threads, "recipe": recipe}
-            return {**state, **self._identity()}
+            return {**state, **identity(self.corpus)}
 
         if self.accelerator.is_main_process:
             keep = self.recipe.keep_checkpoints
-            write_checkpoint(self.recipe.run_dir, self.step, write_files, keep)
+            write_checkpoint(self.recipe.run_dir, self.step, write_files, keep, self.progress.say)
         self.accelerator.wait_for_everyone()
 
     def finish(self):
@@ -289,8 +310,9 @@ class Run:
             folder = self.recipe.run_dir / f"final{UNFINISHED}"
             folder.mkdir()
             self._save_model(folder)
+            self.files = sorted({*self.files, *os.listdir(folder)})
+            self._write_record()  # it names the files before they come
             move_into(folder, self.recipe.run_dir)
-            self._write_record()
             self.progress.close()
             result = self._results()
             print(
@@ -324,12 +346,16 @@ class Run:
             "processes": accelerator.num_processes,
             "device": accelerator.device.type,
             "precision": self._precision(),
+            "compiler": self._compiler(),
             "cpu_threads": self.threads,
             "corpus": self.corpus.record,
             **environment(REPOSITORY),
             "results": self._results(),
+            "changes": [line for line in self.metrics.lines if line["kind"] == "change"],
+            "diverged": self.diverged,
+            "files": self.files,
         }
-        write_json(self.recipe.run_dir / "run.json", record)
+        write_json(self.recipe.run_dir / RECORD, record)
 
     def _start_trackers(self):
         recipe = self.recipe
@@ -339,4 +365,4 @@ class Run:
             "wandb": {"name": recipe.name},
         }
         flat = {key: str(value) for key, value in dataclasses.asdict(recipe).items()}
-        self.accelerator.init_trackers("longzoo", config=flat, init_kwargs=options)
+        self.accelerator.init_trackers(TRACKED, config=flat, init_kwargs=options)

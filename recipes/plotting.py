@@ -1,0 +1,123 @@
+"""The figures that recipes draw."""
+
+import os
+from pathlib import Path
+
+
+def plot_loss(path, lines, gzip_bits_per_byte, title):
+    """Draws train and held-out bits per byte over training tokens, and gzip's as a line.
+
+    Args:
+        path: the PNG.
+        lines: of metrics.jsonl.
+        gzip_bits_per_byte: of `gzip -9` on the held-out bytes.
+        title: above the plot.
+    """
+    # Without pyplot there is no window system and no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    styles = {
+        "train": {"lw": 1, "alpha": 0.6},
+        "held_out": {"lw": 2, "marker": "o", "ms": 4},
+    }
+    values = []
+    for kind, style in styles.items():
+        chosen = [line for line in lines if line["kind"] == kind]
+        points = [(line["tokens"], line["bits_per_byte"]) for line in chosen]
+        if points:
+            label = f"{kind.replace('_', '-')}, {points[-1][1]:.3f} at the end"
+            axes.plot(*zip(*points), label=label, **style)
+            values += [value for _, value in points]
+    axes.axhline(
+        gzip_bits_per_byte,
+        color="black",
+        ls="--",
+        lw=1,
+        label=f"gzip -9 of the held-out text, {gzip_bits_per_byte:.3f}",
+    )
+    if values:
+        # The first steps would squeeze the rest of the curve into the floor.
+        top = min(max(values), 2 * max(gzip_bits_per_byte, sorted(values)[len(values) // 2]))
+        axes.set_ylim(0.9 * min([*values, gzip_bits_per_byte]), 1.02 * top)
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("bits per byte")
+    axes.xaxis.set_major_formatter(lambda value, _: _si(value))
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    beside = Path(path).with_name(Path(path).name + ".new")
+    figure.savefig(beside, format="png")
+    os.replace(beside, path)
+
+
+def plot_streaming(path, result):
+    """Draws perplexity by position, and bytes of state by tokens generated."""
+    # Without pyplot there is no window system and no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    window, num_sinks = result["sliding_window"], result["num_sink_tokens"]
+    # Thin over thick, so that lines on one another are all seen.
+    styles = {
+        "sinks": (f"a window of {window:,} and {num_sinks} sinks", "C0", "-", 5),
+        "beside": ("a plain window, trained as such", "0.4", ":", 2),
+        "evicted": ("the same weights without sinks, first tokens evicted", "C3", "-", 1.5),
+    }
+    lowest, highest = [], []
+    for name in [name for name in styles if name in result["curves"]]:
+        label, color, line, width = styles[name]
+        early, late, compared = (result["curves"][name][k] for k in ("early", "late", "compared"))
+        middles, values = [], []
+        for measured, begin in ((early, 0), (late, len(early["perplexity"]) * early["width"])):
+            for n, value in enumerate(measured["perplexity"]):
+                if n * measured["width"] >= begin:
+                    middles.append((n + 0.5) * measured["width"])
+                    values.append(value)
+        near, far, ratio = compared
+        label += f": {compared[ratio]:.4f}"
+        left.plot(
+            middles, values, label=label, color=color, ls=line, lw=width, marker="o", ms=width
+        )
+        lowest.append(min(values))
+        highest.append(max(values))
+    left.axvline(window, color="black", lw=1, ls=":")
+    left.annotate(" the window is full", (window, 0.02), xycoords=("data", "axes fraction"))
+    left.set(xscale="log", ylabel=f"perplexity per {result['token']}")
+    # A collapse needs a logarithm; else the axis begins low enough that rounding is no slope.
+    if max(highest) > 3 * min(lowest):
+        left.set_yscale("log")
+    else:
+        left.set_ylim(0.9 * min(lowest), 1.15 * max(highest))
+    left.set_xlabel(f"position in the stream ({result['token']}s)")
+    left.set_title("The same held-out text at every position")
+    left.xaxis.set_major_formatter("{x:,.0f}")
+    left.legend(title=f"perplexity at {int(far):,} over that at {int(near):,}", loc="upper right")
+    records = result["generation"]["records"]
+    tokens = [record["tokens"] for record in records]
+    held = [record["state_bytes"] / 1e6 for record in records]
+    right.plot(tokens, held, color="C0", lw=2, marker="o", ms=3, label="the cache, measured")
+    every = [
+        result["generation"]["bytes_per_token_of_full_attention"] * count / 1e6 for count in tokens
+    ]
+    right.plot(tokens, every, color="0.4", ls="--", label="keys and values of all tokens")
+    right.set(xscale="log", yscale="log", ylabel="state (MB)")
+    right.set_xlabel(f"{result['token']}s generated, one by one")
+    right.set_title("The state while it generates")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+
+
+def _si(value):
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"

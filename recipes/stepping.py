@@ -1,0 +1,48 @@
+"""One step of training: its random numbers, and its gradient over all processes."""
+
+import contextlib
+
+import numpy as np
+import torch
+
+
+def step_seed(seed, step, rank):
+    """The seed of what one process draws in one step, such as dropout's masks.
+
+    It is a function of these three alone, so a continued run needs no generator's state, and
+    processes do not drop the same places of different windows.
+
+    Args:
+        seed: the recipe's.
+        step: counted from 0.
+        rank: the process.
+    """
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def accumulate_gradients(accelerator, model, batches):
+    """The gradient of the mean loss over all scored tokens of all micro-batches and processes.
+
+    The mean is over tokens and not over micro-batches, so that a token counts the same wherever
+    it falls.
+
+    Args:
+        batches: this process's micro-batches, with `shift_labels` of which -100 are not scored.
+
+    Returns:
+        The loss in nats per token, a scalar tensor, the same on all processes.
+    """
+    num_targets = sum((batch["shift_labels"] != -100).sum() for batch in batches)
+    num_targets = accelerator.reduce(num_targets.to(accelerator.device), "sum")
+    total = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(batches):
+        batch = {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
+        # Only a model that sees `labels` computes a loss; `shift_labels` is what it scores.
+        labels = {"labels": batch["shift_labels"], "num_items_in_batch": num_targets}
+        last = i == len(batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            loss = model(**batch, **labels, use_cache=False).loss
+            # Data parallelism averages gradients over processes, and their sum is wanted.
+            accelerator.backward(loss * accelerator.num_processes)
+        total += loss.detach()
+    return accelerator.reduce(total, "sum")
