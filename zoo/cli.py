@@ -221,7 +221,9 @@ def _export(arguments):
         arguments.format,
         arguments.base_model,
     )
-    runs_on = ", ".join(exported.code) or f"transformers' {exported.model_class}"
+    runs_on = f"transformers' {exported.model_class}"
+    if exported.code:
+        runs_on = f"{exported.model_class} and the code it runs on, {len(exported.code)} files"
     print(f"{arguments.out}: {exported.num_parameters:,} parameters, {runs_on}")
     _print_notes(exported.notes)
     if not exported.has_tokenizer:

@@ -1,6 +1,8 @@
 """The `zoo` command: what it prints, and one line for whatever goes wrong."""
 
 import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import zoo
-from zoo.cli import main
+from zoo.cli import _parser, main
 from zoo.hub.convert import FORMATS
 
 GOLDENS = Path(__file__).resolve().parent.parent / "parity" / "goldens"
@@ -126,3 +128,49 @@ def test_errors_of_others_are_one_line_too(capsys, monkeypatch):
     monkeypatch.setattr("zoo.hub.info.describe", describe)
     assert main(["info", "retnet"]) == 2
     assert capsys.readouterr().err == "zoo: error: first line second line\n"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    expected = f"zoo {zoo.__version__}, torch {torch.__version__}, transformers"
+    assert capsys.readouterr().out.startswith(expected)
+
+
+@pytest.mark.parametrize("command", ["contract", "convert", "export", "info", "push"])
+def test_every_help_has_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    examples = re.findall(rf"(?m)^  zoo ({command} .+)$", text.partition("examples:\n")[2])
+    assert examples
+    for example in examples:
+        if command != "contract":  # which parses its own
+            assert _parser().parse_args(example.split()).run
+
+
+def test_convert_says_what_to_do_next(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source, ours = GOLDENS / "rwkv7-blinkdl" / "model.safetensors", "my models/it's"
+    assert main(["convert", "rwkv-pth", str(source), ours]) == 0
+    text = capsys.readouterr().out.partition("next:\n")[2]
+    words = " ".join(text.split())
+    folder = shlex.quote(ours)
+    assert f"python tokenizers/rwkv_world.py rwkv_vocab_v20230424.txt {folder};" in words
+    # What it prints can be done, and the second time as well.
+    (command,) = re.findall(r"(?m)^  zoo (export .*)    #", text)
+    arguments = [word.replace("ID", "mit") for word in shlex.split(command)]
+    assert main(arguments) == 0 and main([*arguments, "--overwrite"]) == 0
+
+
+def test_convert_back_says_what_to_do_next(tmp_path, capsys):
+    source = shutil.copytree(GOLDENS / "rwkv4-hf", tmp_path / "theirs")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert main(["convert", "hf-rwkv", str(source), str(tmp_path / "ours")]) == 0
+    assert "--license" not in capsys.readouterr().out
+    assert (
+        main(["convert", "hf-rwkv", "--reverse", str(tmp_path / "ours"), str(tmp_path / "b")]) == 0
+    )
+    text = capsys.readouterr().out.partition("next:\n")[2]
+    assert "  load it as transformers' RwkvForCausalLM, RWKV-4 (RWKV/rwkv-4-*-pile)\n" in text

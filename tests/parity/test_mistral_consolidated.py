@@ -136,6 +136,7 @@ def test_random_models_there_and_back(case, tmp_path):
     assert sorted(p.name for p in (tmp_path / "back").iterdir()) == [
         "consolidated.safetensors",
         "generation_config.json",
+        "longzoo.json",
         "params.json",
     ]
     assert_equal(load_file(tmp_path / "back" / "consolidated.safetensors"), weights)

@@ -38,21 +38,26 @@ POINTS = {
     5: ("generate and the state's own operations", generation),
     6: ("save, load, export", files),
     7: ("state of constant size", constant_state),
-    8: ("checkpointing, segment replay and torch.compile change nothing", training_and_compiling),
+    8: ("checkpointing, replay, torch.compile change nothing", training_and_compiling),
     9: ("16 bits cost no more than they must", low_precision),
     10: ("everything learns, from the paper's initialisation", initialization),
 }
 
 DEFAULT_TOKENS = 1_000_000
+EXAMPLES = """examples:
+  zoo contract retnet --points 1,2,3
+  zoo contract models/rwkv7 --json rwkv7.json
+"""
 
 
-def run(subject, points=None, num_tokens=DEFAULT_TOKENS):
+def run(subject, points=None, num_tokens=DEFAULT_TOKENS, after_point=None):
     """Checks a subject against points of the contract.
 
     Args:
         subject: a `Subject`.
         points: their numbers; None: all.
         num_tokens: length of the long prefill of point 7.
+        after_point: called with the report and a point's number as soon as it is done.
 
     Returns:
         A `Report`.
@@ -74,6 +79,8 @@ def run(subject, points=None, num_tokens=DEFAULT_TOKENS):
         report.seconds[number] = time.perf_counter() - started
         report.checks += checks.found
         report.notes[number] = checks.notes
+        if after_point is not None:
+            after_point(report, number)
     return report
 
 
@@ -104,7 +111,10 @@ def main(argv=None):
         The exit code: 1 if a check failed, 2 if there is no such model, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="zoo contract", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="zoo contract",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model",
@@ -123,11 +133,17 @@ def main(argv=None):
         default=DEFAULT_TOKENS,
         help="length of the long prefill of point 7 (default: 1000000)",
     )
+    parser.add_argument(
+        "--verbose", action="store_true", help="print every check, not a line for each point"
+    )
     parser.add_argument("--json", metavar="FILE", help="write every figure there as well")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that lies in the folder"
     )
     arguments = parser.parse_args(argv)
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        print(f"zoo contract: no folder to write {arguments.json} into", file=sys.stderr)
+        return 2
     try:
         subjects = _subjects(arguments)
     except (ValueError, OSError, ImportError, AttributeError) as error:
@@ -135,12 +151,21 @@ def main(argv=None):
         return 2
     reports = []
     for subject in subjects:
-        reports.append(run(subject, arguments.points, arguments.tokens))
-        print(reports[-1].table(), flush=True)
+        if arguments.verbose:
+            reports.append(run(subject, arguments.points, arguments.tokens))
+            print(reports[-1].table(), flush=True)
+        else:
+            print(f"{subject.name}: the figure nearest to its bound, of each point", flush=True)
+            reports.append(run(subject, arguments.points, arguments.tokens, _print_summary))
+            print(f"{reports[-1].totals()}; --verbose prints each", flush=True)
     if arguments.json:
         content = json.dumps([report.as_dict() for report in reports], indent=2)
         Path(arguments.json).write_text(content + "\n")
     return int(any(report.failed() for report in reports))
+
+
+def _print_summary(report, point):
+    print(report.summary(point), flush=True)
 
 
 def _numbers(text):

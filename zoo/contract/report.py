@@ -132,6 +132,24 @@ class Report:
                 check["measured"] = str(check["measured"])
         return content
 
+    def summary(self, point):
+        """One line about a point, and each of its checks that failed in full.
+
+        The figure is the one that came nearest to its bound, or went furthest beyond.
+        """
+        checks = [check for check in self.checks if check.point == point]
+        worst = max((check for check in checks if _share(check) >= 0), key=_share, default=None)
+        figure = f"{show(worst.measured)} of {show(worst.bound)}" if worst else ""
+        num_skipped = sum(check.verdict == NOT_RUN for check in checks)
+        skipped = f"  ({num_skipped} not run)" * bool(num_skipped)
+        title = f"{self.titles[point]}: {self.verdict(point)}"
+        lines = [f"{point:>2}  {title:<61}{figure:>18}{self.seconds[point]:>7.1f} s{skipped}"]
+        for check in self.failed(point):
+            figures = f"{show(check.measured)}, bound {show(check.bound)}"
+            reason = f" ({check.reason})" if check.reason else ""
+            lines.append(f"    failed: {check.name}: {figures}{reason}")
+        return "\n".join(lines)
+
     def table(self):
         """Everything, for people."""
         rows = [
@@ -157,11 +175,27 @@ class Report:
                 lines.append(line(cells) + (f" ({reason})" if reason else ""))
             for note in self.notes.get(point, ()):
                 lines.extend(f"      {text}" for text in note.splitlines())
-        lines.append(
+        lines.append(self.totals())
+        return "\n".join(lines)
+
+    def totals(self):
+        """How many checks passed and did not, in one line."""
+        return (
             f"{self.count(PASSED)} checks passed, {self.count(FAILED)} failed, "
             f"{self.count(NOT_RUN)} not run, in {sum(self.seconds.values()):.0f} s"
         )
-        return "\n".join(lines)
+
+
+def _share(check):
+    """How much of its bound a figure takes; -1 if there is no such number."""
+    numbers = (int, float)
+    if not isinstance(check.measured, numbers) or not isinstance(check.bound, numbers):
+        return -1.0
+    if math.isnan(check.measured):
+        return math.inf
+    if check.bound == 0:
+        return math.inf if check.measured > 0 else 0.0
+    return check.measured / check.bound
 
 
 def show(figure):

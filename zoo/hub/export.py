@@ -10,7 +10,6 @@ that computes the same: no code goes along, and none has to be trusted.
 
 import ast
 import inspect
-import json
 import re
 from importlib import metadata
 from pathlib import Path
@@ -243,7 +242,6 @@ def _save_with_code(model, architecture, folder, max_shard_size):
     }
     sources = modelling_sources(architecture)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    _leave_out_layer_types(folder / "config.json")
     for name, source in sources.items():
         (folder / name).write_text(source, encoding="utf-8")
     (folder / "LICENSE").write_text(_license_text(), encoding="utf-8")
@@ -261,17 +259,6 @@ def _generation_config(checkpoint, config, tokenizer):
         if getattr(generation_config, name) is None:
             setattr(generation_config, name, getattr(tokenizer, name, None))
     return generation_config
-
-
-def _leave_out_layer_types(path):
-    """Rewrites config.json without what the config fills in by itself.
-
-    AutoTokenizer, called without trust_remote_code, falls back on transformers' own config class,
-    and that refuses layer types that are not transformers'.
-    """
-    fields = read_json(path)
-    fields.pop("layer_types", None)
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _license_text():

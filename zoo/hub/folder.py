@@ -249,7 +249,6 @@ def settings(config):
     """The fields of one of our configs that say what the model is, by name, in order."""
     classes = [c for c in type(config).__mro__ if issubclass(c, ZooConfig)]
     own = set().union(*(vars(c).get("__annotations__", {}) for c in classes))
-    own.discard("layer_types")  # one and the same for every layer
     values = config.to_dict()
     return {n: values[n] for n in type(config).__dataclass_fields__ if n in own & set(values)}
 
