@@ -99,7 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         fields = json.loads(body)
         name = "/".join(x for x in (fields.get("organization"), fields["name"]) if x)
         if fields.get("organization") == "them":
-            return self._answer({"error": "no right to create under them"}, 403)
+            # As careless as a proxy can be.
+            error = f"{self.headers['Authorization']} may not create under them"
+            return self._answer({"error": error}, 403)
         answer = {"url": f"{self.server.url}/{name}", "name": name}
         if name in self.server.repositories:
             return self._answer({**answer, "error": "You already created this model repo"}, 409)

@@ -356,3 +356,29 @@ def test_nothing_is_overwritten_unasked(checkpoint, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "out"]
     with pytest.raises(ValueError, match="contains the checkpoint itself"):
         export(checkpoint, checkpoint, overwrite=True)
+
+
+def test_a_file_of_the_users_is_not_written_over(checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(checkpoint, out)
+    (out / "base.py").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match="holds base.py, which is not of the model there"):
+        export(checkpoint, out, overwrite=True)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    # Nor is anything lost where the disk fails half way.
+    (out / "base.py").unlink()
+    before.pop("base.py")
+    calls, replace = [], os.replace
+
+    def failing(source, target):
+        calls.append(source)
+        if len(calls) == len(before) + 2:
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", failing)
+    with pytest.raises(OSError, match="no space left"):
+        export(checkpoint, out, overwrite=True)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "out"]

@@ -81,6 +81,16 @@ def test_pushed_again_it_replaces_what_it_wrote(hub, tmp_path, capsys):
     assert not any("deleted" in line["key"] for line in there["commits"][-1]["lines"])
 
 
+def test_weights_of_a_push_without_a_record_go_too(hub, tmp_path):
+    names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    names.append("model.safetensors.index.json")
+    others = {"model.gguf": b"mine", "retnet_notes.py": b"mine"}
+    there = hub.create("me/tiny", files=dict.fromkeys(names, b"old") | others)["files"]
+    make_export(tmp_path, 0)
+    assert push(tmp_path / "out") == 0
+    assert not set(names) & there.keys() and others.items() <= there.items()
+
+
 def test_code_and_tokenizer_of_an_earlier_push_go(hub, tmp_path, pytestconfig):
     byte = pytestconfig.rootpath / "tokenizers" / "byte"
     make_export(tmp_path, 0, tokenizer=byte, vocab_size=264)
@@ -154,7 +164,7 @@ def no_network(hub, monkeypatch):
 
 
 def odd_token(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_wröng")
+    monkeypatch.setenv("HF_TOKEN", "hf_wr\x01öng")
 
 
 def offline(hub, monkeypatch):
@@ -225,6 +235,8 @@ def test_a_folder_that_is_no_whole_export_is_refused(hub, exported, tmp_path, ca
     assert push(broken) == 2
     assert "has license 'My License'" in capsys.readouterr().err
     assert main(["push", str(exported), "them/tiny"]) == 2
-    assert "the Hub refused them/tiny" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the Hub refused them/tiny" in error and "(the token) may not create" in error
+    assert TOKEN not in error
     assert main(["push", str(exported), "a/b/c"]) == 2
     assert hub.repositories == {}

@@ -167,16 +167,13 @@ def _what_is_odd(x):
 def _load_safetensors(path):
     try:
         return load_file(path)
-    except KeyError as error:
-        # One of the packed formats that this torch has no dtype for.
-        raise ValueError(
-            f"{path} holds tensors of dtype {error}, which torch cannot read; "
-            "save the weights as plain floats."
-        ) from None
     except (SafetensorError, OSError) as error:
+        reason = one_line(error)
+        remedy = "it is damaged or not fully downloaded: get it again."
+        if "dtype" in reason.lower():
+            remedy = "save the weights as plain floats."
         raise ValueError(
-            f"{path} is not a readable safetensors file ({one_line(error)}); "
-            "it is damaged or not fully downloaded: get it again."
+            f"{path} is not a readable safetensors file ({reason}); {remedy}"
         ) from None
 
 

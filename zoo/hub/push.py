@@ -75,6 +75,9 @@ def push(exported, repo_id, private=False, message=None):
     token = get_token()
     if token is None:
         raise ValueError("there is no Hub token; run `hf auth login` or set HF_TOKEN.")
+    if re.search(r"[^!-~]", token):
+        # The HTTP library would refuse it too, and print it.
+        raise ValueError("the Hub token holds characters that no token has; set HF_TOKEN again.")
     try:
         api = HfApi(token=token)
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -224,8 +227,6 @@ def _reason(error, repo_id):
         return f"the Hub refused {repo_id}: {one_line(error)}"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it."
-    if isinstance(error, UnicodeError):
-        return "the Hub token holds characters that no token has; set HF_TOKEN again."
     cause = one_line(error.__cause__ or error) or type(error).__name__
     if isinstance(error, RuntimeError):
         return f"{one_line(error)} ({cause}) Nothing was committed; push again."
