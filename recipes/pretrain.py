@@ -148,7 +148,7 @@ def make_plan(options, overrides, environ, held):
     checkpoint = newest_checkpoint(recipe.run_dir) if resume else Checkpoint()
     changes, found = [], "none"
     if checkpoint.folder:
-        diverged = read_record(recipe.run_dir).get("diverged", [])
+        diverged = read_record(recipe.run_dir).get("diverged") or []
         changes = check_changes(checkpoint, recipe, diverged, options.change_schedule)
         found = f"step {checkpoint.step}, {file_hash(checkpoint.folder / MANIFEST)[:8]}"
     # Where files are may differ from machine to machine; what is in them may not.

@@ -43,12 +43,11 @@ def read_record(run_dir):
 
 
 def is_run(run_dir):
-    """Whether a folder is that of a run: it has a record, be it a damaged one, or checkpoints."""
-    files = [Path(run_dir) / name for name in (RECORD, METRICS)]
+    """Whether a folder is that of a run: it was locked once, has a record or checkpoints."""
     return (
-        "recipe" in read_record(run_dir)
+        (Path(run_dir) / LOCK).is_file()
+        or "recipe" in read_record(run_dir)
         or bool(list_checkpoints(run_dir))
-        or all(path.is_file() for path in files)
     )
 
 
@@ -82,7 +81,6 @@ def check_run_dir(run_dir, resume=False, start=True, overwrite=False):
             "--resume or say --resume_or_start."
         )
     names = sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else []
-    names = [name for name in names if name != LOCK]
     if overwrite and names:
         raise UsageError(
             f"{run_dir} holds {names[0]} but no run, so --overwrite does not touch it; choose "

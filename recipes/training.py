@@ -3,9 +3,7 @@
 import dataclasses
 import math
 import os
-import shlex
 import signal
-import sys
 import time
 
 import torch
@@ -17,22 +15,20 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from agreeing import together
-from building import REPOSITORY, build_config, build_model, load_tokenizer, parameter_groups
+from building import build_config, build_model, load_tokenizer, parameter_groups
 from checkpointing import (
     TRAINING_STATE,
     UNFINISHED,
     list_checkpoints,
-    move_aside,
     move_into,
-    remove_unfinished,
     write_checkpoint,
 )
 from corpus import Windows, load_corpus
 from measuring import diagnostics, held_out_bits_per_byte, sample
-from plotting import plot_loss
 from recipe import UsageError
-from reporting import Metrics, Progress, bits_per_byte, duration, environment, write_json
-from run_folder import METRICS, PLOT, RECORD, TRACKED, read_record
+from recording import Records
+from reporting import Progress, bits_per_byte, duration
+from run_folder import TRACKED
 from stepping import accumulate_gradients, step_seed
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -150,31 +146,29 @@ class Run:
             Diverged: the loss or the gradient is not finite; nothing was saved since.
         """
         if self.accelerator.is_main_process:
-            self._open_folder()
+            self.records = Records(self.recipe, self.checkpoint, self._about(), self.corpus.record)
+            if self.changes:
+                self.records.write("change", self._now(), {"changes": self.changes})
+            self.records.save()
+            self.progress = Progress(self.step, self.recipe.steps)
         self._start_trackers()
         try:
             return self._run_steps(signals)
         except Diverged:
             if self.accelerator.is_main_process:
-                self.diverged.append(self.step + 1)
-                self._write_record()
+                self.records.diverged.append(self.step + 1)
+                self.records.save()
             raise
 
-    def _open_folder(self):
-        run_dir = self.recipe.run_dir
-        remove_unfinished(run_dir)
-        for folder, reason in self.checkpoint.damaged.items():
-            aside = move_aside(folder, "damaged").name
-            print(f"{folder} cannot be used ({reason}): it is now {aside}")
-        record = read_record(run_dir)
-        if (run_dir / RECORD).exists() and not record:
-            print(f"{run_dir / RECORD} is damaged: {move_aside(run_dir / RECORD, 'damaged').name}")
-        self.files, self.diverged = record.get("files", []), record.get("diverged", [])
-        self.metrics = Metrics(run_dir / METRICS, self.step)
-        if self.changes:
-            self.metrics.write(kind="change", **self._now(), changes=self.changes)
-        self._write_record()
-        self.progress = Progress(self.step, self.recipe.steps)
+    def _about(self):
+        return {
+            "parameters": self.num_parameters,
+            "processes": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "precision": self._precision(),
+            "compiler": self._compiler(),
+            "cpu_threads": self.threads,
+        }
 
     def _run_steps(self, signals):
         recipe = self.recipe
@@ -219,15 +213,12 @@ class Run:
         largest = recipe.gradient_clip or math.inf
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), largest))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            checkpoints = list_checkpoints(recipe.run_dir)
-            begin = (
-                f"continue from {checkpoints[-1][1]} with --resume"
-                if checkpoints
-                else ("there is no checkpoint yet, begin again with --overwrite")
-            )
+            where = "there is no checkpoint yet, so begin again with --overwrite"
+            for _, folder in list_checkpoints(recipe.run_dir)[-1:]:
+                where = f"{folder} is kept, continue from it with --resume"
             raise Diverged(
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm}; stopped before the "
-                f"update; {begin} and a lower --learning_rate (it is {recipe.learning_rate:g}), "
+                f"update; {where} and a lower --learning_rate (it is {recipe.learning_rate:g}), "
                 "more --warmup_steps or a smaller --gradient_clip."
             )
         self.optimizer.step()
@@ -255,7 +246,7 @@ class Run:
         return {"step": self.step, "tokens": self._tokens(self.step), "seconds": self.seconds}
 
     def _record(self, kind, figures):
-        self.metrics.write(kind=kind, **self._now(), **figures)
+        self.records.write(kind, self._now(), figures)
         tracked = {f"{kind}/{name}": value for name, value in figures.items()}
         self.accelerator.log(tracked, step=self.step)
 
@@ -270,7 +261,7 @@ class Run:
             self.progress.say(
                 f"step {self.step}: held-out {value:.4f} bits per byte (gzip -9: {gzip:.4f})"
             )
-            plot_loss(recipe.run_dir / PLOT, self.metrics.lines, gzip, self.title())
+            self.records.draw(self.title())
             for prompt in recipe.sample_prompts:
                 text = sample(
                     accelerator, self.model, self.tokenizer, prompt, recipe.sample_tokens, self.step
@@ -306,56 +297,27 @@ class Run:
 
     def finish(self):
         """Puts the final model into the run's folder and completes run.json."""
-        if self.accelerator.is_main_process:
-            folder = self.recipe.run_dir / f"final{UNFINISHED}"
+        is_main, run_dir = self.accelerator.is_main_process, self.recipe.run_dir
+        if self._any_process(is_main and self.records.results().get("step") != self.step):
+            self.evaluate()  # the line of metrics.jsonl that said it is lost
+        if is_main:
+            folder = run_dir / f"final{UNFINISHED}"
             folder.mkdir()
             self._save_model(folder)
-            self.files = sorted({*self.files, *os.listdir(folder)})
-            self._write_record()  # it names the files before they come
-            move_into(folder, self.recipe.run_dir)
+            self.records.files = sorted({*self.records.files, *os.listdir(folder)})
+            self.records.save()  # it names the files before they come
+            move_into(folder, run_dir)
             self.progress.close()
-            result = self._results()
+            result = self.records.results()
             print(
-                f"{self.recipe.run_dir}: held-out {result['held_out_bits_per_byte']:.4f} bits per "
-                f"byte, gzip -9 {result['gzip_bits_per_byte']:.4f}; {result['tokens']:,} tokens in "
+                f"{run_dir}: held-out {result['held_out_bits_per_byte']:.4f} bits per byte, "
+                f"gzip -9 {result['gzip_bits_per_byte']:.4f}; {result['tokens']:,} tokens in "
                 f"{duration(self.seconds)}"
             )
         # All leave together: one that took its connections down while another is at work has been
         # seen to abort.
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-
-    def _results(self):
-        measured = [line for line in self.metrics.lines if line["kind"] == "held_out"]
-        if not measured:
-            return {}
-        return {
-            "held_out_bits_per_byte": measured[-1]["bits_per_byte"],
-            "gzip_bits_per_byte": self.corpus.record["held_out"]["gzip_bits_per_byte"],
-            "step": self.step,
-            "tokens": self._tokens(self.step),
-            "training_seconds": self.seconds,
-        }
-
-    def _write_record(self):
-        accelerator = self.accelerator
-        record = {
-            "command": shlex.join(sys.argv),
-            "recipe": dataclasses.asdict(self.recipe),
-            "parameters": self.num_parameters,
-            "processes": accelerator.num_processes,
-            "device": accelerator.device.type,
-            "precision": self._precision(),
-            "compiler": self._compiler(),
-            "cpu_threads": self.threads,
-            "corpus": self.corpus.record,
-            **environment(REPOSITORY),
-            "results": self._results(),
-            "changes": [line for line in self.metrics.lines if line["kind"] == "change"],
-            "diverged": self.diverged,
-            "files": self.files,
-        }
-        write_json(self.recipe.run_dir / RECORD, record)
 
     def _start_trackers(self):
         recipe = self.recipe

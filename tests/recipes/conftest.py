@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -99,3 +103,42 @@ def cache_dir(tmp_path_factory):
 def workshop(tmp_path, cache_dir):
     """A tiny recipe in an empty folder."""
     return Workshop(tmp_path, cache_dir)
+
+
+@pytest.fixture
+def in_process(workshop, monkeypatch, capsys):
+    """`in_process(*arguments, **environment)` runs recipes/pretrain.py here, on a small text.
+
+    That takes a second where a process of its own takes eight.
+    """
+    import pretrain
+
+    text = workshop.folder / "text.txt"
+    text.write_text("".join(f"{n} squared is {n * n}.\n" for n in range(2000)))
+    handlers = {number: signal.getsignal(number) for number in (1, 2, 10, 12, 15)}
+    threads = torch.get_num_threads()
+
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    def run(*arguments, recipe=workshop.recipe, **environment):
+        forget()
+        places = ["--output_dir", str(workshop.folder), "--cache_dir", str(workshop.folder / "c")]
+        words = [str(recipe), *places, "--data", str(text), *arguments]
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as leaving:
+            for name in ("stdout", "stderr"):  # which the script replaces
+                patch.setattr(sys, name, getattr(sys, name))
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["pretrain.py", *words])
+            pretrain.main()
+        output, errors = capsys.readouterr()
+        return SimpleNamespace(returncode=leaving.value.code, stdout=output, stderr=errors)
+
+    yield run
+    forget()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)

@@ -1,0 +1,159 @@
+"""The folder of a run: what is refused, who may write, and that nothing of others is deleted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from recipe import UsageError
+from run_folder import check_run_dir, is_run, locked, remove_run
+
+SHORT = ["--steps", "26", "--eval_every", "0"]
+HOLD = "import sys, time; sys.path.insert(0, sys.argv[1]); from run_folder import locked\n"
+HOLD += "with locked(sys.argv[2]): print('held', flush=True); time.sleep(60)"
+
+
+def everything(folder):
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+
+
+def error_line(result):
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def test_overwrite_deletes_what_a_run_wrote_and_only_that(in_process, workshop):
+    run_dir = workshop.folder / "tiny"
+    first = in_process(*SHORT, "--trackers", "tensorboard")
+    assert first.returncode == 0, first.stderr
+    written = everything(run_dir)
+    assert any("events.out.tfevents" in name for name in written)
+    theirs = {"notes.md", "longzoo/notes", "checkpoint-20/eval.json", "notes.unfinished/a"}
+    theirs |= {"checkpoint-7/weights", "checkpoint-7.damaged/x", "model.pt", "vocab.txt"}
+    for name in theirs:
+        (run_dir / name).parent.mkdir(exist_ok=True)
+        (run_dir / name).write_text("mine")
+    remove_run(run_dir)
+    left = {name for name in everything(run_dir) if (run_dir / name).is_file()}
+    assert left == theirs | {"run.lock"}
+    again = in_process(*SHORT, "--overwrite")
+    assert again.returncode == 0, again.stderr
+    # The folder that stands in the way of a checkpoint gets another name.
+    theirs = theirs - {"checkpoint-20/eval.json"} | {"checkpoint-20.replaced/eval.json"}
+    assert all((run_dir / name).read_text() == "mine" for name in theirs)
+    assert "it is now checkpoint-20.replaced" in again.stdout
+    assert (run_dir / "checkpoint-20/model.safetensors").is_file()
+
+
+def test_runs_from_before_are_recognised(in_process, workshop):
+    run_dir = workshop.folder / "tiny"
+    assert in_process(*SHORT).returncode == 0
+    record = json.loads((run_dir / "run.json").read_text())
+    assert "model.safetensors" in record.pop("files")
+    (run_dir / "run.json").write_text(json.dumps(record))
+    (run_dir / "run.lock").unlink()
+    (run_dir / "notes.md").write_text("mine")
+    assert is_run(run_dir)
+    remove_run(run_dir)
+    assert everything(run_dir) == {"notes.md"}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\\b", ".corpus", "a\0b"])
+def test_names_that_are_no_folder_of_their_own(in_process, workshop, name):
+    (workshop.folder / "precious").write_text("mine")
+    line = error_line(in_process(f"--name={name}", "--overwrite"))
+    assert "name is the name of a folder" in line
+    assert (workshop.folder / "precious").read_text() == "mine"
+
+
+def test_a_folder_that_is_no_run_is_refused(in_process, workshop):
+    other = workshop.folder / "thesis"
+    other.mkdir()
+    (other / "chapter.tex").write_text("mine")
+    line = error_line(in_process("--name", "thesis", "--overwrite"))
+    assert "holds chapter.tex but no run, so --overwrite does not touch it" in line
+    (other / "config.json").write_text("{}")  # a model of somebody else
+    assert "its config.json would be replaced" in error_line(in_process("--name", "thesis"))
+    assert everything(other) == {"chapter.tex", "config.json"}
+
+
+def test_through_links_nothing_is_deleted(in_process, workshop):
+    """The run's folder is a link, and so is one of its checkpoints."""
+    disk = workshop.folder / "disk"
+    disk.mkdir()
+    (workshop.folder / "tiny").symlink_to(disk)
+    assert in_process(*SHORT).returncode == 0
+    os.rename(disk / "checkpoint-20", workshop.folder / "archive")
+    (disk / "checkpoint-20").symlink_to(workshop.folder / "archive")
+    remove_run(workshop.folder / "tiny")
+    assert (workshop.folder / "tiny").is_symlink() and everything(disk) == {"run.lock"}
+    assert (workshop.folder / "archive/model.safetensors").is_file()
+
+
+def test_a_run_is_not_overwritten_by_accident(in_process, workshop):
+    """Not even one that was killed before its first checkpoint."""
+    run_dir = workshop.folder / "tiny"
+    assert check_run_dir(run_dir) is False
+    run_dir.mkdir()
+    (run_dir / "run.json").write_text('{"recipe": {}}')
+    (run_dir / "metrics.jsonl").write_text("")
+    assert check_run_dir(run_dir) is False
+    (run_dir / "metrics.jsonl").write_text("{}\n")
+    assert "continue it with --resume" in error_line(in_process())
+    assert check_run_dir(run_dir, resume=True, start=False) is True
+
+
+def test_two_processes_on_one_folder(in_process, workshop):
+    """The second is refused in one line; the lock of one that was killed is none."""
+    command = [sys.executable, "-c", HOLD, str(workshop.root / "recipes"), "tiny"]
+    holder = subprocess.Popen(command, cwd=workshop.folder, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        line = error_line(in_process(*SHORT))
+        assert f"is being written by process {holder.pid} on {os.uname().nodename}" in line
+        assert everything(workshop.folder / "tiny") == {"run.lock"}
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    assert in_process(*SHORT).returncode == 0
+
+
+def test_the_lock_is_held_while_training(in_process, monkeypatch):
+    import training
+
+    refused = []
+
+    def try_again(run, signals):
+        with pytest.raises(UsageError) as error, locked(run.recipe.run_dir):
+            pass
+        refused.append(str(error.value))
+        return signal.SIGTERM
+
+    monkeypatch.setattr(training.Run, "train", try_again)
+    assert in_process(*SHORT).returncode == 128 + signal.SIGTERM
+    assert "is being written by" in refused[0]
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch):
+    import errno
+
+    import filelock
+
+    def no_locks(lock, **options):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    said = []
+    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    with locked(tmp_path / "run", said.append):
+        assert (tmp_path / "run").is_dir()
+    assert "without locks: see to it that no second process writes this run" in said[0]
+
+
+def test_a_start_that_came_to_nothing_leaves_nothing(in_process, workshop):
+    line = error_line(in_process("--tokenizer", "nowhere"))
+    assert "no tokenizer at nowhere" in line
+    assert not (workshop.folder / "tiny").exists()
