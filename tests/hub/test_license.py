@@ -92,7 +92,7 @@ def test_what_the_source_says_is_carried(tmp_path, capsys):
 
 @pytest.mark.parametrize("license", ["[mit]", "My own", "{a: b}", "'\n", "mit"])
 def test_a_source_that_says_something_odd_says_nothing(tmp_path, license):
-    source = source_with(tmp_path / "theirs", CARD.format(license), _name_or_path="/home/me/x")
+    source = source_with(tmp_path / "theirs", CARD.format(license), _name_or_path="/elsewhere/me/x")
     report = convert("fla-retnet", source, tmp_path / "ours")
     assert report.license == ("mit" if license == "mit" else None)
     origin = origin_of_checkpoint(tmp_path / "ours")

@@ -33,7 +33,7 @@ TEXTS = ("README.md", "LICENSE")
 INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX))
 # What a training run leaves: its folder is no export's, however much it looks like a model's.
-RUN_FILES = ("run.json", "checkpoint.json")
+RUN_FILES = ("run.json", "run.lock", "checkpoint.json")
 
 
 def is_weights(name):
