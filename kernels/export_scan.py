@@ -7,7 +7,6 @@ it is PyTorch's own operators: a program needs nothing of ours to run, and can b
 """
 
 import torch
-import torch.nn.functional as F
 
 
 def chunk_length(time, length):
@@ -24,16 +23,22 @@ def count_chunks(time, length):
 
 
 def into_chunks(x_BTX, length):
-    """[B, T, ...] to [N, B, C, ...], with zeros behind the last token."""
-    count = count_chunks(x_BTX.shape[1], length)
-    filler = count * length - x_BTX.shape[1]
-    x_BTX = F.pad(x_BTX, (0, 0) * (x_BTX.ndim - 2) + (0, filler))
-    return x_BTX.reshape(x_BTX.shape[0], count, length, *x_BTX.shape[2:]).transpose(0, 1)
+    """[B, T, ...] to [N, B, C, ...], with zeros behind the last token.
+
+    Taken by index, not reshaped: exporting cannot prove how the two shapes hang together.
+    """
+    time = x_BTX.shape[1]
+    starts_N1 = torch.arange(count_chunks(time, length), device=x_BTX.device)[:, None] * length
+    token_NC = starts_N1 + torch.arange(length, device=x_BTX.device)
+    x_BNCX = x_BTX[:, token_NC.clamp(max=time - 1)]
+    is_token_NC = (token_NC < time).reshape(*token_NC.shape, *[1] * (x_BTX.ndim - 2))
+    return torch.where(is_token_NC, x_BNCX, 0).transpose(0, 1)
 
 
 def from_chunks(x_NBCX, time):
     """The inverse of `into_chunks`."""
-    return x_NBCX.transpose(0, 1).flatten(1, 2)[:, :time]
+    token_T, length = torch.arange(time, device=x_NBCX.device), x_NBCX.shape[2]
+    return x_NBCX.transpose(0, 1)[:, token_T // length, token_T % length]
 
 
 def joined(first, second, dim=-2):

@@ -367,7 +367,8 @@ def _check(q, k, v, window, cu_seqlens, first_key, sinks):
 
 def _check_bias(q, window, sink_logits, delay, distance_bias):
     num_heads = q.shape[2]
-    if sink_logits is not None and sink_logits.shape not in ((num_heads,), q.shape[:3]):
+    shape = None if sink_logits is None else (num_heads,) if sink_logits.ndim == 1 else q.shape[:3]
+    if sink_logits is not None and sink_logits.shape != shape:
         raise ValueError(
             f"sink_logits is [H] or [B, T, H], {[num_heads]} or {list(q.shape[:3])}, got "
             f"{list(sink_logits.shape)}."

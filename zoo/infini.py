@@ -378,6 +378,9 @@ class InfiniAttention(nn.Module):
             memory_SHKV = memory_SHKV.detach()
         q_SHQK = feature_map(q_SQHK).transpose(1, 2)
         groups = self.num_groups, self.num_heads // self.num_groups
+        if torch.compiler.is_exporting():
+            # Cutting R Q queries into R groups again is more than exporting can prove for any Q.
+            return read_memory(q_SHQK, memory_SHKV.repeat_interleave(groups[1], dim=1))
         q_SGQK = q_SHQK.unflatten(1, groups).flatten(2, 3)  # a group's heads, one after the other
         recalled_SGQV = read_memory(q_SGQK, memory_SHKV)
         return recalled_SGQV.unflatten(2, (groups[1], -1)).flatten(1, 2)
@@ -393,7 +396,7 @@ class InfiniAttention(nn.Module):
 
     def run_step(self, q_BTHK, k_BTHK, v_BTHV, strength_BTH, rotation, sequence, state):
         """One token per row."""
-        batch = len(q_BTHK)
+        batch = q_BTHK.shape[0]
         clock_B = sequence.clock[:, 0].expand(batch)
         slot_B, specs = clock_B % self.length, self.state_specs()
         for name, spec in specs.items():

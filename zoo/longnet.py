@@ -278,11 +278,11 @@ class DilatedAttention(nn.Module):
 
     def run_step(self, q_BTHK, k_BTHK, v_BTHV, sequence, state, attention):
         """One token per row: writes its slots, and looks at those it sees."""
-        clock_B = sequence.clock[:, 0].expand(len(q_BTHK))
+        clock_B = sequence.clock[:, 0].expand(q_BTHK.shape[0])
         for name, x_BTHK in (("keys_BHMK", k_BTHK), ("values_BHMV", v_BTHV)):
             slots, spec = getattr(state, name), self.state_specs()[name]
             if slots is None:
-                slots = x_BTHK.new_zeros(len(clock_B), *spec.shape, dtype=spec.dtype)
+                slots = x_BTHK.new_zeros(clock_B.shape[0], *spec.shape, dtype=spec.dtype)
             token = x_BTHK[:, 0], clock_B, *self.branches
             how = {"is_written": sequence.keep, "may_overwrite": state.may_overwrite}
             setattr(state, name, write_slots(slots, *token, **how, **self.settings))

@@ -352,7 +352,7 @@ def held_windows(grid, held_BWHK):
         return None, None
     rows_N = grid.sequence.row_of_document
     if rows_N is None:
-        rows_N = torch.arange(len(held_BWHK), device=held_BWHK.device)
+        rows_N = torch.arange(held_BWHK.shape[0], device=held_BWHK.device)
     # The halves take turns.
     halves_BRWHK, half_N = held_BWHK.unflatten(1, (2, -1)), grid.first_segment % 2
     has_last_N = (grid.first_segment > 0)[:, None, None, None]

@@ -84,6 +84,8 @@ class SegmentGrid:
             is_aligned = is_fresh or not bool((start_N % length).any())
         # Every document begins with a segment: slot q is query q.
         self.is_aligned = is_aligned
+        # Exporting cannot prove how the two shapes hang together.
+        self.is_reshaped = is_aligned and self.is_dense and not torch.compiler.is_exporting()
         self.num_queries = self.width if is_fresh and self.is_dense else min(self.width, longest)
         begin_S = (self.first_segment[self.document] + self.rank) * length
         from_S = torch.maximum(begin_S, start_N[self.document])
@@ -95,7 +97,7 @@ class SegmentGrid:
 
     def queries(self, x_BTHK):
         """The new tokens of each segment, from the left, [S, Q, ...]; zeros behind them."""
-        if self.is_dense and self.is_aligned:
+        if self.is_reshaped:
             return self._reshaped(x_BTHK)
         slots_Q = torch.arange(self.num_queries, device=self.offset.device)
         return self._gathered(x_BTHK, self.offset[:, None] + slots_Q)
@@ -107,7 +109,7 @@ class SegmentGrid:
             x_BTHK: those of the pass.
             held_NLHK: for each document the state by slot, [N, L, ...]; None: there is none.
         """
-        if self.is_dense and self.is_aligned:
+        if self.is_reshaped:
             return self._reshaped(x_BTHK)
         slots_L = torch.arange(self.width, device=self.offset.device)
         x_SLHK = self._gathered(x_BTHK, slots_L.expand(self.offset.shape[0], -1))
@@ -133,7 +135,7 @@ class SegmentGrid:
     def join(self, x_SQHV):
         """The inverse of `queries`: every token of the pass from its segment, [B, T, ...]."""
         batch, time = self.sequence.shape
-        if self.is_dense and self.is_aligned:
+        if self.is_reshaped:
             return x_SQHV.unflatten(0, (batch, self.num_ranks)).flatten(1, 2)[:, :time]
         row_BT, slot_BT = self.places()
         return x_SQHV[row_BT, slot_BT - self.offset[row_BT]]
@@ -255,6 +257,11 @@ def segment_passes(sequence, length, is_fresh):
     """
     batch, time = sequence.shape
     is_dense = sequence.cu_seqlens is None
+    if torch.compiler.is_exporting() and not isinstance(time, int):
+        raise ValueError(
+            "with feedback the whole stack runs once per segment, and a program for export has to "
+            "know how often: got a number of tokens that varies; leave it out of dynamic_shapes."
+        )
     if is_dense and (time == 1 or (is_fresh and time <= length)):
         return [(slice(None), sequence)]
     if is_dense and is_fresh:

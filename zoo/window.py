@@ -104,7 +104,7 @@ def write_slot(held_BSHK, new_BHK, slot_B, is_written_B, may_overwrite):
         is_written_B: which rows are written; None: all.
         may_overwrite: whether to write into the state itself.
     """
-    rows_B = torch.arange(len(slot_B), device=slot_B.device)
+    rows_B = torch.arange(slot_B.shape[0], device=slot_B.device)
     new_BHK = new_BHK.to(held_BSHK.dtype)
     if is_written_B is not None:
         new_BHK = torch.where(is_written_B[:, None, None], new_BHK, held_BSHK[rows_B, slot_B])
@@ -133,7 +133,7 @@ class Past:
         if sequence.cu_seqlens is None:
             numbers_P = torch.arange(-size, 0, device=held_BSHK.device)
             self.slots = (spans.start[:, None] + numbers_P) % slots
-            self.rows = torch.arange(len(spans.start), device=held_BSHK.device)[:, None]
+            self.rows = torch.arange(spans.start.shape[0], device=held_BSHK.device)[:, None]
             self.first_key = (size - spans.start).clamp(min=0)
             return
         num_past_N = spans.start.clamp(max=size)
