@@ -485,6 +485,8 @@ class ZooModel(ZooPreTrainedModel):
             seq_idx,
             None if cache is None else cache.layers[0].clock,
         )
+        if cache is not None and sequence.starts_anew(cache.layers[0].clock is not None):
+            cache.layers[0].is_one_document = False
         x_BTD = self.embed(inputs.embeds_BTD, sequence)
         output = self._run_blocks(
             sequence.pack(x_BTD), sequence, cache, inputs, return_dict=True, **kwargs
@@ -589,9 +591,9 @@ class ZooModel(ZooPreTrainedModel):
         ):
             raise ValueError(
                 "past_key_values holds keys and values, as those of another model or of prefix "
-                f"tuning; {type(self).__name__} goes on from a recurrent state, which cannot be made "
-                "of them: make a cache with DynamicCache(config=model.config), and tune with LoRA "
-                "or prompt tuning."
+                f"tuning; {type(self).__name__} goes on from a recurrent state, which these do not "
+                "say: make a cache with DynamicCache(config=model.config), and tune with LoRA or "
+                "prompt tuning."
             )
         if types != expected:
             raise ValueError(
@@ -618,17 +620,17 @@ def check_past_columns(attention_mask, cache, num_new):
         num_new: T.
     """
     first = (getattr(cache, "layers", None) or [None])[0]
-    num_tokens = getattr(first, "num_tokens", None)
-    if attention_mask is None or num_tokens is None or torch.compiler.is_compiling():
+    clock_B = first.clock if getattr(first, "is_one_document", False) else None
+    if attention_mask is None or clock_B is None or torch.compiler.is_compiling():
         return
     past = attention_mask.shape[1] - num_new if attention_mask.ndim == 2 else 0
     # A look at the values would stall a GPU at every token of a loop.
     is_loop = num_new == 1 and attention_mask.device.type != "cpu"
-    is_other = attention_mask.shape[0] not in (1, len(num_tokens)) or first.pending_length
+    is_other = attention_mask.shape[0] not in (1, len(clock_B)) or first.pending_length
     if past <= 0 or is_loop or is_other or past != first.length:
         return
     count_B = (attention_mask[:, :past] != 0).sum(1)
-    if not bool((count_B == num_tokens.to(count_B.device)).all()):
+    if not bool((count_B == clock_B.to(count_B.device)).all()):
         logger.warning_once(
             "attention_mask hides columns of the past that the recurrent state has taken in, or "
             "shows some that it has not: they count as they did when they were run. Mask tokens in "

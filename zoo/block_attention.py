@@ -161,14 +161,14 @@ class WindowAttention(nn.Module):
 
     def attend_step(self, q_BTHK, k_BTHK, v_BTHV, sequence, state):
         """One token per row: looks at the slots of the tokens before it, in any order."""
-        clock_B1 = sequence.clock.expand(len(q_BTHK), 1)
+        clock_B1 = sequence.clock.expand(q_BTHK.shape[0], 1)
         bias_HW, logits_BTH = self.biases(clock_B1, accumulator_dtype(q_BTHK))
         num_slots = state.keys_BWHK.shape[1]
         slots_W = torch.arange(num_slots, device=clock_B1.device)
         distance_BW = (clock_B1 - 1 - slots_W) % num_slots
         visible_BW = (distance_BW < self.window) & (distance_BW < clock_B1)
         bias_HBW = bias_HW[:, distance_BW.clamp(max=self.window - 1)]
-        return attention_step(
+        y_BTHV = attention_step(
             q_BTHK,
             state.keys_BWHK,
             state.values_BWHV,
@@ -177,6 +177,10 @@ class WindowAttention(nn.Module):
             sink_logits=logits_BTH,
             slot_bias=bias_HBW.transpose(0, 1),
         )
+        if torch.is_grad_enabled():
+            # A token does not see itself: a gradient of zero for what it writes.
+            y_BTHV = y_BTHV + 0 * (k_BTHK + v_BTHV)
+        return y_BTHV
 
     def keep(self, k_BTHK, v_BTHV, sequence, state):
         """Brings keys and values of the state up to date."""
@@ -185,9 +189,9 @@ class WindowAttention(nn.Module):
         for name, x_BTHK in (("keys_BWHK", k_BTHK), ("values_BWHV", v_BTHV)):
             held_BWHK, x_BTHK = getattr(state, name), x_BTHK.to(spec.dtype)
             if is_step:
-                clock_B = sequence.clock[:, 0].expand(len(x_BTHK))
+                clock_B = sequence.clock[:, 0].expand(x_BTHK.shape[0])
                 if held_BWHK is None:
-                    held_BWHK = x_BTHK.new_zeros(len(x_BTHK), *spec.shape)
+                    held_BWHK = x_BTHK.new_zeros(x_BTHK.shape[0], *spec.shape)
                 held_BWHK = write_slot(
                     held_BWHK,
                     x_BTHK[:, 0],

@@ -220,6 +220,13 @@ class BlockRecurrentPreTrainedModel(ZooPreTrainedModel):
         ]
     }
 
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # Where it is not the embedding itself, the output projection begins like one.
+        if module is getattr(self, "lm_head", None):
+            init.normal_(module.weight)
+
 
 class BlockRecurrentModel(BlockRecurrentPreTrainedModel, ZooModel):
     """The Block-Recurrent decoder."""

@@ -217,14 +217,17 @@ class Sequence:
             last_document=last_document,
         )
 
-    @property
-    def num_tokens(self):
-        """How many tokens each row has in this pass, without padding: [B], or T where all do."""
-        if self.keep is not None:
-            return self.keep.long()
-        if self.token_index is None:
-            return self.shape[1]
-        return (self.token_index // self.shape[1]).bincount(minlength=self.shape[0])
+    def starts_anew(self, has_state):
+        """Whether a row holds more than one document, or leaves the one of its state.
+
+        Never while it is compiled: the values are not known then.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        if self.cu_seqlens is None:
+            return self.continues is not None
+        rows = int((self.last_document >= 0).sum())
+        return len(self.row_of_document) > rows or (has_state and not bool(self.continues.all()))
 
     def pack(self, x_BTD):
         """Takes the padding out: [B, T, ...] to [1, total, ...]. A dense batch stays as it is."""

@@ -97,7 +97,6 @@ class Segment:
 
     tensors: dict[str, torch.Tensor]
     clock: torch.Tensor | None
-    num_tokens: torch.Tensor | None
     length_before: int
     length: int
     inputs: Inputs | None
@@ -112,8 +111,8 @@ class StateLayer(CacheLayerMixin):
     Attributes:
         tensors: the state by name, each [B, *shape].
         clock: [B], tokens of the current document that each row has seen, without padding.
-        num_tokens: [B], tokens of all its documents that each row has seen, without padding; None:
-            not known, as of a state from an older file.
+        is_one_document: whether each row has had one document so far, as far as is known: its
+            clock then counts all its tokens. Kept by the first layer of a cache.
         length: columns seen, with padding; what an attention mask for this cache has to cover.
     """
 
@@ -129,7 +128,8 @@ class StateLayer(CacheLayerMixin):
 
     def _clear(self):
         self.tensors: dict[str, torch.Tensor] = {}
-        self.clock = self.num_tokens = None
+        self.clock = None
+        self.is_one_document = True
         self.length = 0
         self.pending_length = 0
         self.pending: Inputs | None = None
@@ -203,14 +203,9 @@ class StateLayer(CacheLayerMixin):
         """
         if self.record_past:
             self._record(sequence.shape[1], inputs)
-        is_first = not self.tensors
         self.tensors = self._rows(sequence, specs, state)
         # A row of its own for each: a compiled step is for one stride.
         self.clock = sequence.clock_after.expand(sequence.shape[0]).contiguous()
-        if is_first:
-            self.num_tokens = torch.zeros_like(self.clock)
-        if self.num_tokens is not None:
-            self.num_tokens = self.num_tokens + sequence.num_tokens
         self._add_to_length(sequence.shape[1], self.clock.device)
         self.pending, self.pending_length = None, 0
 
@@ -235,8 +230,7 @@ class StateLayer(CacheLayerMixin):
         return tensors
 
     def _record(self, length, inputs):
-        before = self.tensors, self.clock, self.num_tokens, self.length
-        self.segments.append(Segment(*before, length, inputs))
+        self.segments.append(Segment(self.tensors, self.clock, self.length, length, inputs))
         while sum(s.length for s in self.segments[1:]) >= ROLLBACK_TOKENS:
             self.segments.pop(0)
 
@@ -269,7 +263,7 @@ class StateLayer(CacheLayerMixin):
         while remove > 0:
             segment = self.segments.pop()
             self.tensors, self.clock = segment.tensors, segment.clock
-            self.num_tokens, self.length = segment.num_tokens, segment.length_before
+            self.length = segment.length_before
             kept = max(0, segment.length - remove)
             remove -= segment.length - kept
         self._set_pending(segment.inputs, kept)
@@ -323,9 +317,8 @@ class StateLayer(CacheLayerMixin):
                 )
             self.segments = []
         self.tensors = {name: function(x) for name, x in self.tensors.items()}
-        for name in ("clock", "num_tokens"):
-            if getattr(self, name) is not None:
-                setattr(self, name, function(getattr(self, name)))
+        if self.clock is not None:
+            self.clock = function(self.clock)
 
 
 class SlidingStateLayer(StateLayer):
@@ -399,13 +392,15 @@ class LayerFrame(NamedTuple):
 
     names: tuple[str, ...]
     clock: torch.Tensor | None
-    num_tokens: torch.Tensor | None
     length: int
+    is_one_document: bool
 
 
 def take_apart(cache):
     """(a `LayerFrame` for each layer, all tensors in one list); `put_together` undoes it."""
-    frame = [LayerFrame(tuple(x.tensors), x.clock, x.num_tokens, x.length) for x in cache.layers]
+    frame = [
+        LayerFrame(tuple(x.tensors), x.clock, x.length, x.is_one_document) for x in cache.layers
+    ]
     return frame, [x for layer in cache.layers for x in layer.tensors.values()]
 
 
@@ -414,7 +409,8 @@ def put_together(config, frame, tensors):
     cache, tensors = new_cache(config), iter(tensors)
     for layer, own in zip(cache.layers, frame, strict=True):
         layer.tensors = {name: next(tensors) for name in own.names}
-        layer.clock, layer.num_tokens, layer.length = own.clock, own.num_tokens, own.length
+        layer.clock, layer.length = own.clock, own.length
+        layer.is_one_document = own.is_one_document
     return cache
 
 
@@ -458,7 +454,8 @@ def _all_tensors(layer):
     held = [layer.pending, *(s.inputs for s in layer.segments)]
     for owner in (layer, *layer.segments):
         yield from owner.tensors.values()
-        yield from (x for x in (owner.clock, owner.num_tokens) if x is not None)
+        if owner.clock is not None:
+            yield owner.clock
     for inputs in held:
         if inputs is not None:
             yield from (x for x in vars(inputs).values() if x is not None)
@@ -479,11 +476,14 @@ def save_state(cache, path):
                 + "; run the model on at least one token first."
             )
         tensors |= {f"layers.{index}.{name}": x.contiguous() for name, x in layer.tensors.items()}
-        for name in ("clock", "num_tokens"):
-            if getattr(layer, name) is not None:
-                tensors[f"layers.{index}.{name}"] = getattr(layer, name).contiguous()
+        tensors[f"layers.{index}.clock"] = layer.clock.contiguous()
         lengths.append(layer.length)
-    metadata = {"format": FORMAT, "lengths": json.dumps(lengths)}
+    is_one_document = json.dumps(cache.layers[0].is_one_document)
+    metadata = {
+        "format": FORMAT,
+        "lengths": json.dumps(lengths),
+        "is_one_document": is_one_document,
+    }
     save_file({name: x.detach().clone() for name, x in tensors.items()}, path, metadata)
 
 
@@ -515,10 +515,11 @@ def load_state(path, config, device="cpu"):
         for name in file.keys():
             _, index, key = name.split(".", 2)
             layer = cache.layers[int(index)]
-            if key in ("clock", "num_tokens"):
-                setattr(layer, key, file.get_tensor(name))
+            if key == "clock":
+                layer.clock = file.get_tensor(name)
             else:
                 layer.tensors[key] = file.get_tensor(name)
         for layer, length in zip(cache.layers, lengths, strict=True):
             layer.length = length
+            layer.is_one_document = metadata.get("is_one_document") == "true"
     return cache

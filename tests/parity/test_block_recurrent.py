@@ -108,7 +108,7 @@ def test_the_cell_is_the_official_one(gate, configuration):
     inputs = {key: golden[f"in.{key}"].requires_grad_() for key in ("state", "k_w", "v_w", "q2")}
     state, k_w, v_w, q2 = inputs.values()
     read = cell.keys_values(state)
-    found = {"next_state": cell(state, read, k_w, v_w), "read": look(q2, *read[1:])}
+    found = {"next_state": cell.update(state, read, k_w, v_w), "read": look(q2, *read[1:])}
     loss = 0
     for key, x in found.items():
         assert worst(x, golden[f"{prefix}.{key}"]) < 1e-12

@@ -302,6 +302,8 @@ def block_recurrent(config):
         is_reader = config.feedback or layer in recurrent
         out = f"model.layers.{layer}.mixer.out_proj.weight"
         table[out] = fan_in_truncated((1 + is_reader) * size)
+    if not config.tie_word_embeddings:
+        table["lm_head.weight"] = table["model.embed_tokens.weight"]
     if recurrent:
         table |= {
             "*.mixer.state_q_proj.weight": fan_in_truncated(width),
