@@ -35,8 +35,17 @@ class StateGeneration(GenerationMixin):
             stopping_criteria = kwargs["ended_rows"] = EndedRows(stopping_criteria)
         return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **kwargs)
 
+    # transformers reads these names to know what the model can be given.
     def prepare_inputs_for_generation(
-        self, input_ids, *args, attention_mask=None, ended_rows=None, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        ended_rows=None,
+        **kwargs,
     ):
         """As in transformers; a row that has ended gets padding, which leaves its state as it was.
 
@@ -44,13 +53,19 @@ class StateGeneration(GenerationMixin):
         the padding goes on from there.
         """
         ended_B = None if ended_rows is None else ended_rows.before_last
-        if ended_B is not None and kwargs.get("past_key_values") is not None:
+        if ended_B is not None and past_key_values is not None:
             if attention_mask is None:
                 attention_mask = input_ids.new_ones(len(input_ids), 1)
             # In place: the loop appends to this tensor, and knows nothing of rows that have ended.
             attention_mask[:, -1] = ~ended_B.to(attention_mask.device)
         return super().prepare_inputs_for_generation(
-            input_ids, *args, attention_mask=attention_mask, **kwargs
+            input_ids,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration,
+            **kwargs,
         )
 
     def _get_candidate_generator(self, generation_config, *args, **kwargs):
