@@ -120,11 +120,17 @@ def _read_text(file, column):
     yield "its text", _decode(file.read())
 
 
-def _parse(text, place):
+def _parse(text, place=""):
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"{place} is not JSON ({error}): {_short(text)}; mend or remove it.") from None
+    except json.JSONDecodeError as error:
+        near = _short(text[max(error.pos - 20, 0) : error.pos + 20])
+        place = place or f"line {error.lineno}"
+        raise BadRow(
+            f"{place} is not JSON ({error.msg}, near {near}); mend or remove it."
+        ) from None
+    except RecursionError:
+        raise BadRow(f"{place or 'its list'} is nested too deeply; mend or remove it.") from None
 
 
 def _object(value, place, column):
@@ -139,7 +145,7 @@ def _read_json_lines(file, column):
     for number, line in _lines(file):
         if line.strip():
             place = f"line {number}"
-            yield place, _object(_parse(line, place), place, column)
+            yield place, _object(_parse(line.strip(), place), place, column)
 
 
 def _read_json(file, column):
@@ -147,7 +153,7 @@ def _read_json(file, column):
     if not file.peek(100).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _read_json_lines(file, column)
         return
-    for number, row in enumerate(_parse(_decode(file.read()), "its list"), 1):
+    for number, row in enumerate(_parse(_decode(file.read())), 1):
         place = f"row {number}"
         yield place, row if isinstance(row, str) else _object(row, place, column)
 

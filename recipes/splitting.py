@@ -106,12 +106,9 @@ def plan_split(documents, name, held_out, eval_bytes):
             continue
         groups[number][0] += size
         total += size
-        # Drop the largest hash where the others are enough; what comes after it later is no
-        # candidate either.
+        # Without the largest hash where the others are enough: no more than that is kept in memory.
         while len(order) > 1 and (-order[0] >= limit or total - groups[-order[0]][0] >= budget):
-            dropped = -heapq.heappop(order)
-            limit = min(limit, dropped)
-            total -= groups.pop(dropped)[0]
+            total -= groups.pop(-heapq.heappop(order))[0]
     split = Split(count, num_bytes, num_blank)
     if count < FEW_DOCUMENTS:
         split.tail = held_out

@@ -1,5 +1,6 @@
 """Tokenising: what a tokenizer is handed at once, long documents in pieces, ids on disk."""
 
+import errno
 import json
 import random
 
@@ -12,7 +13,7 @@ import corpus
 import tokenising
 from building import load_tokenizer
 from corpus import load_corpus
-from recipe import Recipe
+from recipe import Recipe, UsageError
 
 LLAMA = (  # how Llama 3 splits text
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -148,3 +149,19 @@ def test_what_a_call_changes_in_a_tokenizer_is_no_part_of_it():
     before = corpus.tokenizer_hash(tokenizer)
     tokenizer(["a", "bc"], truncation=True, max_length=1, padding=True)
     assert corpus.tokenizer_hash(tokenizer) == before
+
+
+def test_a_full_disk_and_changing_text_are_refused(tmp_path, monkeypatch):
+    def full(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenising.os, "replace", full)
+        with pytest.raises(UsageError, match="cannot write to .*cache: No space left.*; make room"):
+            load(tmp_path, Spy(), ["some text, and more of it"] * 9)
+    texts = iter(["some text, and more of it", "some text, and other"])
+    source = {"source": "growing", "sha256": "0"}
+    monkeypatch.setattr(corpus, "find_source", lambda *_: (lambda: [("", next(texts))], source))
+    with pytest.raises(UsageError, match="growing changed while it was read; start again"):
+        load(tmp_path, Spy(), [])
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
