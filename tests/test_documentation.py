@@ -1,6 +1,7 @@
 """What the README says exists, and what exists is in the README."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ except ModuleNotFoundError:  # Python 3.10
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = [tomllib.loads(path.read_text()) for path in (ROOT / "recipes").glob("*.toml")]
+
+
+PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def test_the_alphabet():
@@ -57,3 +61,53 @@ def test_recipe_options_exist():
         for option in re.findall(r"--([\w.]+)", line)
     }
     assert shown and shown <= {*fields, *flags}
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_runs(number, tmp_path, monkeypatch, capsys):
+    """As it stands there, with a tiny model where the demo's would be."""
+    folder = "exported/retnet_demo"
+    if folder in PYTHON[number]:
+        config = zoo.RetNetConfig(
+            vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+        zoo.RetNetForCausalLM(config).save_pretrained(tmp_path / folder)
+        for file in (ROOT / "tokenizers/byte").glob("*.json"):
+            shutil.copy(file, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(PYTHON[number], f"README {number}", "exec"), {"__name__": "readme"})
+    if "Trainer(" in PYTHON[number]:
+        assert (tmp_path / "finetuned/adapter/adapter_config.json").is_file()
+    if "softmax_layers" in PYTHON[number]:
+        expected = ["zoo_linear_attention"] * 3 + ["zoo_sliding_attention"]
+        assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_every_figure_has_its_numbers():
+    """A picture of results lies beside the raw results it was drawn from."""
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", README)
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / picture).is_file() and (ROOT / picture).with_suffix(".json").is_file()
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert project["version"] == zoo.__version__
+    assert f"\nversion: {zoo.__version__}\n" in citation
+    assert f"\n## {zoo.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_every_extra_is_used():
+    """An extra that no code imports is a promise."""
+    names = {"flash-linear-attention": "fla", "liger-kernel": "liger_kernel"}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    sources = [*ROOT.glob("zoo/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("recipes/*.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    for extra in ("train", "gpu"):
+        for requirement in extras["optional-dependencies"][extra]:
+            package = re.match(r"[\w-]+", requirement)[0]
+            module = names.get(package, package).replace("-", "_")
+            assert re.search(rf"\b{module}\b", code), f"{extra}: {package}"
