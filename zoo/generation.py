@@ -31,7 +31,9 @@ class StateGeneration(GenerationMixin):
     """transformers' generation for models with a recurrent state."""
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, *args, **kwargs):
-        if len(input_ids) > 1 and kwargs.get("ended_rows") is None:
+        # As the loop asks: without an end of text, rows that have ended get tokens as before.
+        has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        if len(input_ids) > 1 and has_end:
             stopping_criteria = kwargs["ended_rows"] = EndedRows(stopping_criteria)
         return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **kwargs)
 
