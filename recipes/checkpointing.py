@@ -139,7 +139,7 @@ def read_manifest(folder, step):
     for key, expected in types.items():
         value = manifest.get(key)
         if not isinstance(value, expected) or isinstance(value, bool):
-            raise ValueError(f"{MANIFEST} is damaged: {key} is {value!r}")
+            raise ValueError(f"{MANIFEST} is damaged: {key} is missing or of another type")
     try:
         Recipe(**manifest["recipe"])
     except (TypeError, UsageError):

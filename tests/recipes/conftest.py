@@ -50,9 +50,11 @@ class Workshop:
         folder: where runs go to.
         recipe: the TOML file.
         root: the repository.
+        launches: what comes before a script's name, by number of processes.
     """
 
     root = ROOT
+    launches = LAUNCHES
 
     def __init__(self, folder, cache_dir):
         self.folder = folder
@@ -115,7 +117,8 @@ def in_process(workshop, monkeypatch, capsys):
 
     text = workshop.folder / "text.txt"
     text.write_text("".join(f"{n} squared is {n * n}.\n" for n in range(2000)))
-    handlers = {number: signal.getsignal(number) for number in (1, 2, 10, 12, 15)}
+    numbers = [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM]
+    handlers = {number: signal.getsignal(number) for number in numbers}
     threads = torch.get_num_threads()
 
     def forget():

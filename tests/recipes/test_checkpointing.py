@@ -1,5 +1,7 @@
-"""Checkpoints: complete or absent, in rotation, and refused when damaged."""
+"""Checkpoints: complete or absent, in rotation, and passed over when damaged."""
 
+import dataclasses
+import json
 import os
 
 import pytest
@@ -11,13 +13,18 @@ from checkpointing import (
     remove_unfinished,
     write_checkpoint,
 )
-from recipe import UsageError
+from recipe import Recipe, UsageError
+from reporting import Metrics, read_metrics
+
+RECIPE = dataclasses.asdict(Recipe("x", "retnet"))
 
 
 def write_files(folder):
     (folder / "model.safetensors").write_bytes(b"0123456789" * 100)
     (folder / "config.json").write_text("{}")
-    return {"seconds": 1.5}
+    (folder / "training_state.pt").write_bytes(b"moments")
+    identity = {"corpus": "c" * 64, "tokenizer": "d" * 64}
+    return {"seconds": 1.5, "cpu_threads": 2, "recipe": RECIPE, **identity}
 
 
 def steps(run_dir):
@@ -28,12 +35,12 @@ def test_rotation(tmp_path):
     for step in (5, 10, 100):
         write_checkpoint(tmp_path, step, write_files, keep=2)
     assert steps(tmp_path) == [10, 100]
-    manifest, folder = newest_checkpoint(tmp_path)
-    assert (manifest["step"], manifest["seconds"]) == (100, 1.5)
-    assert folder == tmp_path / "checkpoint-100"
+    newest = newest_checkpoint(tmp_path)
+    assert (newest.step, newest.manifest["seconds"], newest.damaged) == (100, 1.5, {})
+    assert newest.folder == tmp_path / "checkpoint-100"
     write_checkpoint(tmp_path, 100, write_files, keep=1)  # replaces itself
-    assert steps(tmp_path) == [100]
-    assert newest_checkpoint(tmp_path / "nowhere") is None
+    assert os.listdir(tmp_path) == ["checkpoint-100"]
+    assert newest_checkpoint(tmp_path / "nowhere").folder is None
 
 
 def test_a_kill_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -48,11 +55,11 @@ def test_a_kill_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, 2, killed_while_writing, keep=1)
-    assert newest_checkpoint(tmp_path)[0]["step"] == 1
+    assert newest_checkpoint(tmp_path).step == 1
     monkeypatch.setattr(checkpointing.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, 3, write_files, keep=1)
-    assert newest_checkpoint(tmp_path)[0]["step"] == 1
+    assert newest_checkpoint(tmp_path).step == 1
     remove_unfinished(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1"]
 
@@ -72,22 +79,53 @@ def test_everything_is_on_disk_before_it_counts(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, 2, write_files, keep=1)
     names = [os.path.basename(name) for name in synced]
     before = names[: names.index("renamed")]
-    assert {"model.safetensors", "config.json", "checkpoint.json"} <= set(before)
+    assert {"model.safetensors", "config.json", "checkpoint.json"} <= set(
+        before
+    )
     assert names[-1] == tmp_path.name
 
 
-def damage(folder, how):
-    path = folder / "model.safetensors"
+def test_rotation_leaves_what_is_not_its_own(tmp_path):
+    for name in ("checkpoint-7/a", "checkpoint-6/checkpoint.json", "notes.unfinished/a"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("mine")
+    write_checkpoint(tmp_path, 5, write_files, keep=1)
+    (tmp_path / "checkpoint-5" / "eval.json").write_text("mine")
+    said = []
+    for step in (6, 7, 8):
+        write_checkpoint(tmp_path, step, write_files, keep=1, say=said.append)
+    assert os.listdir(tmp_path / "checkpoint-5") == ["eval.json"]
+    assert steps(tmp_path) == [8]
+    assert sorted(os.listdir(tmp_path)) == [
+        "checkpoint-5",
+        "checkpoint-6.replaced",
+        "checkpoint-7.replaced",
+        "checkpoint-8",
+        "notes.unfinished",
+    ]
+    assert [line.split()[-1] for line in said] == ["checkpoint-6.replaced", "checkpoint-7.replaced"]
+
+
+def test_damaged_checkpoints_do_not_push_out_good_ones(tmp_path):
+    for step in (5, 10, 15):
+        write_checkpoint(tmp_path, step, write_files, keep=3)
+    (tmp_path / "checkpoint-10" / "checkpoint.json").write_text("{")
+    os.truncate(tmp_path / "checkpoint-15" / "model.safetensors", 3)
+    write_checkpoint(tmp_path, 20, write_files, keep=2)
+    assert steps(tmp_path) == [5, 10, 15, 20]
+    write_checkpoint(tmp_path, 25, write_files, keep=2)
+    assert steps(tmp_path) == [10, 15, 20, 25]
+
+
+def change(path, how):
+    content = bytearray(path.read_bytes())
     if how == "missing":
         path.unlink()
     elif how == "truncated":
         os.truncate(path, 500)
-    elif how == "flipped":
-        content = bytearray(path.read_bytes())
+    else:
         content[700] ^= 1
         path.write_bytes(content)
-    else:
-        (folder / "checkpoint.json").write_text("{")
 
 
 @pytest.mark.parametrize(
@@ -96,14 +134,81 @@ def damage(folder, how):
         ("missing", "model.safetensors is missing"),
         ("truncated", "model.safetensors is damaged: expected 1000 bytes, got 500"),
         ("flipped", "model.safetensors is damaged: its content is not what was saved"),
-        ("manifest", "checkpoint.json is damaged"),
     ],
 )
-def test_damage_is_found(tmp_path, how, message):
+def test_damaged_weights_are_passed_over(tmp_path, how, message):
     for step in (5, 10):
         write_checkpoint(tmp_path, step, write_files, keep=2)
-    damage(tmp_path / "checkpoint-10", how)
-    with pytest.raises(UsageError) as error:
+    change(tmp_path / "checkpoint-10" / "model.safetensors", how)
+    newest = newest_checkpoint(tmp_path)
+    assert newest.step == 5
+    assert newest.damaged == {tmp_path / "checkpoint-10": message}
+
+
+def manifest_with(**fields):
+    return lambda manifest: json.dumps({**manifest, **fields}).encode()
+
+
+MANIFESTS = {
+    "empty": lambda manifest: b"",
+    "half a line": lambda manifest: json.dumps(manifest).encode()[:100],
+    "null": lambda manifest: b"null",
+    "a list": lambda manifest: b"[1]",
+    "not UTF-8": lambda manifest: b"\xff\xfe{}",
+    "nested": lambda manifest: b"[" * 100_000,
+    "no step": manifest_with(step=None),
+    "another step": manifest_with(step=5),
+    "true": manifest_with(step=True),
+    "seconds": manifest_with(seconds="1.5"),
+    "not a number": manifest_with(seconds=float("nan")),
+    "threads": manifest_with(cpu_threads=0),
+    "recipe": manifest_with(recipe={"name": "x"}),
+    "type in recipe": manifest_with(recipe={**RECIPE, "learning_rate": "fast"}),
+    "text": manifest_with(corpus=3),
+    "files": manifest_with(files=[]),
+    "no files": manifest_with(files={}),
+    "file": lambda m: json.dumps({**m, "files": {**m["files"], "a": None}}).encode(),
+    "outside": lambda m: json.dumps({**m, "files": {**m["files"], "../a": FILE}}).encode(),
+}
+FILE = {"bytes": 1, "sha256": "e" * 64}
+
+
+@pytest.mark.parametrize("how", MANIFESTS)
+def test_damaged_manifests_are_passed_over(tmp_path, how):
+    for step in (5, 10):
+        write_checkpoint(tmp_path, step, write_files, keep=2)
+    path = tmp_path / "checkpoint-10" / "checkpoint.json"
+    path.write_bytes(MANIFESTS[how](json.loads(path.read_text())))
+    newest = newest_checkpoint(tmp_path)
+    assert newest.step == 5
+    (reason,) = newest.damaged.values()
+    assert "checkpoint.json is damaged: " in reason and "\n" not in reason and len(reason) < 100
+
+
+def test_without_a_whole_checkpoint_nothing_begins_in_silence(tmp_path):
+    for step in (5, 10):
+        write_checkpoint(tmp_path, step, write_files, keep=2)
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="no checkpoint in .* is whole") as error:
         newest_checkpoint(tmp_path)
-    assert message in str(error.value) and "\n" not in str(error.value)
-    assert "delete" in str(error.value) and "to continue from checkpoint-5" in str(error.value)
+    assert "--overwrite" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_metrics_are_put_aside(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = {"kind": "train", "step": 1, "tokens": 8, "seconds": 0.1, "bits_per_byte": 3.0}
+    bad = [b"null", b"[]", b"3", b"\xff\xfe", b"{", b'{"kind": "train"}']
+    bad += [json.dumps({**good, key: None}).encode() for key in good]
+    lines = [json.dumps({**good, "step": step}).encode() for step in (1, 2, 3)]
+    path.write_bytes(b"\n".join([lines[0], *bad, b"", lines[1], lines[2], lines[0][:20]]))
+    said = []
+    metrics = Metrics(path, 2, said.append)
+    assert [line["step"] for line in metrics.lines] == [1, 2]
+    assert read_metrics(path) == (metrics.lines, [])
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes().split(b"\n")[:-1] == [
+        *bad,
+        lines[0][:20],
+    ]
+    assert said == [f"{path}: {len(bad) + 1} damaged lines, now in metrics.jsonl.damaged"]
+    Metrics(path, 2, said.append)  # the second time there are none
+    assert len(said) == 1
