@@ -125,17 +125,17 @@ def in_process(workshop, monkeypatch, capsys):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
-    def run(*arguments, recipe=workshop.recipe, **environment):
+    def run(*arguments, script="pretrain.py", **environment):
         forget()
         places = ["--output_dir", str(workshop.folder), "--cache_dir", str(workshop.folder / "c")]
-        words = [str(recipe), *places, "--data", str(text), *arguments]
+        words = [str(workshop.recipe), *places, "--data", str(text), *arguments]
         capsys.readouterr()
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as leaving:
             for name in ("stdout", "stderr"):  # which the script replaces
                 patch.setattr(sys, name, getattr(sys, name))
             for name, value in environment.items():
                 patch.setenv(name, value)
-            patch.setattr(sys, "argv", ["pretrain.py", *words])
+            patch.setattr(sys, "argv", [script, *words])
             pretrain.main()
         output, errors = capsys.readouterr()
         return SimpleNamespace(returncode=leaving.value.code, stdout=output, stderr=errors)

@@ -1,12 +1,23 @@
 """Launches: what is refused, and how many threads a process takes."""
 
+import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from launching import check_launch, check_trackers, precision_of, set_cpu_threads
+from launching import (
+    StopSignals,
+    check_environment,
+    check_launch,
+    check_trackers,
+    precision_of,
+    set_cpu_threads,
+)
 from recipe import UsageError
+from reporting import Lasting
 
 RIGHT = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2"
 
@@ -15,7 +26,8 @@ def test_one_process_where_two_were_asked_for():
     environ = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     with pytest.raises(UsageError, match="asked for several processes but started one") as error:
         check_launch(environ, 1, "recipes/pretrain.py x.toml")
-    assert RIGHT in str(error.value) and "recipes/pretrain.py x.toml" in str(error.value)
+    assert RIGHT in str(error.value)
+    assert str(error.value).count(" recipes/pretrain.py x.toml (for one process") == 1
 
 
 def test_two_runs_of_one_process():
@@ -23,6 +35,18 @@ def test_two_runs_of_one_process():
     with pytest.raises(UsageError, match="2 processes were started but each trains alone") as error:
         check_launch(environ, 1, "recipes/pretrain.py x.toml")
     assert RIGHT in str(error.value)
+
+
+def test_the_hint_is_what_the_user_typed(in_process, monkeypatch):
+    """The script's path as it was called, from where the user stands, and the number asked for."""
+    environment = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}
+    alone = SimpleNamespace(num_processes=1)
+    monkeypatch.setattr("pretrain.PartialState", lambda cpu: alone)
+    result = in_process("--name", "a b", script="../../some where/pretrain.py", **environment)
+    assert result.returncode == 2
+    assert "--num_processes 4 " in result.stderr
+    assert " '../../some where/pretrain.py' /" in result.stderr
+    assert result.stderr.endswith("--name 'a b'\n")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +102,109 @@ def test_precision(monkeypatch):
     assert [precision_of(asked, cpu) for asked in ("auto", "fp32")] == ["fp32", "fp32"]
     with pytest.raises(UsageError, match="has no bf16"):
         precision_of("bf16", cpu)
+
+
+@pytest.mark.parametrize(
+    ("requested", "launched", "expected"),
+    [
+        ("auto", "no", "bf16"),  # accelerate's default, which nobody asked for
+        ("fp32", "no", "fp32"),
+        ("bf16", "no", "bf16"),
+        ("auto", "bf16", "bf16"),
+        ("bf16", "bf16", "bf16"),
+        ("fp32", "bf16", None),
+        *[(mine, other, None) for mine in ("auto", "fp32", "bf16") for other in ("fp16", "fp8")],
+    ],
+)
+def test_precision_of_the_launcher(monkeypatch, requested, launched, expected):
+    """What it asks for is done or refused, never both asked and ignored."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True}, raising=False)
+    if expected:
+        assert precision_of(requested, torch.device("cpu"), launched) == expected
+        return
+    with pytest.raises(UsageError, match=f"asks for mixed precision '{launched}'") as error:
+        precision_of(requested, torch.device("cpu"), launched)
+    assert "--mixed_precision no" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_launchers_bf16_needs_a_device_with_it(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    with pytest.raises(UsageError, match="has no bf16"):
+        precision_of("auto", torch.device("cpu"), "bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "asks for FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "True", "asks for Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "asks for a parallelism config"),
+        ("ACCELERATE_DOWNCAST_BF16", "1", "asks for downcast_bf16"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "4 steps of gradient accumulation"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "asks for mixed precision 'fp16'"),
+    ],
+)
+def test_what_the_launcher_asks_for_and_does_not_get(in_process, workshop, name, value, message):
+    result = in_process("--steps", "26", **{name: value})
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: the launcher asks for ") and message in line
+    assert not (workshop.folder / "tiny").exists()
+
+
+def test_what_accelerates_config_file_says_by_default():
+    check_environment(
+        {
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+            "ACCELERATE_MIXED_PRECISION": "no",
+            "ACCELERATE_USE_FSDP": "false",
+            "ACCELERATE_DYNAMO_BACKEND": "no",
+        }
+    )
+
+
+def test_compiling_leaves_fp32_as_it_is(in_process, monkeypatch):
+    """accelerate allows TensorFloat-32 when it compiles, on a GPU."""
+
+    def allowing(*arguments, **options):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        return Accelerator(*arguments, **options)
+
+    monkeypatch.setattr("pretrain.Accelerator", allowing)
+    assert in_process("--steps", "26", "--eval_every", "0").returncode == 0
+    assert torch.backends.cuda.matmul.allow_tf32 is False
+
+
+def test_ignored_signals_stay_ignored(monkeypatch):
+    """As nohup does with SIGHUP."""
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signals = StopSignals()
+        signal.raise_signal(signal.SIGHUP)
+        assert signals.received is None
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received is signal.SIGUSR1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_closed_terminal_ends_no_run():
+    class Closed:
+        encoding = "utf-8"
+
+        def write(self, *text):
+            raise OSError(5, "Input/output error")
+
+        flush = write
+
+    stream = Lasting(Closed())
+    print("step 3", file=stream, flush=True)
+    assert stream.encoding == "utf-8"
 
 
 def test_trackers():

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from recipe import Recipe, UsageError, changes_history, read_recipe
+from continuing import changes_history
+from recipe import Recipe, UsageError, read_recipe
 
 
 @pytest.fixture
@@ -57,7 +58,8 @@ def test_unknown_key(toml):
         (["--held_out", "1.5"], "held_out is a fraction in [0, 1), got 1.5."),
         (["--learning_rate", "nan"], "learning_rate must be positive, got nan."),
         (["--steps", "100"], "warmup_steps + decay_steps must fit into steps, got 100 + 200 > 100"),
-        (["--name", "a/b"], "name is the name of a folder, without slashes, got 'a/b'."),
+        (["--name", "a/b"], "name is the name of a folder, without slashes and without a dot"),
+        (["--name", ".."], "name is the name of a folder, without slashes and without a dot"),
         (["--steps"], "--steps needs a value"),
         (["--replay_segment_length", "-1"], "replay_segment_length must not be negative"),
         (["--learning_rate_scales.gate", "fast"], "learning_rate_scales.gate is a factor"),
@@ -114,7 +116,7 @@ def test_what_a_continuation_may_change():
     saved = dataclasses.asdict(old)
 
     def changes(step, **values):
-        return changes_history(saved, dataclasses.replace(old, **values), step)
+        return list(changes_history(saved, dataclasses.replace(old, **values), step).values())
 
     assert changes(50, log_every=1, keep_checkpoints=5, micro_batch_size=1) == []
     assert changes(50, seed=1, batch_size=64) == ["batch_size: 32 -> 64", "seed: 0 -> 1"]
