@@ -11,6 +11,10 @@ FREE_KEYS = frozenset(
     "replay_segment_length eval_every eval_batch_size sample_prompts sample_tokens log_every "
     "checkpoint_every keep_checkpoints trackers".split()
 )
+# What the hashes of text and tokenizer in a checkpoint say better than a name.
+IDENTIFIED_KEYS = frozenset(
+    "data data_config data_split text_column held_out eval_bytes tokenizer".split()
+)
 SCHEDULE_KEYS = frozenset(
     "learning_rate schedule warmup_steps decay_steps min_learning_rate steps".split()
 )
@@ -34,7 +38,8 @@ def changes_history(old, new, step):
     """
     current = dataclasses.asdict(new)
     old = {**dataclasses.asdict(Recipe("a name", new.architecture)), **old}
-    changed = {key for key in current if key not in FREE_KEYS and current[key] != old[key]}
+    free = FREE_KEYS | IDENTIFIED_KEYS
+    changed = {key for key in current if key not in free and current[key] != old[key]}
     if changed & SCHEDULE_KEYS and new.steps >= step:
         before = Recipe(**{**current, **{key: old[key] for key in SCHEDULE_KEYS}})
         if all(before.learning_rate_at(s) == new.learning_rate_at(s) for s in range(step)):

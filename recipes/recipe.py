@@ -25,11 +25,11 @@ class Recipe:
     model: dict = field(default_factory=dict)  # the fields of that architecture's config
     tokenizer: str = "tokenizers/byte"  # folder (also relative to the repository) or Hub id
 
-    data: str = "stdlib"  # "stdlib", a .parquet/.jsonl/.json/.txt file, a folder of them, a Hub id
-    data_config: str = ""  # the configuration of a Hub data set
+    data: str = "stdlib"  # "stdlib", a file (kinds: recipes/readers.py), a folder, a Hub id
+    data_config: str = ""  # the configuration of a Hub data set; files have none
     data_split: str = "train"  # the split of it that is divided into train and held-out documents
     text_column: str = "text"
-    held_out: float = 0.05  # fraction of the documents
+    held_out: float = 0.05  # fraction of the documents; of each one's bytes if fewer than 20
     packing: str = "concat"  # or "documents": the state is reset where a document begins
     cache_dir: str = ""  # tokenised corpora; empty: output_dir/.corpus
 
@@ -58,7 +58,7 @@ class Recipe:
     loss_chunk_size: int = 1024  # tokens whose logits exist at once; 0: all of them
 
     eval_every: int = 200  # steps; 0: at the end alone
-    eval_bytes: int = 1_000_000  # of held-out text, also what gzip is measured on; 0: all of it
+    eval_bytes: int = 1_000_000  # held out at most, the rest is trained on; 0: no limit
     eval_batch_size: int = 8  # windows a process runs at once
     sample_prompts: list[str] = field(default_factory=list)  # continued at every evaluation
     sample_tokens: int = 120

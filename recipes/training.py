@@ -102,7 +102,8 @@ class Run:
         accelerator.print(
             f"{self.title()}, {accelerator.num_processes} x {accelerator.device.type}, "
             f"{self.threads} threads, {self._precision()}{compiled}\n"
-            f"{self.corpus.record['train']['bytes']:,} bytes of text in "
+            f"{self.corpus.record['train']['bytes']:,} bytes of text to train on, "
+            f"{self.corpus.record['held_out']['bytes']:,} held out; "
             f"{self.windows.num_windows:,} windows of {recipe.sequence_length} tokens; "
             f"{self._tokens(recipe.steps):,} tokens to train"
         )
@@ -115,8 +116,9 @@ class Run:
         ]
         if changed:
             raise UsageError(
-                f"{self.checkpoint.folder} was trained otherwise ({'; '.join(changed)}); undo the "
-                "change, or start a new run with --name."
+                f"{self.checkpoint.folder} was trained otherwise ({'; '.join(changed)}; earlier "
+                "versions identified and divided text otherwise); undo the change, or start a new "
+                "run with --name."
             )
 
     def _bare_model(self):
