@@ -7,7 +7,7 @@ Gradients are autograd's, so nothing is done in place.
 import torch
 
 from .delta_recurrence import CHUNK_LENGTH
-from .export_scan import chunk_length, from_chunks, into_chunks, joined, scan
+from .export_scan import chunk_length, from_chunks, into_chunks, joined, scan, without_autocast
 from .linear_recurrence import accumulator_dtype
 
 
@@ -31,7 +31,7 @@ def delta_recurrence_exported(
     def split(x_BTHX):
         return into_chunks(x_BTHX.to(dtype), length).transpose(2, 3)
 
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         v_NBHCV = split(v)
         # Two readers and two writers per position, [N, B, H, C, 2, K].
         readers = torch.stack([split(a), split(q) * scale], dim=-2)

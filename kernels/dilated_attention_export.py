@@ -7,7 +7,7 @@ autograd's.
 import torch
 
 from .dilated_attention import NO_WEIGHT, _block_size, _is_fused, _merged
-from .export_scan import count_chunks, from_chunks, into_chunks
+from .export_scan import count_chunks, from_chunks, into_chunks, without_autocast
 from .linear_recurrence import accumulator_dtype
 
 
@@ -19,7 +19,7 @@ def dilated_attention_exported(q, k, v, branches, scale, offsets, log_decay, wei
     dtype, (_, time, num_heads, _) = accumulator_dtype(q), q.shape
     heads_H1 = torch.arange(num_heads, device=q.device)[:, None]
     outputs, logs = [], []
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         for branch in branches:
             # A text that is shorter than a segment fills one.
             length = torch.sym_min(branch.length, time)

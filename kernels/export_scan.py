@@ -6,6 +6,9 @@ with an axis for them, and where one chunk needs what the one before left, PyTor
 it is PyTorch's own operators: a program needs nothing of ours to run, and can be trained.
 """
 
+import contextlib
+import inspect
+
 import torch
 
 
@@ -41,6 +44,17 @@ def from_chunks(x_NBCX, time):
     return x_NBCX.transpose(0, 1)[:, token_T // length, token_T % length]
 
 
+def without_autocast(x):
+    """A context that keeps autocast off; not in a program where it is off: that could not be saved.
+
+    Args:
+        x: a tensor of the device.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def joined(first, second, dim=-2):
     """Pairs of blocks, [..., pairs, W, ...] each, as blocks of 2 W; dim: the axis of W."""
     return torch.stack([first, second], dim=dim - 1).flatten(dim - 2, dim)
@@ -60,4 +74,8 @@ def scan(step, state, *parts):
     """
     from torch._higher_order_ops.scan import scan as torch_scan
 
+    if not torch.compiler.is_dynamo_compiling():
+        # It would try whether one that was made before fits, and keep what it asked of the sizes.
+        for inner in filter(inspect.iscode, torch_scan.__code__.co_consts):
+            torch._dynamo.eval_frame.remove_from_cache(inner)
     return torch_scan(lambda state, parts: step(state, *parts), state, parts)

@@ -6,7 +6,7 @@ scan. Gradients are autograd's.
 
 import torch
 
-from .export_scan import chunk_length, from_chunks, into_chunks, joined, scan
+from .export_scan import chunk_length, from_chunks, into_chunks, joined, scan, without_autocast
 from .linear_recurrence import CHUNK_LENGTH, _decay_factors, _scaled, _visible, accumulator_dtype
 
 
@@ -29,7 +29,7 @@ def linear_recurrence_exported(
     def split(x_BTHX):
         return into_chunks(x_BTHX.to(dtype), length).transpose(2, 3)
 
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         q_NBHCK, k_NBHCK, v_NBHCV = split(q) * scale, split(k), split(v)
         if log_decay is not None and log_decay.ndim == 1 and output_final_state:
             # What fills up the last chunk must not decay the state, as zeros by token do not.

@@ -9,7 +9,7 @@ autograd's.
 import torch
 import torch.nn.functional as F
 
-from .export_scan import chunk_length, from_chunks, into_chunks, scan
+from .export_scan import chunk_length, from_chunks, into_chunks, scan, without_autocast
 from .linear_recurrence import accumulator_dtype
 from .wkv4 import LOWEST
 
@@ -22,7 +22,7 @@ def wkv4_exported(w, u, k, v, *, initial_state=None, output_final_state=False, c
     """Arguments and results as `wkv4`; there are no packed documents."""
     dtype, (batch, time, width) = accumulator_dtype(k), k.shape
     length = chunk_length(time, CHUNK_LENGTH)
-    with torch.autocast(k.device.type, enabled=False):
+    with without_autocast(k):
         w, u = w.to(dtype).clamp(min=LOWEST), u.to(dtype)
         k_NBCD, v_NBCD = (into_chunks(x.to(dtype), length) for x in (k, v))
         if initial_state is None:

@@ -52,7 +52,7 @@ from .base import (
     check_activation,
     check_head_dim,
 )
-from .kernels.export_scan import scan
+from .kernels.export_scan import scan, without_autocast
 from .kernels.windowed_attention import attention_step
 from .mlp import GatedMLP
 from .positions import RotaryPositions, check_rope_parameters, rotate
@@ -287,7 +287,7 @@ class InfiniAttention(nn.Module):
             enable_gqa=self.num_groups < self.num_heads,
         )
         if self.has_memory:
-            with torch.autocast(q_BTHK.device.type, enabled=False):
+            with without_autocast(q_BTHK):
                 memory_SHKV, after, partial = self.pass_over_memory(
                     k_BTHK, v_BTHV, strength_BTH, grid, state
                 )
@@ -378,9 +378,6 @@ class InfiniAttention(nn.Module):
             memory_SHKV = memory_SHKV.detach()
         q_SHQK = feature_map(q_SQHK).transpose(1, 2)
         groups = self.num_groups, self.num_heads // self.num_groups
-        if torch.compiler.is_exporting():
-            # Cutting R Q queries into R groups again is more than exporting can prove for any Q.
-            return read_memory(q_SHQK, memory_SHKV.repeat_interleave(groups[1], dim=1))
         q_SGQK = q_SHQK.unflatten(1, groups).flatten(2, 3)  # a group's heads, one after the other
         recalled_SGQV = read_memory(q_SGQK, memory_SHKV)
         return recalled_SGQV.unflatten(2, (groups[1], -1)).flatten(1, 2)
@@ -413,7 +410,7 @@ class InfiniAttention(nn.Module):
         )
         if not self.has_memory:
             return y_BTHV
-        with torch.autocast(q_BTHK.device.type, enabled=False):
+        with without_autocast(q_BTHK):
             memory_BHKV = state.memory_BHKV
             recalled_BHTV = self.recall(q_BTHK, memory_BHKV)
             k_BHTK = feature_map(k_BTHK).transpose(1, 2)

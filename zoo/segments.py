@@ -55,16 +55,16 @@ class SegmentGrid:
             if not (is_fresh or torch.compiler.is_compiling()):
                 first_slot = int((start_N % length).max())
             self.num_ranks = (first_slot + time - 1) // length + 1
-            smaller = min
             if torch.compiler.is_exporting():
-                # One more, which is empty: exporting takes a number that is 1 for a constant.
-                self.num_ranks, smaller = self.num_ranks + 1, torch.sym_min
-            self.width = smaller(first_slot + time, length)
+                # For any length: one segment more, which is empty, as exporting takes a number that
+                # is 1 for a constant; and all slots, as it proves little of a number of them.
+                self.num_ranks, self.width, longest = self.num_ranks + 1, length, length
+            else:
+                self.width, longest = min(first_slot + time, length), time
             is_aligned = first_slot == 0
             rows_S = torch.arange(batch * self.num_ranks, device=device)
             self.document, self.rank = rows_S // self.num_ranks, rows_S % self.num_ranks
             self.first_row = torch.arange(batch, device=device) * self.num_ranks
-            longest = time
         else:
             num_N = (after_N - 1) // length - self.first_segment + 1
             self.num_ranks = int(num_N.max())
@@ -84,9 +84,9 @@ class SegmentGrid:
             is_aligned = is_fresh or not bool((start_N % length).any())
         # Every document begins with a segment: slot q is query q.
         self.is_aligned = is_aligned
-        # Exporting cannot prove how the two shapes hang together.
+        # Exporting cannot prove how [B, T] and [S, Q] hang together, and takes both by index.
         self.is_reshaped = is_aligned and self.is_dense and not torch.compiler.is_exporting()
-        self.num_queries = self.width if is_fresh and self.is_dense else min(self.width, longest)
+        self.num_queries = min(self.width, longest)
         begin_S = (self.first_segment[self.document] + self.rank) * length
         from_S = torch.maximum(begin_S, start_N[self.document])
         to_S = torch.minimum(begin_S + length, after_N[self.document])
