@@ -42,12 +42,19 @@ def read_run(folder):
         UsageError: no model is there, or nothing that says how it was trained.
     """
     folder = Path(folder)
-    if (folder / "config.json").is_file() and (folder / "checkpoint.json").is_file():
-        record = json.loads((folder / "checkpoint.json").read_text())
-        return Recipe(**record["recipe"]), record["step"], record["corpus"]
-    if (folder / "config.json").is_file() and (folder / "run.json").is_file():
-        record = json.loads((folder / "run.json").read_text())
-        return Recipe(**record["recipe"]), record["results"]["step"], record["corpus"]["sha256"]
+    names = ("checkpoint.json", "run.json") if (folder / "config.json").is_file() else ()
+    for path in [folder / name for name in names if (folder / name).is_file()]:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            recipe = Recipe(**record["recipe"])
+            if path.name == "checkpoint.json":
+                return recipe, record["step"], record["corpus"]
+            return recipe, record["results"]["step"], record["corpus"]["sha256"]
+        except (ValueError, TypeError, KeyError):
+            raise UsageError(
+                f"{path} is damaged, or the run did not end; give a finished run or another "
+                "checkpoint."
+            ) from None
     raise UsageError(
         f"expected a finished run or a checkpoint, with config.json and run.json or "
         f"checkpoint.json, got {folder}; make one with recipes/pretrain.py."

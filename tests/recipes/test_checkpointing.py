@@ -15,6 +15,7 @@ from checkpointing import (
 )
 from recipe import Recipe, UsageError
 from reporting import Metrics, read_metrics
+from streaming import read_run
 
 RECIPE = dataclasses.asdict(Recipe("x", "retnet"))
 
@@ -79,9 +80,7 @@ def test_everything_is_on_disk_before_it_counts(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, 2, write_files, keep=1)
     names = [os.path.basename(name) for name in synced]
     before = names[: names.index("renamed")]
-    assert {"model.safetensors", "config.json", "checkpoint.json"} <= set(
-        before
-    )
+    assert {"model.safetensors", "config.json", "checkpoint.json"} <= set(before)
     assert names[-1] == tmp_path.name
 
 
@@ -192,6 +191,16 @@ def test_without_a_whole_checkpoint_nothing_begins_in_silence(tmp_path):
     with pytest.raises(UsageError, match="no checkpoint in .* is whole") as error:
         newest_checkpoint(tmp_path)
     assert "--overwrite" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", '{"recipe": null}', '{"recipe": {}}'])
+@pytest.mark.parametrize("name", ["checkpoint.json", "run.json"])
+def test_streaming_refuses_a_damaged_record(tmp_path, name, content):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=f"{name} is damaged") as error:
+        read_run(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_damaged_metrics_are_put_aside(tmp_path):
