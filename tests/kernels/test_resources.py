@@ -8,8 +8,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
+import compiled
 import pytest
 import torch
 import triton
@@ -102,6 +105,7 @@ def compile_the_kernels_above():
             "complaints": [[c.check, c.kernel, c.target, str(c)] for c in complaints],
         }
     found["as Triton specialises"] = compare_with_triton()
+    found["kept"] = what_is_kept()
     print(json.dumps(found))
 
 
@@ -129,6 +133,37 @@ def compare_with_triton():
                 if ours != theirs:
                     differences.append(f"{target} {name}={value}: {ours}, Triton {theirs}")
     return differences
+
+
+def what_is_kept():
+    """Of changes to a compilation those that leave its key alone, and what compiled.json does."""
+    job = resources.specialise(products(), "sm_90", True)
+    key = compiled.key_of(job)
+    changes = [{"chunk": 32}, {"stride": 65}, {"dtype": torch.float16}, {"num_warps": 8}]
+    jobs = [resources.specialise(products(**change), "sm_90", True) for change in changes]
+    jobs.append(resources.specialise(products(), "sm_80", True))
+    unseen = [str(x) for x in jobs if compiled.key_of(x) == key]
+    source = product.src
+    product._unsafe_update_src(source.replace("tl.trans(bx), by", "tl.trans(by), bx"))
+    unseen += ["the source"] if compiled.key_of(job) == key else []
+    product._unsafe_update_src(source)
+
+    def compile_all(jobs, processes):
+        asked.extend(jobs)
+        return {x: {"registers": 8, "seconds": 0.1} for x in jobs}
+
+    asked, wrong = [], None
+    with tempfile.TemporaryDirectory() as folder:
+        compiled.FILE = Path(folder) / "compiled.json"
+        compiled.FILE.write_text(json.dumps({key: {"registers": 8}}))
+        compiled.compile_changed([job, *jobs], 1, compile_all)
+        compiled.FILE.write_text(json.dumps({key: {"registers": 9}}))
+        try:
+            compiled.compile_changed([job], 1, compile_all)
+        except SystemExit as error:
+            wrong = str(error)
+    # All that changed, and the first of what did not, each time.
+    return {"unseen": unseen, "asked": asked == [*jobs, job, job], "wrong": wrong}
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +207,12 @@ def test_specialises_as_triton_does(results):
     if results["as Triton specialises"] is None:
         pytest.skip("this Triton keeps it elsewhere")
     assert results["as Triton specialises"] == []
+
+
+def test_what_changed_is_compiled_again(results):
+    assert results["kept"]["unseen"] == []
+    assert results["kept"]["asked"]
+    assert "is not what the compiler says" in results["kept"]["wrong"]
 
 
 def test_occupancy_below_the_table():
@@ -274,12 +315,18 @@ def test_refuses_to_interpret(capsys):
 
 @pytest.mark.slow
 def test_what_ships_is_clean():
-    """`make aot`."""
+    """`make aot`, without compiling again what has not changed since compiled.json."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     child = subprocess.run(
-        [sys.executable, ROOT / "kernels" / "bench" / "resources.py"],
+        [sys.executable, Path(__file__).with_name("compiled.py")],
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert child.returncode == 0, (child.stdout + child.stderr)[-5000:]
+    if "\ncompiled: 0 that changed" not in "\n" + child.stdout:
+        warnings.warn(
+            "kernels changed and took minutes to compile: `python tests/kernels/compiled.py "
+            "--write` keeps what came out.",
+            stacklevel=1,
+        )
