@@ -93,8 +93,8 @@ def relative_gradients(found, expected):
     another.
     """
     largest = max(expected.values(), key=lambda x: x.abs().max())
-    share = torch.finfo(largest.dtype).eps / 2 / BOUNDS.get(largest.dtype, 1.0)
-    floor = max(1e-3, share) * largest.abs().max().item()
+    rounding = torch.finfo(largest.dtype).eps / 2
+    floor = max(1e-3, rounding / BOUNDS.get(largest.dtype, math.inf)) * largest.abs().max().item()
     worst = 0.0
     for name, x in expected.items():
         difference = (found[name].double() - x.double()).abs().max().item()
