@@ -70,4 +70,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		--no-build-isolation -e '.[train,test]'
+# Apart, for one test: where it is installed, it writes to the terminal of whoever imports transformers.
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		--no-deps --target .venv/torchao torchao
 	@echo "$(CURDIR)" > $(STAMP)
