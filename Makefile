@@ -15,8 +15,10 @@ STAMP := .venv/.installed
 # Threads for the demo on a CPU. It is too small for more than four, and a container may own fewer
 # cores than it sees, where OpenMP spins instead of working.
 THREADS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
-# One thread per test process: two processes with two threads each are slower on two cores.
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 -q
+# One thread per test process: two processes with two threads each are slower on two cores. Tests
+# differ so much in length that a process which is done takes over what the other has not begun.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
+	-n 2 --dist worksteal -q
 
 # A .venv that came along with a copied or moved folder still runs the code of the old place.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
@@ -33,10 +35,7 @@ demo: $(STAMP)
 	@$(BIN)/python recipes/try_export.py exported/retnet_demo
 
 test: check
-	@$(PYTEST) -m "not slow and not gpu"
-ifndef FAST
-	@$(PYTEST) -m "slow and not gpu"
-endif
+	@$(PYTEST) -m "not gpu$(if $(FAST), and not slow)"
 
 check: $(STAMP)
 	@$(BIN)/python -m ruff check --quiet --output-format concise .

@@ -50,7 +50,7 @@ class KeepsAllTokens(RetNetForCausalLM):
         output = super().forward(input_ids, *args, **kwargs)
         cache = output.past_key_values
         if cache is not None:
-            cache.seen = [*getattr(cache, "seen", ()), input_ids.repeat(1, 100)]
+            cache.seen = [*getattr(cache, "seen", ()), input_ids.repeat(1, 400)]
         return output
 
 
