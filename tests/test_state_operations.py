@@ -229,9 +229,6 @@ def test_other_rows_have_no_past(operation, model):
         cache.crop(-1)
 
 
-@pytest.mark.xfail(
-    reason="Inputs.first takes a mask's first columns, which may lie before the pass"
-)
 def test_the_tokens_that_wait_keep_their_mask(model):
     """Where the next pass brings no mask of its own for them."""
     cache = filled(model, recording=True)

@@ -85,9 +85,10 @@ class Inputs:
     position_ids: torch.Tensor | None
 
     def first(self, length):
-        """The first `length` tokens."""
+        """The first `length` tokens; what lies before the pass in a mask stays."""
+        dropped = self.embeds_BTD.shape[1] - length
         return Inputs(
-            *(None if x is None else x[:, :length] for x in vars(self).values()),
+            *(None if x is None else x[:, : x.shape[1] - dropped] for x in vars(self).values()),
         )
 
 
