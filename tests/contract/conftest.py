@@ -41,7 +41,7 @@ def scripts_are_forked(fork_server, monkeypatch):
         child = fork_server.Process(target=exec, args=(code, {"__name__": "__main__"}))
         child.start()
         child.join()
-        errors = (cwd / "errors").read_text()
+        errors = (cwd / "errors").read_text() or f"it ended with {child.exitcode} and said nothing"
         return subprocess.CompletedProcess(command, child.exitcode, "", errors)
 
     monkeypatch.setattr(subprocess, "run", run)
