@@ -3,7 +3,6 @@
 import functools
 
 import pytest
-import torch
 
 from zoo import MODELS
 from zoo.contract import NOT_RUN, POINTS, run, variants_of, zoo_subject
@@ -15,39 +14,12 @@ MAY_BE_NOT_RUN = ("no GPU",)
 MAY_BE_NOT_RUN += ("full attention: the state grows with the tokens",)
 
 
-# Compiling for training is the longest check of all, and most of that is AOTAutograd's work on one
-# operator after the other: done for each model's first variant and for those with others.
-WITH_OTHER_OPERATORS = [
-    ("lightning", "hybrid"),
-    ("infini", "delta"),
-    ("infini", "lucidrains"),
-    ("sliding_window", "full"),
-    ("block_recurrent", "lstm-dual"),
-    ("longnet", "modulo"),
-]
-
-
-@pytest.fixture
-def compiles_what_is_new(name, variant, monkeypatch):
-    """Graphs of the other variants are captured whole, and run as Dynamo captured them."""
-    if variant == next(iter(variants_of(name))) or (name, variant) in WITH_OTHER_OPERATORS:
-        return
-    compile = torch.compile
-
-    def compile_as_captured(function, **options):
-        if options.get("backend") == "aot_eager":
-            options["backend"] = "eager"
-        return compile(function, **options)
-
-    monkeypatch.setattr(torch, "compile", compile_as_captured)
-
-
 @functools.cache
 def subject_of(name, variant):
     return zoo_subject(name, variant)
 
 
-@pytest.mark.usefixtures("compiles_what_is_new", "scripts_are_forked")
+@pytest.mark.usefixtures("scripts_are_forked")
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_contract(name, variant, point):

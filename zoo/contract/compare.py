@@ -87,20 +87,21 @@ def relative_gradients(found, expected):
     """The worst `relative` over parameters.
 
     A gradient a thousand times smaller than the largest is what cancellation left of it: it is
-    compared with a thousandth of the largest, not with itself. In float32 with 0.6% of it: within
-    the bound, that is one rounding of the largest. A thousandth would allow a sixth of one, and a
-    gradient that is 0 but for rounding (that of a bias of keys) would pass on one CPU and not on
-    another.
+    compared with a thousandth of the largest, not with itself. One that is no larger than a
+    rounding of the largest is rounding itself, as that of a bias of keys, which a softmax does not
+    feel: another order of sums makes another of it, by as much as such a rounding.
     """
-    largest = max(expected.values(), key=lambda x: x.abs().max())
-    rounding = torch.finfo(largest.dtype).eps / 2
-    floor = max(1e-3, rounding / BOUNDS.get(largest.dtype, math.inf)) * largest.abs().max().item()
+    largest = max(x.abs().max().item() for x in expected.values())
     worst = 0.0
     for name, x in expected.items():
         difference = (found[name].double() - x.double()).abs().max().item()
         if not math.isfinite(difference):
             return math.inf
-        worst = max(worst, difference / max(x.abs().max().item(), floor, 1e-300))
+        size, rounding = x.abs().max().item(), torch.finfo(x.dtype).eps / 2 * largest
+        floor = 1e-3 * largest
+        if size <= rounding and x.dtype in BOUNDS:
+            floor = max(floor, rounding / BOUNDS[x.dtype])
+        worst = max(worst, difference / max(size, floor, 1e-300))
     return worst
 
 
