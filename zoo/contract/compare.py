@@ -23,7 +23,8 @@ class Bounds:
     No float32 result is more exact than the last bit of the weights. A head norm divides by the
     size of what may be almost zero, at a document's first token above all, and there that last
     bit alone can move a gradient by more than 1e-5. So in float32 a bound is 1e-5 or, if that is
-    more, four times what moving all weights by their last bit changes, measured in float64.
+    more, four times what moving all weights by their last bit changes, measured in float64. It is
+    measured where a difference is beyond 1e-5; elsewhere the bound is met already.
 
     Args:
         subject: the `Subject`.
@@ -39,12 +40,13 @@ class Bounds:
         models = [self.subject.model(), *self.subject.shaken()]
         return [self.result(model) for model in models]
 
-    def of(self, quantity, distance):
-        """The bound of one attribute, under this distance."""
-        if self.dtype == torch.float64:
-            return BOUNDS[self.dtype]
+    def of(self, quantity, distance, measured):
+        """The bound of one attribute under a distance, as far as a measured one asks for it."""
+        bound = BOUNDS[self.dtype]
+        if self.dtype == torch.float64 or measured <= bound:
+            return bound
         exact, *moved = (getattr(result, quantity) for result in self._results)
-        return max(BOUNDS[self.dtype], 4 * max(distance(x, exact) for x in moved))
+        return max(bound, 4 * max(distance(x, exact) for x in moved))
 
 
 def worst_of(distance):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import functools
 import math
 import sys
 import tempfile
@@ -31,6 +32,10 @@ def low_precision(subject, checks):
     cannot be, nothing is compared.
     """
     ids = subject.ids(2, 131)
+    # As far as learned positions reach, where there are such.
+    length = min(4200, getattr(subject.config, "max_position_embeddings", None) or 4200)
+    many = subject.ids(1, length)
+    largest_output = functools.cache(functools.partial(_largest_output, subject, many))
     for dtype in (torch.bfloat16, torch.float16):
         name = NAMES[dtype]
         with checks.case(name), torch.no_grad():
@@ -52,7 +57,7 @@ def low_precision(subject, checks):
             checks.below("error / plain error", _error(logits, exact) / plain, 2)
             _state_dtypes(checks, model, cache)
         with checks.case(f"{name}, extremes"), torch.no_grad():
-            _extremes(subject, checks, dtype)
+            _extremes(subject, checks, dtype, many, largest_output)
     with checks.case("bf16"), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         subject.model(torch.float32).save_pretrained(folder)
         model = subject.model(torch.float32).to(torch.bfloat16)
@@ -119,26 +124,28 @@ def _state_dtypes(checks, model, cache):
     checks.below("state tensors of another dtype than declared", wrong, 0)
 
 
-def _extremes(subject, checks, dtype):
-    # As far as learned positions reach, where there are such.
-    length = min(4200, getattr(subject.config, "max_position_embeddings", None) or 4200)
-    ids = subject.ids(1, length)
-    factors = [1]
+def _extremes(subject, checks, dtype, ids, largest_output):
+    length, factors = ids.shape[1], [1]
     if subject.pretrained is None:
-        # Eight times the weights of a trained model overflow the MLP of any architecture in fp16.
-        factors.append(_largest_factor(subject, ids, dtype))
+        # Eight times the weights of a trained model overflow the MLP of any architecture in fp16,
+        # and RWKV-7's output is of the fourth power in its weights: as far as numbers reach.
+        limit = torch.finfo(dtype).max
+        factors.append(next((x for x in (8, 4, 2) if largest_output(x) <= limit), 1))
     for factor in factors:
         name = f"{length} tokens" + (f", weights x {factor}" if factor > 1 else "")
         model = _enlarged(subject, factor).to(dtype)
-        for way, size in {"whole": length, "in pieces of 1000": 1000}.items():
-            logits, cache = subject.run(model, ids, cut(length, (size,)))
-            tensors = [logits, *cache_tensors(cache).values()]
-            bad = sum((~torch.isfinite(x)).sum().item() for x in tensors if x.is_floating_point())
-            checks.below(f"{name}, {way}: NaN or infinite", bad, 0)
         with torch.enable_grad():
-            grads = gradients(model, loss_of(subject.forward(model, ids).logits))
-        bad = sum((~torch.isfinite(x)).sum().item() for x in grads.values())
-        checks.below(f"{name}, gradients: NaN or infinite", bad, 0)
+            runs = {"whole": subject.run(model, ids)}
+            grads = gradients(model, loss_of(runs["whole"][0]))
+        runs["in pieces of 1000"] = subject.run(model, ids, cut(length, (1000,)))
+        results = {
+            f"{name}, {way}": [logits, *cache_tensors(cache).values()]
+            for way, (logits, cache) in runs.items()
+        }
+        results[f"{name}, gradients"] = grads.values()
+        for what, tensors in results.items():
+            bad = sum((~torch.isfinite(x)).sum().item() for x in tensors if x.is_floating_point())
+            checks.below(f"{what}: NaN or infinite", bad, 0)
 
 
 def _enlarged(subject, factor):
@@ -149,24 +156,20 @@ def _enlarged(subject, factor):
     return model
 
 
-def _largest_factor(subject, ids, dtype):
-    """By how much, 8 at most, matrices can grow until a module's output has no number in a dtype.
+def _largest_output(subject, ids, factor):
+    """The largest number that a module gives out where matrices are that much larger."""
+    largest = 0.0
 
-    RWKV-7's is of the fourth power in its weights, so in fp16 this is less than for others.
-    """
-    for factor in (8, 4, 2):
-        model, largest = _enlarged(subject, factor), [0.0]
+    def look(module, inputs, output):
+        nonlocal largest
+        if torch.is_tensor(output) and output.is_floating_point():
+            largest = max(largest, output.abs().max().item())
 
-        def look(module, inputs, output, largest=largest):
-            if torch.is_tensor(output) and output.is_floating_point():
-                largest[0] = max(largest[0], output.abs().max().item())
-
-        for module in model.modules():
-            module.register_forward_hook(look)
-        subject.forward(model, ids)
-        if largest[0] <= torch.finfo(dtype).max:
-            return factor
-    return 1
+    model = _enlarged(subject, factor)
+    for module in model.modules():
+        module.register_forward_hook(look)
+    subject.forward(model, ids)
+    return largest
 
 
 def initialization(subject, checks):

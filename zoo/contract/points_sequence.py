@@ -55,12 +55,16 @@ def whole_equals_pieces(subject, checks):
                 pieces = Runs(subject, model, sizes)
                 for what, distance in Runs.distances.items():
                     figure = distance(getattr(pieces, what), getattr(whole(), what))
-                    checks.below(what, figure, bounds.of(what, distance))
+                    checks.below(what, figure, bounds.of(what, distance, figure))
     _on_a_gpu(subject, checks)
 
 
 class Runs:
-    """Logits, state and gradients of sequences of several lengths, fed in pieces of these sizes."""
+    """Logits, state and gradients of sequences of several lengths, fed in pieces of these sizes.
+
+    The shorter ones are beginnings of the longest. Where a piece of that ends with one of them, it
+    has been fed as it would be alone, and is read there.
+    """
 
     distances: ClassVar = {
         "logits": worst_of(relative),
@@ -69,14 +73,26 @@ class Runs:
     }
 
     def __init__(self, subject, model, sizes=None):
-        self.model, self.logits, self.state = model, [], []
-        for length in LENGTHS:
-            pieces = None if sizes is None else cut(length, sizes)
-            # The longest comes last, and keeps its graph.
-            with torch.set_grad_enabled(length == LENGTHS[-1]):
-                logits, cache = subject.run(model, subject.ids(2, length), pieces)
-            self.logits.append(logits)
-            self.state.append(cache_tensors(cache))
+        self.model, sizes = model, sizes or LENGTHS[-1:]
+        ids, logits, states = subject.ids(2, LENGTHS[-1]), {}, {}
+        start, pieces, cache = 0, [], None
+        for size in cut(LENGTHS[-1], sizes):
+            pieces.append(size)
+            end = start + sum(pieces)
+            if end in LENGTHS:
+                found, cache = subject.run(model, ids[:, start:end], pieces, cache)
+                logits[end] = torch.cat([logits[start], found], dim=1) if start else found
+                states[end] = cache_tensors(cache)
+                if end < LENGTHS[-1]:
+                    # What follows may write into it.
+                    states[end] = {name: x.detach().clone() for name, x in states[end].items()}
+                start, pieces = end, []
+        for length in set(LENGTHS) - states.keys():
+            with torch.no_grad():
+                logits[length], cache = subject.run(model, ids[:, :length], cut(length, sizes))
+            states[length] = cache_tensors(cache)
+        self.logits = [logits[length] for length in LENGTHS]
+        self.state = [states[length] for length in LENGTHS]
 
     @functools.cached_property
     def gradients(self):
@@ -220,14 +236,15 @@ def _compare_rows(subject, checks, model, masks, with_positions=True):
     logits = torch.cat(outputs, dim=1)
     alone = Rows(subject, model, ids, visible)
     bounds = Bounds(subject, model.dtype, lambda other: Rows(subject, other, ids, visible))
-    bound = bounds.of("logits", worst_of(relative))
     logits = [x[mask] for x, mask in zip(logits, visible)]
+    error = worst_of(relative)(logits, alone.logits)
+    bound = bounds.of("logits", worst_of(relative), error)
     if len(masks) == 1 and with_positions:
         for row, padding in PADDING.items():
             checks.below(
                 f"{padding} padding: logits", relative(logits[row], alone.logits[row]), bound
             )
-    checks.below("logits", worst_of(relative)(logits, alone.logits), bound)
+    checks.below("logits", error, bound)
     with checks.case("state of each row"):
         batch = state_tensors(cache)
         state = [
@@ -235,7 +252,8 @@ def _compare_rows(subject, checks, model, masks, with_positions=True):
             for row in range(len(ids))
         ]
         distance = worst_of(relative_states)
-        checks.below("", distance(state, alone.state), bounds.of("state", distance))
+        error = distance(state, alone.state)
+        checks.below("", error, bounds.of("state", distance, error))
 
 
 # Documents of one token, first, side by side and before the last, and one longer than a chunk.
@@ -283,10 +301,11 @@ def packing_changes_nothing(subject, checks):
             with checks.case(f"{name}, {NAMES[dtype]}"):
                 # As in training, where nothing asks for a cache.
                 logits = subject.forward(model, packed.ids, **inputs).logits
-                bound = bounds.of("logits", relative)
-                checks.below("logits", relative(logits, packed.logits), bound)
-                found = relative_gradients(gradients(model, loss_of(logits)), packed.gradients)
-                checks.below("gradients", found, bounds.of("gradients", relative_gradients))
+                error = relative(logits, packed.logits)
+                checks.below("logits", error, bounds.of("logits", relative, error))
+                error = relative_gradients(gradients(model, loss_of(logits)), packed.gradients)
+                bound = bounds.of("gradients", relative_gradients, error)
+                checks.below("gradients", error, bound)
                 _compare_last_document(subject, checks, model, packed, inputs, bounds)
     model, bound = subject.model(), BOUNDS[torch.float64]
     packed = Packed(subject, model)
@@ -322,12 +341,12 @@ def _compare_last_document(subject, checks, model, packed, inputs, bounds):
         output = subject.forward(model, packed.ids, use_cache=True, **inputs)
         cache = subject.cache_of(output)
         error = relative_states(state_tensors(cache), packed.state)
-        checks.below("", error, bounds.of("state", relative_states))
+        checks.below("", error, bounds.of("state", relative_states, error))
         more = subject.ids(1, 5, seed=2)
         expected, _ = subject.run(model, torch.cat([packed.documents[-1], more], dim=1))
         logits, _ = subject.run(model, more, cache=cache)
         error = relative(logits, expected[:, -5:])
-        checks.below("logits of a continuation", error, bounds.of("logits", relative))
+        checks.below("logits of a continuation", error, bounds.of("logits", relative, error))
 
 
 def _cut_cu_seqlens(subject, checks, model, packed, bound):
