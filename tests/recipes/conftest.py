@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from forks import Forks
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -36,11 +38,20 @@ num_hidden_layers = 2
 num_attention_heads = 2
 dropout = 0.1
 """
-LAUNCHES = {
-    1: [sys.executable],
-    2: ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
-}
-LAUNCHES[2] = [sys.executable, *LAUNCHES[2], "--num_machines", "1"]
+
+
+def free_port():
+    """A port that nobody listens on, as a string."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def launcher():
+    """What starts two processes on CPUs, before a script's name."""
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    options += ["--main_process_port", free_port()]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options]
 
 
 class Workshop:
@@ -50,31 +61,30 @@ class Workshop:
         folder: where runs go to.
         recipe: the TOML file.
         root: the repository.
-        launches: what comes before a script's name, by number of processes.
     """
 
     root = ROOT
-    launches = LAUNCHES
+    launcher = staticmethod(launcher)
 
-    def __init__(self, folder, cache_dir):
+    def __init__(self, folder, cache_dir, forks):
         self.folder = folder
         self.cache_dir = cache_dir
+        self._forks = forks
         self.recipe = folder / "tiny.toml"
         self.recipe.write_text(TINY)
 
-    def start(self, *arguments, processes=1, launch=None, env=()):
-        """Starts recipes/pretrain.py on the tiny recipe."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **dict(env)}
-        if processes > 1:
-            environment |= {
-                "ACCELERATE_USE_CPU": "true",
-                "MASTER_PORT": str(29500 + os.getpid() % 999),
-            }
-            launch = LAUNCHES[2] + ["--main_process_port", environment["MASTER_PORT"]]
+    def _command(self, arguments):
         places = ["--output_dir", str(self.folder), "--cache_dir", str(self.cache_dir)]
+        return [str(ROOT / "recipes/pretrain.py"), str(self.recipe), *places, *arguments]
+
+    def start(self, *arguments, processes=1, launch=None):
+        """Starts recipes/pretrain.py on the tiny recipe, as users do."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if processes > 1:
+            environment["ACCELERATE_USE_CPU"] = "true"
+            launch = launcher()
         return subprocess.Popen(
-            [*(launch or LAUNCHES[1]), str(ROOT / "recipes/pretrain.py"), str(self.recipe)]
-            + [*places, *arguments],
+            [*(launch or [sys.executable]), *self._command(arguments)],
             cwd=self.folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -82,11 +92,26 @@ class Workshop:
             text=True,
         )
 
-    def run(self, *arguments, **options):
+    def launch(self, *arguments, **options):
         """The same, waiting for the end."""
         process = self.start(*arguments, **options)
         output, errors = process.communicate(timeout=240)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+    def run(self, *arguments, processes=1):
+        """The same from processes that have imported everything, as torchrun would start them."""
+        command, launch, ranks = self._command(arguments), {}, []
+        if processes > 1:
+            launch = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
+            launch |= {"MASTER_PORT": free_port()}
+        for rank in range(processes):
+            own = {"RANK": rank, "LOCAL_RANK": rank}
+            own |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            env = launch | {name: str(value) for name, value in own.items()} if launch else {}
+            ranks.append(self._forks().start(*command, cwd=self.folder, env=env))
+        outputs, errors = zip(*[rank.communicate() for rank in ranks])
+        code = max(abs(rank.returncode) for rank in ranks)
+        return subprocess.CompletedProcess(command, code, "".join(outputs), "".join(errors))
 
     def curve(self, name):
         """What a run measured, without what a clock measured."""
@@ -101,10 +126,26 @@ def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("corpora")
 
 
+@pytest.fixture(scope="session")
+def forks():
+    """Gives the `Forks` that have imported what pretrain.py does, begun when first asked for."""
+    started = []
+
+    def get():
+        if not started:
+            path, one = (ROOT, ROOT / "recipes"), {"OMP_NUM_THREADS": "1"}
+            started.append(Forks(["pretrain", "plotting"], path, one))
+        return started[0]
+
+    yield get
+    for server in started:
+        server.close()
+
+
 @pytest.fixture
-def workshop(tmp_path, cache_dir):
+def workshop(tmp_path, cache_dir, forks):
     """A tiny recipe in an empty folder."""
-    return Workshop(tmp_path, cache_dir)
+    return Workshop(tmp_path, cache_dir, forks)
 
 
 @pytest.fixture

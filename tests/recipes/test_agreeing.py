@@ -125,12 +125,11 @@ def test_nodes_without_a_shared_disk(in_process, workshop):
     values |= {"folder": str(workshop.folder), "cache": str(workshop.folder / "c")}
     script = workshop.folder / "each.py"
     script.write_text(SCRIPT.format(text=str(workshop.folder / "text.txt"), **values))
-    port = str(29500 + os.getpid() % 999)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": str(workshop.root)}
     began = time.monotonic()
     result = subprocess.run(
-        [*workshop.launches[2], "--main_process_port", port, str(script)],
+        [*workshop.launcher(), str(script)],
         env=environment,
         capture_output=True,
         text=True,

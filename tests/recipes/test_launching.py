@@ -66,7 +66,7 @@ def test_good_launches(environ, processes):
 @pytest.mark.slow
 def test_accelerate_launch_of_one_process_is_refused(workshop):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    result = workshop.run(launch=[*launch, "--num_machines", "1"])
+    result = workshop.launch(launch=[*launch, "--num_machines", "1"])
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert RIGHT in line
     assert not (workshop.folder / "tiny").exists()
