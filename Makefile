@@ -30,7 +30,7 @@ endif
 demo: $(STAMP)
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch \
 		--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		recipes/pretrain.py recipes/retnet_demo.toml --overwrite
+		recipes/pretrain.py recipes/configs/retnet_demo.toml --overwrite
 	@$(BIN)/zoo export runs/retnet_demo exported/retnet_demo --overwrite
 	@$(BIN)/python recipes/try_export.py exported/retnet_demo
 

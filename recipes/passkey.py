@@ -1,7 +1,7 @@
 """Passkey retrieval, small: how many segments back does a model find five digits again?
 
-    python recipes/passkey.py recipes/passkey.toml --model infini_linear --seed 0
-    python recipes/passkey.py recipes/passkey.toml --report
+    python recipes/passkey.py recipes/configs/passkey.toml --model infini_linear --seed 0
+    python recipes/passkey.py recipes/configs/passkey.toml --report
 
 After Mohtashami and Jaggi 2023, https://arxiv.org/abs/2305.16300, and the task in the paper of the
 Infini-Transformer, with words of one token. A document is filler that repeats itself, with a key (a
@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from building import parameter_groups
-from recipe import UsageError, nearest, tomllib
+from pretraining.building import parameter_groups
+from pretraining.recipe import UsageError, nearest, tomllib
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 if str(REPOSITORY) not in sys.path:  # run from a clone in which nothing is installed

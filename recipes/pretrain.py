@@ -1,6 +1,6 @@
 """Pretrains one architecture on text.
 
-    accelerate launch recipes/pretrain.py recipes/retnet_demo.toml [--key value ...] [--resume]
+    accelerate launch recipes/pretrain.py recipes/configs/retnet_demo.toml --key value ... --resume
 
 The run's folder receives the model, checkpoints, metrics.jsonl, run.json and loss.png. Everything
 a step does is a function of the recipe and of the step's number, so a run continued with --resume
@@ -23,11 +23,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, str_to_bool
 
-from agreeing import together
-from building import REPOSITORY, build_config, build_model, load_tokenizer
-from checkpointing import MANIFEST, Checkpoint, file_hash, newest_checkpoint
-from continuing import check_changes
-from launching import (
+from pretraining.agreeing import together
+from pretraining.building import REPOSITORY, build_config, build_model, load_tokenizer
+from pretraining.checkpointing import MANIFEST, Checkpoint, file_hash, newest_checkpoint
+from pretraining.continuing import check_changes
+from pretraining.launching import (
     StopSignals,
     check_environment,
     check_launch,
@@ -36,10 +36,10 @@ from launching import (
     precision_of,
     set_cpu_threads,
 )
-from recipe import Recipe, UsageError, read_recipe
-from reporting import Lasting, environment
-from run_folder import check_run_dir, locked, read_record, remove_run
-from training import Diverged, Run
+from pretraining.recipe import Recipe, UsageError, read_recipe
+from pretraining.reporting import Lasting, environment
+from pretraining.run_folder import check_run_dir, locked, read_record, remove_run
+from pretraining.training import Diverged, Run
 
 USAGE, DIVERGED = 2, 3  # exit statuses; Python's is 1 after a crash
 EPILOG = """\

@@ -26,13 +26,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads Ope
 import torch
 from transformers import AutoModelForCausalLM
 
-from building import REPOSITORY, load_tokenizer
-from continuing import FREE_KEYS
-from corpus import load_corpus
-from measuring import attention_on_sinks, generate_stream, nats_by_position
-from plotting import plot_streaming
-from recipe import Recipe, UsageError
-from reporting import bits_per_byte, environment, write_json
+from pretraining.building import REPOSITORY, load_tokenizer
+from pretraining.continuing import FREE_KEYS
+from pretraining.corpus import load_corpus
+from pretraining.measuring import attention_on_sinks, generate_stream, nats_by_position
+from pretraining.plotting import plot_streaming
+from pretraining.recipe import Recipe, UsageError
+from pretraining.reporting import bits_per_byte, environment, write_json
 
 
 def read_run(folder):
@@ -71,7 +71,7 @@ def load_models(folder, beside=""):
     if not getattr(models["sinks"].config, "num_sink_tokens", 0):
         raise UsageError(
             f"the model in {folder} has no sinks; train one with --model.num_sink_tokens 4, as "
-            "recipes/sliding_window_sinks.toml does."
+            "recipes/configs/sliding_window_sinks.toml does."
         )
     without = {"num_sink_tokens": 0, "dtype": torch.float32}
     models["evicted"] = AutoModelForCausalLM.from_pretrained(folder, **without)

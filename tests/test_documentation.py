@@ -16,7 +16,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPES = [tomllib.loads(path.read_text()) for path in (ROOT / "recipes").glob("*.toml")]
+RECIPES = [tomllib.loads(path.read_text()) for path in (ROOT / "recipes").glob("configs/*.toml")]
 
 
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -33,12 +33,14 @@ def test_the_alphabet():
 def test_every_architecture_is_complete(name):
     assert (ROOT / "hub_cards" / f"{name}.md").is_file(), "no card"
     assert any(recipe["architecture"] == name for recipe in RECIPES), "no recipe"
-    assert f"`zoo.{name}`" in README, "not in the table of models"
+    assert f"`zoo.models.{name}`" in README, "not in the table of models"
 
 
 def test_the_tree_names_every_module():
     tree = README.split("## Where things are")[1].split("\n## ")[0]
-    modules = [*(ROOT / "zoo").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    rooms = ("zoo", "zoo/core", "zoo/layers", "zoo/models", "kernels", "recipes")
+    rooms += ("recipes/pretraining",)
+    modules = [path for room in rooms for path in (ROOT / room).glob("*.py")]
     names = [path.name for path in modules if path.name != "__init__.py"]
     assert names
     missing = [name for name in names if f"  {name}" not in tree]
@@ -52,7 +54,9 @@ def test_commands_are_those_of_the_makefile():
 
 def test_recipe_options_exist():
     """Options shown in the README are fields of the recipe or flags of the script."""
-    fields = re.findall(r"^    (\w+): ", (ROOT / "recipes/recipe.py").read_text(), re.MULTILINE)
+    fields = re.findall(
+        r"^    (\w+): ", (ROOT / "recipes/pretraining/recipe.py").read_text(), re.MULTILINE
+    )
     flags = re.findall(r'"--(\w+)"', (ROOT / "recipes/pretrain.py").read_text())
     shown = {
         option.split(".")[0]
@@ -104,7 +108,8 @@ def test_every_extra_is_used():
     """An extra that no code imports is a promise."""
     names = {"flash-linear-attention": "fla", "liger-kernel": "liger_kernel"}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    sources = [*ROOT.glob("zoo/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("recipes/*.py")]
+    folders = ("zoo", "kernels", "recipes")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
     for extra in ("train", "gpu"):
         for requirement in extras["optional-dependencies"][extra]:

@@ -11,12 +11,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# A room and those it may import from, beside itself. kernels/ stands in zoo/ as a link.
+ROOMS = {
+    "models": {"layers", "core", "kernels"},
+    "layers": {"core", "kernels"},
+    "core": {"kernels"},
+    "kernels": set(),
+}
 # What exporting copies beside a checkpoint, flat: transformers must be able to run it alone.
 MODELLING = sorted(
     path
-    for folder in ("zoo", "kernels")
-    for path in (ROOT / folder).glob("*.py")
-    if path.name not in ("__init__.py", "cli.py")
+    for room in ROOMS
+    for path in (ROOT / "zoo" / room).glob("*.py")
+    if path.name != "__init__.py"
 )
 LIBRARIES = {"torch", "transformers", "huggingface_hub", "safetensors", "triton"}
 # Faster where it is installed; imported inside a function, behind a try.
@@ -63,7 +70,7 @@ def imports_of(path):
 
 
 def test_the_guards_have_something_to_guard():
-    assert {path.parent.name for path in MODELLING} == {"zoo", "kernels"}
+    assert {path.parent.name for path in MODELLING} == set(ROOMS)
 
 
 @pytest.mark.parametrize("folder", ["kernels", "tokenizers", "hub_cards"])
@@ -103,12 +110,13 @@ def test_modelling_file_imports(path):
             assert package in allowed, f"imports {module}"
             needs_triton = package == "triton" and not path.stem.endswith("_triton")
         else:
-            # transformers follows only `from .module import name`.
-            assert level == 1, "imports from two levels up"
-            prefix = r"(kernels\.)?" if path.parent.name == "zoo" else ""
-            assert re.fullmatch(prefix + r"\w+", module), f"from .{module} import"
-            target = path.parent / (module.replace(".", "/") + ".py")
+            # What the exporter makes `from .module import name` of.
+            form = {1: r"(\w+)", 2: r"\w+\.(\w+)"}.get(level, "")
+            assert re.fullmatch(form, module), f"from {'.' * level}{module} import"
+            target = path.parents[level - 1] / (module.replace(".", "/") + ".py")
             assert target.is_file(), f"from .{module}: only a file can be copied beside the model"
+            room, other = path.parent.name, target.parent.name
+            assert other in ROOMS[room] | {room}, f"{room} must not know of {other}"
             needs_triton = module.endswith("_triton") and not path.stem.endswith("_triton")
         assert guarded or not needs_triton, f"imports {module} where it may be missing"
 

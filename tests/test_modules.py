@@ -17,8 +17,8 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.big_modeling import init_empty_weights
 
 import zoo
-from zoo.base import Constant
 from zoo.contract.subject import variants_of, zoo_subject
+from zoo.core.base import Constant
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = [(name, variant) for name in zoo.MODELS for variant in variants_of(name)]

@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 from transformers.utils.generic import find_labels
 
 import zoo
-from zoo.base import scale_
 from zoo.contract.subject import variants_of, zoo_subject
-from zoo.state import load_state, save_state
+from zoo.core.base import scale_
+from zoo.core.state import load_state, save_state
 
 TINY = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 VARIANTS = [(name, variant) for name in zoo.MODELS for variant in variants_of(name)]

@@ -14,61 +14,61 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .block_recurrent import (
+from .models.block_recurrent import (
     BlockRecurrentConfig,
     BlockRecurrentForCausalLM,
     BlockRecurrentForSequenceClassification,
     BlockRecurrentModel,
 )
-from .infini import (
+from .models.infini import (
     InfiniConfig,
     InfiniForCausalLM,
     InfiniForSequenceClassification,
     InfiniModel,
 )
-from .lightning import (
+from .models.lightning import (
     LightningConfig,
     LightningForCausalLM,
     LightningForSequenceClassification,
     LightningModel,
 )
-from .longnet import (
+from .models.longnet import (
     LongNetConfig,
     LongNetForCausalLM,
     LongNetForSequenceClassification,
     LongNetModel,
 )
-from .retnet import (
+from .models.retnet import (
     RetNetConfig,
     RetNetForCausalLM,
     RetNetForSequenceClassification,
     RetNetModel,
 )
-from .rwkv4 import (
+from .models.rwkv4 import (
     RWKV4Config,
     RWKV4ForCausalLM,
     RWKV4ForSequenceClassification,
     RWKV4Model,
 )
-from .rwkv5 import (
+from .models.rwkv5 import (
     RWKV5Config,
     RWKV5ForCausalLM,
     RWKV5ForSequenceClassification,
     RWKV5Model,
 )
-from .rwkv6 import (
+from .models.rwkv6 import (
     RWKV6Config,
     RWKV6ForCausalLM,
     RWKV6ForSequenceClassification,
     RWKV6Model,
 )
-from .rwkv7 import (
+from .models.rwkv7 import (
     RWKV7Config,
     RWKV7ForCausalLM,
     RWKV7ForSequenceClassification,
     RWKV7Model,
 )
-from .sliding_window import (
+from .models.sliding_window import (
     SlidingWindowConfig,
     SlidingWindowForCausalLM,
     SlidingWindowForSequenceClassification,

@@ -8,8 +8,8 @@ import pytest
 
 import zoo.kernels.linear_recurrence as kernel
 from zoo.contract import run, zoo_subject
-from zoo.sequence import Sequence
-from zoo.state import StateLayer
+from zoo.core.sequence import Sequence
+from zoo.core.state import StateLayer
 
 # name: (where, function, right, wrong, point, checks that fail)
 MUTANTS = {

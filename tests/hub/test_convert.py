@@ -11,9 +11,9 @@ from rwkv_files import authors_shapes, fla_shapes, random_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from zoo.block_recurrent import BlockRecurrentConfig, BlockRecurrentForCausalLM
 from zoo.hub.convert import FORMATS, convert
 from zoo.hub.convert.meliad import tensor_names
+from zoo.models.block_recurrent import BlockRecurrentConfig, BlockRecurrentForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDENS = ROOT / "tests" / "parity" / "goldens"

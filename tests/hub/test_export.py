@@ -169,32 +169,37 @@ def test_exported_code_is_the_source(folder, model):
     assert found == set(modelling_sources(zoo.MODELS["retnet"]))
     assert {"retnet.py", "base.py", "sequence.py", "state.py", "linear_recurrence.py"} <= found
     for path in (folder / "tiny").glob("*.py"):
-        home = next(p for p in (ROOT / "zoo", ROOT / "kernels") if (p / path.name).is_file())
+        (source,) = (ROOT / "zoo").glob(f"*/{path.name}")
         changed = re.sub(
-            r"(?m)^(\s*from )\.kernels\.(\w+ import)", r"\1.\2", (home / path.name).read_text()
+            r"(?m)^(\s*from )\.\.(?:core|layers|kernels)\.(\w+ import)",
+            r"\1.\2",
+            source.read_text(),
         )
         assert path.read_text() == changed
 
 
 def test_code_is_followed_wherever_it_is_imported(tmp_path, monkeypatch):
     files = {
-        "model.py": "from .part import (\n    a,\n)\nfrom .kernels.op import b\nimport torch\n",
-        "part.py": '"""from .nowhere import x is no import here."""\nfrom .model import c\n',
+        "models/model.py": "from ..core.part import (\n    a,\n)\nfrom ..kernels.op import b\n",
+        "core/part.py": '"""from .nowhere import x is no import here."""\nfrom .other import c\n',
+        "core/other.py": "import torch\n",
         "kernels/op.py": "try:\n    from .op_triton import d\nexcept ImportError:\n    d = None\n",
         "kernels/op_triton.py": "def f():\n    from .op_table import e\n    return e\n",
         "kernels/op_table.py": "e = 1\n",
-        "other.py": "",
+        "core/unused.py": "",
     }
-    (tmp_path / "kernels").mkdir()
     for name, source in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(source)
-    monkeypatch.setattr("inspect.getfile", lambda _: str(tmp_path / "model.py"))
+    monkeypatch.setattr("inspect.getfile", lambda _: str(tmp_path / "models/model.py"))
     sources = modelling_sources(zoo.MODELS["retnet"])
-    assert set(sources) == {"model.py", "part.py", "op.py", "op_triton.py", "op_table.py"}
-    assert sources["model.py"] == files["model.py"].replace(".kernels", "")
-    (tmp_path / "part.py").write_text("from ..model import c\n")
-    with pytest.raises(ValueError, match=r"part.py, line 1: .*`from .module import name`"):
-        modelling_sources(zoo.MODELS["retnet"])
+    assert set(sources) == {Path(name).name for name in files} - {"unused.py"}
+    flat = files["models/model.py"].replace("..core.", ".").replace("..kernels.", ".")
+    assert sources["model.py"] == flat
+    for line in ("from ..other import c\n", "from . import other\n", "from .core.other import c\n"):
+        (tmp_path / "core/part.py").write_text(line)
+        with pytest.raises(ValueError, match=r"part.py, line 1: .*`from .module import name`"):
+            modelling_sources(zoo.MODELS["retnet"])
 
 
 def test_state_in_words():

@@ -12,14 +12,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from ways import WAYS, run, worst
 
-from zoo.block_attention import distance_buckets
-from zoo.block_recurrent import BlockRecurrentConfig, BlockRecurrentForCausalLM
 from zoo.hub.convert import FORMATS, convert
 from zoo.hub.convert.format import Weights
 from zoo.hub.convert.meliad import cell_names, tensor_names
 from zoo.hub.folder import settings
 from zoo.kernels.windowed_attention import attention_step
-from zoo.recurrent_cell import RecurrentCell, look
+from zoo.layers.block_attention import distance_buckets
+from zoo.layers.recurrent_cell import RecurrentCell, look
+from zoo.models.block_recurrent import BlockRecurrentConfig, BlockRecurrentForCausalLM
 
 # All that there are, here or beside the clone.
 GOLDENS = sorted({"brt-meliad-bias-skip", *(p.name for p in SHARED.glob("brt-meliad-*"))})

@@ -13,7 +13,7 @@ from ways import WAYS, gradients, run, worst
 from zoo import InfiniConfig, InfiniForCausalLM
 from zoo.hub.convert import FORMATS, convert
 from zoo.hub.convert.format import Weights
-from zoo.infini import InfiniAttention, read_memory, update_of
+from zoo.models.infini import InfiniAttention, read_memory, update_of
 
 SMALL = {
     "vocab_size": 61,

@@ -83,7 +83,7 @@ def test_final_states(load, name, way, monkeypatch):
     golden = golden_tensors(name)
     if name == "rwkv7-blinkdl":
         # The official state is that of the authors' inference package, with this constant.
-        monkeypatch.setattr("zoo.rwkv7.math", SimpleNamespace(exp=lambda x: 0.606531))
+        monkeypatch.setattr("zoo.models.rwkv7.math", SimpleNamespace(exp=lambda x: 0.606531))
     for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         _, cache = run(load(name, dtype), golden["input_ids"], way)
         for ours, official in states(name, golden, cache):
@@ -97,7 +97,7 @@ def test_official_step_by_step_logits(load, name, monkeypatch):
     if "step_logits_f64" not in golden:
         pytest.skip("left out of the copies in this clone")
     if name == "rwkv7-blinkdl":
-        monkeypatch.setattr("zoo.rwkv7.math", SimpleNamespace(exp=lambda x: 0.606531))
+        monkeypatch.setattr("zoo.models.rwkv7.math", SimpleNamespace(exp=lambda x: 0.606531))
     logits, _ = run(load(name, torch.float64), golden["input_ids"], "token by token")
     assert worst(logits, golden["step_logits_f64"]) < 1e-9
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, Mist
 from zoo import SlidingWindowConfig
 from zoo.hub.convert import FORMATS, convert, convert_back
 from zoo.hub.convert.format import Weights
-from zoo.positions import RotaryPositions, rotate
+from zoo.layers.positions import RotaryPositions, rotate
 
 NAME = "swa-mistral-hf"
 # What is beyond the length a model was trained for differs by rotation, so that is short here.

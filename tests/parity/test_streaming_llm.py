@@ -2,14 +2,15 @@
 
 Xiao et al. 2023, https://arxiv.org/abs/2309.17453, section 3.2: a cache of the first S tokens and
 the last W, keys kept before RoPE, and positions given anew at each step by the place in the cache.
-`zoo.sliding_window` never turns a stored key again; what it does instead must be the same numbers.
+`zoo.models.sliding_window` never turns a stored key again; what it does instead must be the same
+numbers.
 """
 
 import pytest
 import torch
 from torch.nn.functional import rms_norm, silu
 
-from zoo.sliding_window import SlidingWindowConfig, SlidingWindowForCausalLM
+from zoo.models.sliding_window import SlidingWindowConfig, SlidingWindowForCausalLM
 
 SIZES = {
     "vocab_size": 31,

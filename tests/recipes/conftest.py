@@ -134,7 +134,7 @@ def forks():
     def get():
         if not started:
             path, one = (ROOT, ROOT / "recipes"), {"OMP_NUM_THREADS": "1"}
-            started.append(Forks(["pretrain", "plotting"], path, one))
+            started.append(Forks(["pretrain", "pretraining.plotting"], path, one))
         return started[0]
 
     yield get

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-import agreeing
-from agreeing import together
-from recipe import UsageError
+from pretraining import agreeing
+from pretraining.agreeing import together
+from pretraining.recipe import UsageError
 
 SHORT = ["--steps", "26", "--eval_every", "0"]
 

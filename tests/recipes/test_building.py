@@ -5,9 +5,9 @@ import shutil
 import pytest
 from huggingface_hub import HfApi
 
-import building
-from building import REPOSITORY, build_config, load_tokenizer, vocabulary_size
-from recipe import Recipe, UsageError
+from pretraining import building
+from pretraining.building import REPOSITORY, build_config, load_tokenizer, vocabulary_size
+from pretraining.recipe import Recipe, UsageError
 
 
 def refused(name):

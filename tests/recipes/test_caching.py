@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import caching
-from building import load_tokenizer
-from corpus import load_corpus
-from recipe import Recipe, UsageError
+from pretraining import caching
+from pretraining.building import load_tokenizer
+from pretraining.corpus import load_corpus
+from pretraining.recipe import Recipe, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 # Holds a lock as a process that tokenises does, until it is killed.
@@ -22,7 +22,7 @@ HOLDER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from caching import alone
+from pretraining.caching import alone
 with alone(Path(sys.argv[2]), "waits"):
     print("held", flush=True)
     time.sleep(float(sys.argv[3]))

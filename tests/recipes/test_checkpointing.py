@@ -6,15 +6,15 @@ import os
 
 import pytest
 
-import checkpointing
-from checkpointing import (
+from pretraining import checkpointing
+from pretraining.checkpointing import (
     list_checkpoints,
     newest_checkpoint,
     remove_unfinished,
     write_checkpoint,
 )
-from recipe import Recipe, UsageError
-from reporting import Metrics, read_metrics
+from pretraining.recipe import Recipe, UsageError
+from pretraining.reporting import Metrics, read_metrics
 from streaming import read_run
 
 RECIPE = dataclasses.asdict(Recipe("x", "retnet"))

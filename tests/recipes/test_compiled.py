@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from checkpointing import MANIFEST, file_hash
-from measuring import diagnostics
+from pretraining.checkpointing import MANIFEST, file_hash
+from pretraining.measuring import diagnostics
 
 SHORT = ["--eval_every", "0", "--checkpoint_every", "0", "--schedule", "constant"]
 COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "EAGER"}

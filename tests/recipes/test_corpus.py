@@ -10,10 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from building import load_tokenizer
-from corpus import Tokens, Windows, held_out_batches, load_corpus
-from measuring import held_out_bits_per_byte
-from recipe import Recipe, UsageError
+from pretraining.building import load_tokenizer
+from pretraining.corpus import Tokens, Windows, held_out_batches, load_corpus
+from pretraining.measuring import held_out_bits_per_byte
+from pretraining.recipe import Recipe, UsageError
 
 
 @pytest.fixture(scope="module")

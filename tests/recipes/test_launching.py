@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from launching import (
+from pretraining.launching import (
     StopSignals,
     check_environment,
     check_launch,
@@ -16,8 +16,8 @@ from launching import (
     precision_of,
     set_cpu_threads,
 )
-from recipe import UsageError
-from reporting import Lasting
+from pretraining.recipe import UsageError
+from pretraining.reporting import Lasting
 
 RIGHT = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2"
 

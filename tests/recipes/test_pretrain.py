@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from building import build_config, build_model, load_tokenizer, parameter_groups
-from recipe import Recipe, UsageError
-from stepping import accumulate_gradients
+from pretraining.building import build_config, build_model, load_tokenizer, parameter_groups
+from pretraining.recipe import Recipe, UsageError
+from pretraining.stepping import accumulate_gradients
 
 MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 

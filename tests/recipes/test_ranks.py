@@ -12,11 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-import training
-from checkpointing import Checkpoint
-from recipe import Recipe
-from stepping import step_seed
-from training import Run
+from pretraining import training
+from pretraining.checkpointing import Checkpoint
+from pretraining.recipe import Recipe
+from pretraining.stepping import step_seed
+from pretraining.training import Run
 
 MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 

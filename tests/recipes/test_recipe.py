@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from continuing import changes_history
-from recipe import Recipe, UsageError, read_recipe
+from pretraining.continuing import changes_history
+from pretraining.recipe import Recipe, UsageError, read_recipe
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from continuing import changes_history
-from recipe import Recipe
+from pretraining.continuing import changes_history
+from pretraining.recipe import Recipe
 
 SHORT = ["--steps", "26", "--eval_every", "0", "--checkpoint_every", "10"]
 DIVERGING = ["--learning_rate", "1e30", "--warmup_steps", "0", "--gradient_clip", "0"]
@@ -137,7 +137,7 @@ def test_another_schedule_takes_a_word(in_process, workshop):
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"])
 def test_signals_save_and_leave(in_process, workshop, monkeypatch, name):
-    import training
+    from pretraining import training
 
     number = getattr(signal, name)
     signal.signal(number, lambda number, frame: None)  # in place of the end of all tests

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 
-from recipe import UsageError
-from run_folder import check_run_dir, is_run, locked, remove_run
+from pretraining.recipe import UsageError
+from pretraining.run_folder import check_run_dir, is_run, locked, remove_run
 
 SHORT = ["--steps", "26", "--eval_every", "0"]
-HOLD = "import sys, time; sys.path.insert(0, sys.argv[1]); from run_folder import locked\n"
+HOLD = "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+HOLD += "from pretraining.run_folder import locked\n"
 HOLD += "with locked(sys.argv[2]): print('held', flush=True); time.sleep(60)"
 
 
@@ -123,7 +124,7 @@ def test_two_processes_on_one_folder(in_process, workshop):
 
 
 def test_the_lock_is_held_while_training(in_process, monkeypatch):
-    import training
+    from pretraining import training
 
     refused = []
 

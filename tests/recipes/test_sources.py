@@ -13,11 +13,11 @@ import datasets
 import pyarrow as pa
 import pytest
 
-import sources
-from building import load_tokenizer
-from corpus import load_corpus
-from recipe import Recipe, UsageError
-from sources import find_source
+from pretraining import sources
+from pretraining.building import load_tokenizer
+from pretraining.corpus import load_corpus
+from pretraining.recipe import Recipe, UsageError
+from pretraining.sources import find_source
 
 TEXTS = [f'row {i}, "naïve"\tand\n' + "more " * i for i in range(30)]
 

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from building import load_tokenizer
-from corpus import load_corpus
-from recipe import Recipe, UsageError
-from splitting import FEW_DOCUMENTS, plan_split
+from pretraining.building import load_tokenizer
+from pretraining.corpus import load_corpus
+from pretraining.recipe import Recipe, UsageError
+from pretraining.splitting import FEW_DOCUMENTS, plan_split
 
 
 @pytest.fixture(scope="module")

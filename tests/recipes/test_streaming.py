@@ -11,11 +11,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import streaming
-from building import load_tokenizer
-from corpus import load_corpus
-from measuring import attention_on_sinks, generate_stream, nats_by_position
-from recipe import Recipe, UsageError
-from zoo.sliding_window import SlidingWindowConfig, SlidingWindowForCausalLM
+from pretraining.building import load_tokenizer
+from pretraining.corpus import load_corpus
+from pretraining.measuring import attention_on_sinks, generate_stream, nats_by_position
+from pretraining.recipe import Recipe, UsageError
+from zoo.models.sliding_window import SlidingWindowConfig, SlidingWindowForCausalLM
 
 WINDOW, SINKS = 8, 2
 

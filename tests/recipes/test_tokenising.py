@@ -9,11 +9,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import corpus
-import tokenising
-from building import load_tokenizer
-from corpus import load_corpus
-from recipe import Recipe, UsageError
+from pretraining import corpus, tokenising
+from pretraining.building import load_tokenizer
+from pretraining.corpus import load_corpus
+from pretraining.recipe import Recipe, UsageError
 
 LLAMA = (  # how Llama 3 splits text
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

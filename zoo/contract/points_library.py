@@ -165,7 +165,7 @@ def _states(subject, checks, model):
 
 
 def _state_module():
-    return importlib.import_module("zoo.state")
+    return importlib.import_module("zoo.core.state")
 
 
 def _is_zoo(cache):

@@ -201,7 +201,7 @@ def modelling_sources(architecture):
     """The source files an architecture runs on, for one flat folder.
 
     transformers follows `from .name import ...` between files of a folder, and nothing deeper. So
-    `.kernels.` goes from the imports; all else stays as it is.
+    `from ..core.base import` becomes `from .base import`; all else stays as it is.
 
     Args:
         architecture: a `zoo.Architecture`.
@@ -219,15 +219,15 @@ def modelling_sources(architecture):
         for node in ast.walk(ast.parse(source)):
             if not isinstance(node, ast.ImportFrom) or node.level == 0:
                 continue
-            if node.level > 1 or not node.module:
+            if not node.module or node.module.count(".") != node.level - 1:
                 raise ValueError(
                     f"{path}, line {node.lineno}: an exported file imports by "
-                    "`from .module import name` only."
+                    "`from .module import name` or `from ..room.module import name` only."
                 )
-            waiting.append(path.parent / f"{node.module.replace('.', '/')}.py")
-            flat = node.module.removeprefix("kernels.")
-            line = lines[node.lineno - 1]
-            lines[node.lineno - 1] = line.replace(f"from .{node.module} ", f"from .{flat} ", 1)
+            waiting.append(path.parents[node.level - 1] / f"{node.module.replace('.', '/')}.py")
+            written = f"from {'.' * node.level}{node.module} "
+            flat = f"from .{node.module.rpartition('.')[2]} "
+            lines[node.lineno - 1] = lines[node.lineno - 1].replace(written, flat, 1)
         sources[path.name] = "".join(lines)
     return sources
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from .. import MODELS
-from ..base import ZooConfig
+from ..core.base import ZooConfig
 
 # Names of a training run's other files, which share a weight file's extension.
 NOT_WEIGHTS = ("training_args", "training_state", "optimizer", "scheduler", "scaler", "rng_state")

@@ -7,7 +7,7 @@ learned weight in the head norm, SwiGLU. Our `RetNetConfig` has these as options
 import math
 from numbers import Real
 
-from ...retnet import RetNetConfig
+from ...models.retnet import RetNetConfig
 from .fla import expanded, read_common
 from .format import Format
 

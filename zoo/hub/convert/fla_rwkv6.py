@@ -10,7 +10,7 @@ from numbers import Real
 
 import torch
 
-from ...rwkv6 import MIXED, RWKV6Config
+from ...models.rwkv6 import MIXED, RWKV6Config
 from .fla import expanded, read_rwkv, rwkv_mlp_width, rwkv_names, write_rwkv
 from .format import Format, read_by_name, write_by_name
 

@@ -10,7 +10,7 @@ from numbers import Real
 
 import torch
 
-from ...rwkv7 import MIXED, RWKV7Config
+from ...models.rwkv7 import MIXED, RWKV7Config
 from .fla import read_rwkv, rwkv_mlp_width, rwkv_names, write_rwkv
 from .format import Format, read_by_name, write_by_name
 

@@ -8,8 +8,8 @@ channels.
 
 import torch
 
-from ...lightning import LightningConfig, log_decay
-from ...positions import num_rotated_channels
+from ...layers.positions import num_rotated_channels
+from ...models.lightning import LightningConfig, log_decay
 from .format import Format
 
 NO_EFFECT_ALONE = ("num_experts_per_tok", "router_aux_loss_coef", "router_jitter_noise")

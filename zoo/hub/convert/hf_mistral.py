@@ -4,8 +4,8 @@ The same numbers under other names. A config without sliding_window, as of v0.2 
 attention; one that lacks the field has transformers' default, 4096.
 """
 
-from ...positions import num_rotated_channels
-from ...sliding_window import SlidingWindowConfig
+from ...layers.positions import num_rotated_channels
+from ...models.sliding_window import SlidingWindowConfig
 from .format import Format, llama_names, read_by_name, write_by_name
 
 

@@ -6,7 +6,7 @@ whatever the config says. In eval mode it divides the weights that write to the 
 epsilons of the norms. We compute the one without.
 """
 
-from ...rwkv4 import RWKV4Config
+from ...models.rwkv4 import RWKV4Config
 from .format import Format, read_by_name, write_by_name
 
 LAST_NORM_EPS = 1e-5

@@ -6,7 +6,7 @@ Gemma). What it computes is the paper's linear memory, with two exceptions that 
 grouped queries read the memory of another group's head, and gradients stop at the segments' ends.
 """
 
-from ...infini import InfiniConfig
+from ...models.infini import InfiniConfig
 from .format import Format, llama_names, read_by_name
 
 SEGMENT_LENGTH = 2048  # the default of its Gemma; its Llama has no field for it

@@ -9,7 +9,7 @@ its token-by-token mode weighs a whole segment like its last token; ours is its 
 
 import torch
 
-from ...infini import InfiniConfig
+from ...models.infini import InfiniConfig
 from .format import MAKE_A_TOKENIZER, Format
 
 # Its norm is x / max(|x|, 1e-12): an epsilon that no hidden state feels.

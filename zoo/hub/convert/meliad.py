@@ -10,7 +10,7 @@ then checked for settings that would make another model.
 import ast
 import re
 
-from ...block_recurrent import BlockRecurrentConfig
+from ...models.block_recurrent import BlockRecurrentConfig
 from .format import MAKE_A_TOKENIZER, Format
 
 PROJECTIONS = {"q_proj": "queries", "k_proj": "keys", "v_proj": "values"}

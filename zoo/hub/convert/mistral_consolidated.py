@@ -13,8 +13,8 @@ the rule of the authors' code of the time. Their latest has 1,000,000 for both, 
 written always says it.
 """
 
-from ...positions import num_rotated_channels
-from ...sliding_window import SlidingWindowConfig
+from ...layers.positions import num_rotated_channels
+from ...models.sliding_window import SlidingWindowConfig
 from .format import Format, read_by_name, write_by_name
 
 NAMES = {"dim", "n_layers", "n_heads", "hidden_dim"}

@@ -11,12 +11,12 @@ import re
 
 import torch
 
-from ...rwkv4 import RWKV4Config
-from ...rwkv5 import RWKV5Config
-from ...rwkv6 import MIXED as MIXED_6
-from ...rwkv6 import RWKV6Config
-from ...rwkv7 import MIXED as MIXED_7
-from ...rwkv7 import RWKV7Config
+from ...models.rwkv4 import RWKV4Config
+from ...models.rwkv5 import RWKV5Config
+from ...models.rwkv6 import MIXED as MIXED_6
+from ...models.rwkv6 import RWKV6Config
+from ...models.rwkv7 import MIXED as MIXED_7
+from ...models.rwkv7 import RWKV7Config
 from .format import Format
 
 PREFIXES = ("", "module.", "_forward_module.", "model.")

@@ -5,7 +5,7 @@ Both have the same weights; the port puts `model.` before the names, calls the o
 `decoder.`.
 """
 
-from ...retnet import RetNetConfig, Rotation, log_decay
+from ...models.retnet import RetNetConfig, Rotation, log_decay
 from .format import MAKE_A_TOKENIZER, Format
 
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "swish": "silu"}

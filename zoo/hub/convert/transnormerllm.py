@@ -1,6 +1,6 @@
 """OpenNLPLab's TransNormerLLM (OpenNLPLab/TransNormerLLM-385M, -1B, -7B)."""
 
-from ...lightning import LightningConfig
+from ...models.lightning import LightningConfig
 from .format import Format
 
 # Theirs, by ours. They have others, of which no published model makes use.

@@ -1,0 +1,1 @@
+"""What `recipes/pretrain.py` is made of."""

@@ -1,0 +1,174 @@
+"""How a script was started: refuses launches that are not what was asked for, and picks threads."""
+
+import ctypes
+import os
+import signal
+import sys
+
+import psutil
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from .recipe import UsageError, nearest
+
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# What `accelerate launch` or its config file may ask for and this recipe does not do.
+NOT_DONE = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_DOWNCAST_BF16": "downcast_bf16",
+}
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
+def check_environment(environ):
+    """Refuses what the launcher asks for and would get otherwise, or not at all.
+
+    Compilation (--dynamo_...) is done as asked, --mixed_precision by `precision_of`.
+
+    Args:
+        environ: environment variables, before accelerate reads them.
+
+    Raises:
+        UsageError: a way of training that the recipe does not know.
+    """
+    for name, called in NOT_DONE.items():
+        if environ.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
+            raise UsageError(
+                f"the launcher asks for {called} ({name}={environ[name]}), which this recipe does "
+                "not do; launch without it: data parallelism alone, with gradient_checkpointing "
+                "or replay_segment_length where memory is short."
+            )
+    accumulation = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"
+    if accumulation not in ("1", "auto"):
+        raise UsageError(
+            f"the launcher asks for {accumulation} steps of gradient accumulation "
+            "(ACCELERATE_GRADIENT_ACCUMULATION_STEPS), which the recipe decides; unset that, and "
+            "say --micro_batch_size for how many windows are run at once."
+        )
+
+
+def check_launch(environ, num_processes, command):
+    """Refuses the two ways in which several processes are asked for and something else comes.
+
+    Args:
+        environ: environment variables as the script found them.
+        num_processes: processes that accelerate sees.
+        command: the script as it was called, with its arguments, for the message.
+
+    Raises:
+        UsageError: one process where more were asked for, or as many separate runs.
+    """
+    sizes = [int(environ[name]) for name in WORLD_SIZES if environ.get(name)]
+    several = (
+        "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "
+        f"{sizes[0] if sizes else 2} --num_machines 1 {command}"
+    )
+    # accelerate sets an address for the processes to meet at, and then starts only one.
+    from_accelerate = "ACCELERATE_USE_CPU" in environ and "MASTER_ADDR" in environ
+    if from_accelerate and not sizes and "LOCAL_RANK" not in environ:
+        raise UsageError(
+            "accelerate was asked for several processes but started one, as it does on a CPU; "
+            f"run: {several} (for one process: --num_processes 1, and unset MASTER_ADDR)"
+        )
+    if sizes and sizes[0] != num_processes:
+        raise UsageError(
+            f"{sizes[0]} processes were started but each trains alone ({num_processes} in its "
+            f"group), all writing one folder; run: {several}"
+        )
+
+
+def check_trackers(names):
+    """Refuses trackers that accelerate would leave out without a word.
+
+    Raises:
+        UsageError: an unknown tracker, or one whose package is not installed.
+    """
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UsageError(f"unknown tracker {name!r}: {nearest(name, LOGGER_TYPE_TO_CLASS)}")
+        if name not in map(str, get_available_trackers()):
+            raise UsageError(f"the tracker {name} is not installed; run: pip install {name}")
+
+
+def precision_of(requested, device, launched=""):
+    """ "bf16" or "fp32": what was asked for, or what the device computes fastest in.
+
+    Args:
+        requested: the recipe's precision.
+        device: what is trained on.
+        launched: of the launcher (ACCELERATE_MIXED_PRECISION), which says "no" unasked.
+
+    Raises:
+        UsageError: bf16 asked of a device without it, another precision asked by the launcher.
+    """
+    launched = launched.lower()
+    if launched not in ("", "no", "bf16") or (launched == "bf16" and requested == "fp32"):
+        raise UsageError(
+            f'the launcher asks for mixed precision {launched!r}, the recipe for "{requested}"; '
+            'launch with --mixed_precision no, and say --precision "fp32", "bf16" or "auto".'
+        )
+    if launched == "bf16":
+        requested = "bf16"
+    if device.type == "cuda":
+        available = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        # Every CPU can emulate bf16, slowly; these are the ones with instructions for it.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        available = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:
+        available = True
+    if requested == "bf16" and not available:
+        raise UsageError(f'this {device.type} has no bf16; use --precision "fp32" or "auto".')
+    return "bf16" if requested != "fp32" and available else "fp32"
+
+
+def set_cpu_threads(requested, environ):
+    """Sets how many threads this process computes with on a CPU, and returns it.
+
+    0 means OMP_NUM_THREADS if somebody chose it, else every physical core that this process may
+    run on, shared by the processes of this machine. A plain `accelerate launch` exports
+    OMP_NUM_THREADS=1 unasked, which would leave all cores but one idle.
+    """
+    chosen = environ.get("OMP_NUM_THREADS", "")
+    launched = "ACCELERATE_MIXED_PRECISION" in environ or "TORCHELASTIC_RUN_ID" in environ
+    if requested:
+        threads = requested
+    elif chosen.isdigit() and (int(chosen) > 1 or not launched):
+        threads = int(chosen)
+    else:
+        cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = min(cores, len(os.sched_getaffinity(0)))
+        threads = max(1, cores // int(environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(threads)
+    return threads
+
+
+class StopSignals:
+    """Remembers the signals by which users and schedulers stop a run, or tell it to make ready.
+
+    The loop then saves and leaves between two steps. What whoever started the run had ignored, as
+    nohup does SIGHUP, stays ignored.
+    """
+
+    def __init__(self):
+        self.received = None
+        for name in STOP_SIGNALS:
+            number = getattr(signal, name, None)  # not every system has all of them
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._remember)
+
+    def _remember(self, number, frame):
+        # Launchers pass signals on, so one Ctrl-C comes several times: later ones change nothing.
+        self.received = self.received or signal.Signals(number)
+
+
+def die_with_launcher(environ):
+    """Makes Linux send SIGTERM when the launcher dies: one that was killed passes nothing on."""
+    launched = "ACCELERATE_MIXED_PRECISION" in environ or "TORCHELASTIC_RUN_ID" in environ
+    if launched and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,0 +1,244 @@
+"""A recipe: everything that defines a pretraining run, from TOML plus `--key value`."""
+
+import difflib
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+
+class UsageError(Exception):
+    """Something the user can put right; scripts print it as one line and exit with status 2."""
+
+
+@dataclass
+class Recipe:
+    """One pretraining run. A token is one id of the tokenizer, a window sequence_length tokens."""
+
+    name: str  # the run is written to output_dir/name
+    architecture: str  # a key of zoo.MODELS
+    model: dict = field(default_factory=dict)  # the fields of that architecture's config
+    tokenizer: str = "tokenizers/byte"  # folder (also relative to the repository) or Hub id
+
+    data: str = "stdlib"  # "stdlib", a file (kinds: readers.py beside this), a folder, a Hub id
+    data_config: str = ""  # the configuration of a Hub data set; files have none
+    data_split: str = "train"  # the split of it that is divided into train and held-out documents
+    text_column: str = "text"
+    held_out: float = 0.05  # fraction of the documents; of each one's bytes if fewer than 20
+    packing: str = "concat"  # or "documents": the state is reset where a document begins
+    cache_dir: str = ""  # tokenised corpora; empty: output_dir/.corpus
+
+    sequence_length: int = 1024  # tokens
+    batch_size: int = 32  # windows per step, over all processes
+    micro_batch_size: int = 0  # windows a process runs at once; 0: its whole share of the batch
+    steps: int = 1000
+    seed: int = 0
+
+    learning_rate: float = 1e-3  # peak
+    schedule: str = "wsd"  # or "cosine", "constant"; all of them warm up
+    warmup_steps: int = 100
+    decay_steps: int = 200  # "wsd": the last steps, falling as 1 - sqrt(progress)
+    min_learning_rate: float = 0.0  # fraction of the peak that the schedule ends at
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    learning_rate_scales: dict = field(default_factory=dict)  # parameters' names (*) -> factor
+    weight_decay: float = 0.1  # per unit of learning rate; matrices alone decay
+    gradient_clip: float = 1.0  # l2 norm over all parameters; 0: not clipped
+
+    precision: str = "auto"  # "bf16" autocast, "fp32", or bf16 where the device computes in it
+    cpu_threads: int = 0  # per process; 0: every physical core, shared by this machine's processes
+    gradient_checkpointing: bool = False
+    replay_segment_length: int = (
+        0  # tokens whose activations exist at once; 0: all. zoo/core/replay.py
+    )
+    loss_chunk_size: int = 1024  # tokens whose logits exist at once; 0: all of them
+
+    eval_every: int = 200  # steps; 0: at the end alone
+    eval_bytes: int = 1_000_000  # held out at most, the rest is trained on; 0: no limit
+    eval_batch_size: int = 8  # windows a process runs at once
+    sample_prompts: list[str] = field(default_factory=list)  # continued at every evaluation
+    sample_tokens: int = 120
+    log_every: int = 10  # steps between lines in metrics.jsonl
+    checkpoint_every: int = 200  # steps; 0: at the end alone
+    keep_checkpoints: int = 2  # the newest so many
+    trackers: list[str] = field(default_factory=list)  # "tensorboard", "trackio", "wandb", ...
+    output_dir: str = "runs"
+
+    def __post_init__(self):
+        """Checks ranges and choices.
+
+        Raises:
+            UsageError: a value that no run could use.
+        """
+        choices = {
+            "packing": ("concat", "documents"),
+            "schedule": ("wsd", "cosine", "constant"),
+            "precision": ("auto", "fp32", "bf16"),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                known = ", ".join(repr(choice) for choice in allowed)
+                raise UsageError(f"{key} is one of {known}, got {getattr(self, key)!r}.")
+        positive = "sequence_length batch_size steps learning_rate log_every keep_checkpoints"
+        for key in (positive + " epsilon eval_batch_size").split():
+            if not 0 < getattr(self, key) < math.inf:
+                raise UsageError(f"{key} must be positive, got {getattr(self, key)}.")
+        at_least_zero = "micro_batch_size seed warmup_steps decay_steps weight_decay gradient_clip"
+        at_least_zero += " cpu_threads loss_chunk_size eval_every eval_bytes sample_tokens"
+        at_least_zero += " replay_segment_length"
+        for key in (at_least_zero + " checkpoint_every").split():
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UsageError(f"{key} must not be negative, got {getattr(self, key)}.")
+        for name, factor in self.learning_rate_scales.items():
+            if type(factor) not in (int, float) or not 0 <= factor < math.inf:
+                raise UsageError(
+                    f"learning_rate_scales.{name} is a factor of at least 0, got {factor!r}."
+                )
+        for key in ("beta1", "beta2", "min_learning_rate", "held_out"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UsageError(f"{key} is a fraction in [0, 1), got {getattr(self, key)}.")
+        if self.held_out == 0:
+            raise UsageError(
+                "held_out is a fraction above 0: without such text nothing is measured."
+            )
+        decay = self.decay_steps if self.schedule == "wsd" else 0
+        if self.warmup_steps + decay > self.steps:
+            raise UsageError(
+                "warmup_steps + decay_steps must fit into steps, got "
+                f"{self.warmup_steps} + {decay} > {self.steps}; shorten them or train longer."
+            )
+        is_folder_name = self.name and not set(self.name) & set("/\\\0")
+        # With a dot in front it would be this folder, the one above, or a hidden one as .corpus is.
+        if not is_folder_name or self.name.startswith("."):
+            raise UsageError(
+                "name is the name of a folder, without slashes and without a dot in front, got "
+                f"{self.name!r}."
+            )
+
+    @property
+    def run_dir(self):
+        """The folder that the run is written to."""
+        return Path(self.output_dir) / self.name
+
+    def windows_per_process(self, num_processes):
+        """Windows one process runs at once, and how many times per step.
+
+        Raises:
+            UsageError: `batch_size` cannot be shared out evenly.
+        """
+        size = self.micro_batch_size or self.batch_size // num_processes
+        accumulation, rest = divmod(self.batch_size, max(size, 1) * num_processes)
+        if rest or accumulation == 0:
+            raise UsageError(
+                "batch_size must be a multiple of micro_batch_size x processes, got "
+                f"{self.batch_size} and {size} x {num_processes}; change one of them."
+            )
+        return size, accumulation
+
+    def learning_rate_at(self, step):
+        """The learning rate of a step, counted from 0.
+
+        Unlike transformers' schedules, warmup ends its first step above zero (a first step at zero
+        trains nothing) and the last step is one step short of the final value.
+        """
+        return self.learning_rate * self._schedule(step)
+
+    def _schedule(self, step):
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant":
+            return 1.0
+        decay_steps = self.decay_steps if self.schedule == "wsd" else self.steps - self.warmup_steps
+        if step < self.steps - decay_steps:
+            return 1.0
+        progress = min((step - self.steps + decay_steps) / max(decay_steps, 1), 1.0)
+        if self.schedule == "wsd":
+            shape = 1 - math.sqrt(progress)  # Haegele et al. 2024, https://arxiv.org/abs/2405.18392
+        else:
+            shape = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_learning_rate + (1 - self.min_learning_rate) * shape
+
+
+def nearest(name, known):
+    """' Did you mean ...?', or the known names if none is near."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else f"known are {', '.join(sorted(known))}."
+
+
+def read_recipe(path, overrides=()):
+    """Reads a TOML file and applies overrides.
+
+    Args:
+        path: the file. Its stem is the run's name unless it says otherwise.
+        overrides: command-line words: `--key value`, `--key=value`, `--model.key value`.
+
+    Raises:
+        UsageError: no such file, not TOML, an unknown key, a value of the wrong type or range.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe {path}: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}") from None
+    values.setdefault("name", Path(path).stem)
+    types = typing.get_type_hints(Recipe)
+    for key, text in _pairs(overrides):
+        table, _, entry = key.partition(".")
+        if entry and types.get(table) is dict:
+            values.setdefault(table, {})[entry] = _parse(text)
+        else:
+            values[key] = text if types.get(key) is str else _parse(text)
+    for key, value in values.items():
+        if key not in types:
+            raise UsageError(f"unknown recipe key {key!r}: {nearest(key, types)}")
+        values[key] = _typed(key, value, types[key])
+    if "architecture" not in values:
+        raise UsageError(
+            f"{path} names no architecture; add a line such as architecture = 'retnet'."
+        )
+    return Recipe(**values)
+
+
+def _pairs(words):
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UsageError(f"expected --key value, got {word!r}.")
+        key, has_value, value = word[2:].partition("=")
+        if not has_value:
+            if not words or words[0].startswith("--"):
+                raise UsageError(f"--{key} needs a value: --{key} VALUE.")
+            value = words.pop(0)
+        yield key.replace("-", "_"), value
+
+
+def _parse(text):
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _typed(key, value, expected):
+    if expected is float and type(value) is int:
+        return float(value)
+    if typing.get_origin(expected) is list:
+        value = [value] if isinstance(value, str) else value
+        good = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        described = "a list of strings"
+    else:
+        good = type(value) is expected
+        described = {int: "a whole number", float: "a number", bool: "true or false"}.get(
+            expected, {str: "a string", dict: "a table"}.get(expected)
+        )
+    if not good:
+        raise UsageError(f"{key} is {described}, got {value!r}.")
+    return value

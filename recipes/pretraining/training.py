@@ -1,0 +1,332 @@
+"""The training loop: a `Run` steps, measures, and saves."""
+
+import dataclasses
+import math
+import os
+import signal
+import time
+
+import torch
+from accelerate.utils import set_seed
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from .agreeing import together
+from .building import build_config, build_model, load_tokenizer, parameter_groups
+from .checkpointing import (
+    TRAINING_STATE,
+    UNFINISHED,
+    list_checkpoints,
+    move_into,
+    write_checkpoint,
+)
+from .corpus import Windows, load_corpus
+from .measuring import diagnostics, held_out_bits_per_byte, sample
+from .recipe import UsageError
+from .recording import Records
+from .reporting import Progress, bits_per_byte, duration
+from .run_folder import TRACKED
+from .stepping import accumulate_gradients, step_seed
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Diverged(Exception):
+    """The loss or its gradient is no longer a finite number."""
+
+
+def load_text(recipe):
+    """Tokenizer, config and corpus of a recipe, and what identifies the text."""
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    config = build_config(recipe, tokenizer)
+    cache_dir = recipe.cache_dir or os.path.join(recipe.output_dir, ".corpus")
+    corpus = load_corpus(recipe, tokenizer, cache_dir)
+    return (tokenizer, config, corpus), identity(corpus)
+
+
+def identity(corpus):
+    """What a checkpoint and all processes have to share of a corpus."""
+    return {"corpus": corpus.record["sha256"], "tokenizer": corpus.record["tokenizer_sha256"]}
+
+
+class Run:
+    """A training run in progress.
+
+    Args:
+        recipe: what to train.
+        accelerator: of accelerate.
+        threads: of this process, unless the checkpoint says how many it had.
+        checkpoint: what to continue.
+        changes: what the recipe changes of the run from there on, for the record.
+    """
+
+    def __init__(self, recipe, accelerator, threads, checkpoint, changes=()):
+        self.recipe, self.accelerator = recipe, accelerator
+        self.checkpoint, self.changes = checkpoint, changes
+        self.size, self.accumulation = recipe.windows_per_process(accelerator.num_processes)
+        self.tokenizer, config, self.corpus = together(load_text, recipe)
+        self.windows = Windows(
+            self.corpus.train,
+            recipe.sequence_length,
+            recipe.batch_size,
+            recipe.seed,
+            recipe.packing,
+        )
+        folder, manifest = checkpoint.folder, checkpoint.manifest
+        if folder:
+            self._check_same_text()
+        self.step, self.seconds = checkpoint.step, manifest.get("seconds", 0.0)
+        # The order of summation, and so the last bit, depends on the number of threads.
+        self.threads = threads if recipe.cpu_threads else manifest.get("cpu_threads", threads)
+        torch.set_num_threads(self.threads)
+
+        model = build_model(recipe, config, folder)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, recipe),
+            lr=recipe.learning_rate,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.epsilon,
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )
+        self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
+        if folder:
+            state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+            set_optimizer_state_dict(
+                self._bare_model(), self.optimizer.optimizer, state["optimizer"], options=WHOLE
+            )
+        compiled = f", compiled by {self._compiler()}" if self._compiler() else ""
+        accelerator.print(
+            f"{self.title()}, {accelerator.num_processes} x {accelerator.device.type}, "
+            f"{self.threads} threads, {self._precision()}{compiled}\n"
+            f"{self.corpus.record['train']['bytes']:,} bytes of text to train on, "
+            f"{self.corpus.record['held_out']['bytes']:,} held out; "
+            f"{self.windows.num_windows:,} windows of {recipe.sequence_length} tokens; "
+            f"{self._tokens(recipe.steps):,} tokens to train"
+        )
+
+    def _check_same_text(self):
+        changed = [
+            f"the {name} is another: {self.checkpoint.manifest[name][:8]} -> {value[:8]}"
+            for name, value in identity(self.corpus).items()
+            if value != self.checkpoint.manifest[name]
+        ]
+        if changed:
+            raise UsageError(
+                f"{self.checkpoint.folder} was trained otherwise ({'; '.join(changed)}; earlier "
+                "versions identified and divided text otherwise); undo the change, or start a new "
+                "run with --name."
+            )
+
+    def _bare_model(self):
+        """The model in none of accelerate's and torch.compile's wrappers, which rename weights."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _compiler(self):
+        backend = self.accelerator.state.dynamo_plugin.backend.value.lower()
+        return None if backend == "no" else backend
+
+    def _precision(self):
+        return "bf16" if self.accelerator.native_amp else "fp32"
+
+    def _tokens(self, steps):
+        return steps * self.recipe.batch_size * self.recipe.sequence_length
+
+    def train(self, signals):
+        """Runs the steps that are left.
+
+        Args:
+            signals: a `StopSignals`, which may end it early.
+
+        Returns:
+            The signal that ended it early, or None.
+
+        Raises:
+            Diverged: the loss or the gradient is not finite; nothing was saved since.
+        """
+        if self.accelerator.is_main_process:
+            self.records = Records(self.recipe, self.checkpoint, self._about(), self.corpus.record)
+            if self.changes:
+                self.records.write("change", self._now(), {"changes": self.changes})
+            self.records.save()
+            self.progress = Progress(self.step, self.recipe.steps)
+        self._start_trackers()
+        try:
+            return self._run_steps(signals)
+        except Diverged:
+            if self.accelerator.is_main_process:
+                self.records.diverged.append(self.step + 1)
+                self.records.save()
+            raise
+
+    def _about(self):
+        return {
+            "parameters": self.num_parameters,
+            "processes": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "precision": self._precision(),
+            "compiler": self._compiler(),
+            "cpu_threads": self.threads,
+        }
+
+    def _run_steps(self, signals):
+        recipe = self.recipe
+        logged, logged_seconds = self.step, self.seconds
+        while self.step < recipe.steps:
+            began = time.perf_counter()
+            loss, norm, rate = self._train_step()
+            self.seconds += time.perf_counter() - began
+            last = self.step == recipe.steps
+            stopped = self._any_process(signals.received is not None)
+            if self.step % recipe.log_every == 0 or last:
+                speed = self._tokens(self.step - logged) / (self.seconds - logged_seconds)
+                logged, logged_seconds = self.step, self.seconds
+                self._log_step(loss, norm, rate, speed)
+            if last or (recipe.eval_every and self.step % recipe.eval_every == 0):
+                self.evaluate()
+            due = recipe.checkpoint_every and self.step % recipe.checkpoint_every == 0
+            if due or last or stopped:
+                self.save_checkpoint()
+            if stopped and not last:
+                return signals.received or signal.SIGTERM
+        return None
+
+    def _any_process(self, flag):
+        # All processes leave after the same step, or those left behind would wait forever.
+        flag = torch.tensor(int(flag), device=self.accelerator.device)
+        return self.accelerator.reduce(flag, "sum").item() > 0
+
+    def _train_step(self):
+        recipe, accelerator = self.recipe, self.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        # Dropout draws from a generator of this step's own, so there is no state of it to restore.
+        set_seed(step_seed(recipe.seed, self.step, rank))
+        rate = recipe.learning_rate_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        batches = [
+            self.windows.batch(self.step, rank, micro, world, self.size)
+            for micro in range(self.accumulation)
+        ]
+        loss = accumulate_gradients(accelerator, self.model, batches).item()
+        largest = recipe.gradient_clip or math.inf
+        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), largest))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            where = "there is no checkpoint yet, so begin again with --overwrite"
+            for _, folder in list_checkpoints(recipe.run_dir)[-1:]:
+                where = f"{folder} is kept, continue from it with --resume"
+            raise Diverged(
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; stopped before the "
+                f"update; {where} and a lower --learning_rate (it is {recipe.learning_rate:g}), "
+                "more --warmup_steps or a smaller --gradient_clip."
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return loss, norm, rate
+
+    def _log_step(self, loss, norm, rate, speed):
+        if not self.accelerator.is_main_process:
+            return
+        train = self.corpus.train
+        figures = {
+            "loss": loss,
+            # Over the corpus's mean length of a token.
+            "bits_per_byte": bits_per_byte(loss * len(train.ids), train.num_bytes),
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "tokens_per_second": speed,
+            **diagnostics(self.accelerator, self.model),
+        }
+        self._record("train", figures)
+        self.progress.update(self.step, loss, speed)
+
+    def _now(self):
+        return {"step": self.step, "tokens": self._tokens(self.step), "seconds": self.seconds}
+
+    def _record(self, kind, figures):
+        self.records.write(kind, self._now(), figures)
+        tracked = {f"{kind}/{name}": value for name, value in figures.items()}
+        self.accelerator.log(tracked, step=self.step)
+
+    def evaluate(self):
+        """Measures held-out bits per byte, draws the curve, prints samples."""
+        recipe, accelerator = self.recipe, self.accelerator
+        value = held_out_bits_per_byte(accelerator, self.model, self.corpus.held_out, recipe)
+        if accelerator.is_main_process:
+            gzip = self.corpus.record["held_out"]["gzip_bits_per_byte"]
+            watched = diagnostics(accelerator, self.model, self.corpus.held_out, recipe)
+            self._record("held_out", {"bits_per_byte": value, **watched})
+            self.progress.say(
+                f"step {self.step}: held-out {value:.4f} bits per byte (gzip -9: {gzip:.4f})"
+            )
+            self.records.draw(self.title())
+            for prompt in recipe.sample_prompts:
+                text = sample(
+                    accelerator, self.model, self.tokenizer, prompt, recipe.sample_tokens, self.step
+                )
+                self.progress.say("  | " + text.replace("\n", "\n  | "))
+        accelerator.wait_for_everyone()
+
+    def title(self):
+        """One line that says what was trained."""
+        return f"{self.recipe.name}: {self.recipe.architecture}, {self.num_parameters:,} parameters"
+
+    def _save_model(self, folder):
+        self._bare_model().save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def save_checkpoint(self):
+        """Writes everything that `--resume` needs."""
+        optimizer = get_optimizer_state_dict(
+            self._bare_model(), self.optimizer.optimizer, options=WHOLE
+        )
+
+        def write_files(folder):
+            self._save_model(folder)
+            torch.save({"optimizer": optimizer}, folder / TRAINING_STATE)
+            recipe = dataclasses.asdict(self.recipe)
+            state = {"seconds": self.seconds, "cpu_threads": self.threads, "recipe": recipe}
+            return {**state, **identity(self.corpus)}
+
+        if self.accelerator.is_main_process:
+            keep = self.recipe.keep_checkpoints
+            write_checkpoint(self.recipe.run_dir, self.step, write_files, keep, self.progress.say)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self):
+        """Puts the final model into the run's folder and completes run.json."""
+        is_main, run_dir = self.accelerator.is_main_process, self.recipe.run_dir
+        if self._any_process(is_main and self.records.results().get("step") != self.step):
+            self.evaluate()  # the line of metrics.jsonl that said it is lost
+        if is_main:
+            folder = run_dir / f"final{UNFINISHED}"
+            folder.mkdir()
+            self._save_model(folder)
+            self.records.files = sorted({*self.records.files, *os.listdir(folder)})
+            self.records.save()  # it names the files before they come
+            move_into(folder, run_dir)
+            self.progress.close()
+            result = self.records.results()
+            print(
+                f"{run_dir}: held-out {result['held_out_bits_per_byte']:.4f} bits per byte, "
+                f"gzip -9 {result['gzip_bits_per_byte']:.4f}; {result['tokens']:,} tokens in "
+                f"{duration(self.seconds)}"
+            )
+        # All leave together: one that took its connections down while another is at work has been
+        # seen to abort.
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _start_trackers(self):
+        recipe = self.recipe
+        options = {
+            "tensorboard": {"purge_step": self.step},
+            "trackio": {"name": recipe.name},
+            "wandb": {"name": recipe.name},
+        }
+        flat = {key: str(value) for key, value in dataclasses.asdict(recipe).items()}
+        self.accelerator.init_trackers(TRACKED, config=flat, init_kwargs=options)

@@ -1,0 +1,213 @@
+"""The attention of the Block-Recurrent Transformer, to tokens before and to states.
+
+The mathematics is that of `zoo/models/block_recurrent.py`; what the states do is in
+`zoo/layers/recurrent_cell.py`. Over tokens it is a sliding window that knows nothing of where
+windows begin: a token sees the W before it, whatever pass they came in.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from ..core.base import Constant
+from ..core.segments import SegmentGrid
+from ..core.state import StateSpec, dtype_of
+from ..core.window import Past, gather_ring, ring_positions, row_spans, write_slot
+from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.windowed_attention import attention_step, windowed_attention
+from .recurrent_cell import RecurrentCell, look, scaled, truncated_, unit_heads
+
+# In every softmax over a window: where it is all that is left, attention is zero.
+EXTRA_LOGIT = -1000.0
+
+
+def distance_buckets(window, num_buckets, max_distance):
+    """T5's bucket of each distance from 1 to `window`, in one direction.
+
+    Half of the buckets hold one distance each, the others grow with the logarithm.
+    """
+    exact = num_buckets // 2
+    growth = (num_buckets - exact) / math.log(max_distance / exact)
+    eps = torch.finfo(torch.float32).eps
+    distances = range(1, window + 1)
+    # With the authors' epsilon, which lifts a distance on a boundary into the bucket above.
+    return torch.tensor(
+        [
+            n
+            if n < exact
+            else min(exact + int(math.log(n / exact + eps) * growth), num_buckets - 1)
+            for n in distances
+        ]
+    )
+
+
+class WindowAttention(nn.Module):
+    """Attention to the W tokens before, and to states: the layer's own, or those it is given."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.window = config, config.sliding_window
+        self.is_recurrent = layer_idx in config.recurrent_layers
+        self.reads_states = self.is_recurrent or config.feedback
+        self.num_heads, width = config.num_attention_heads, config.hidden_size
+        size = self.num_heads * config.head_dim
+        self.q_proj = nn.Linear(width, size, bias=False)
+        self.k_proj = nn.Linear(width, size, bias=False)
+        self.v_proj = nn.Linear(width, size, bias=False)
+        self.scale = nn.Parameter(torch.empty(self.num_heads))
+        self.relative_bias = nn.Parameter(torch.empty(self.num_heads, config.num_buckets))
+        sizes = self.window, config.num_buckets, config.max_distance
+        self.buckets = Constant(functools.partial(distance_buckets, *sizes))
+        if self.reads_states:
+            self.state_q_proj = nn.Linear(width, size, bias=False)
+            self.state_scale = nn.Parameter(torch.empty(self.num_heads))
+        if self.is_recurrent:
+            self.cell = RecurrentCell(config)
+        self.out_proj = nn.Linear((1 + self.reads_states) * size, width, bias=False)
+
+    def init_weights_of_paper(self):
+        """The authors' matrices; biases as flax initialises an embedding, by its width."""
+        for name in ("q_proj", "k_proj", "v_proj", "state_q_proj", "out_proj"):
+            if hasattr(self, name):
+                truncated_(getattr(self, name).weight, getattr(self, name).in_features)
+        init.normal_(self.relative_bias, std=self.config.num_buckets**-0.5)
+        init.ones_(self.scale)
+        if self.reads_states:
+            init.ones_(self.state_scale)
+
+    def state_specs(self):
+        """Keys and values of the last W tokens, of 2 W and the states in a recurrent layer.
+
+        Keys and values in the dtype of the weights, which is that of a key before it is stored.
+        """
+        dtype, slots = dtype_of(self.k_proj), self.window
+        specs = {}
+        if self.is_recurrent:
+            specs["states_BMD"] = StateSpec((self.config.num_states, self.config.hidden_size))
+            slots = 2 * self.window
+        ring = StateSpec((slots, self.num_heads, self.config.head_dim), dtype=dtype)
+        return specs | {"keys_BWHK": ring, "values_BWHV": ring}
+
+    def forward(self, x_BTD, sequence, state, read=None):
+        """Mixes a sequence [B, T, D]; returns it with the state after it.
+
+        Args:
+            x_BTD: the tokens.
+            sequence: how they lie.
+            state: before them.
+            read: keys [N, M, H, K] and values of the states that tokens of each document read: of
+                each row, if dense. For feedback, where a document has one window in a pass.
+        """
+        v_BTHV = self.v_proj(x_BTD).unflatten(-1, (self.num_heads, -1))
+        dtype = v_BTHV.dtype
+        q_BTHK = scaled(unit_heads(self.q_proj(x_BTD), self.num_heads), self.scale, dtype)
+        k_BTHK = unit_heads(self.k_proj(x_BTD), self.num_heads).to(dtype)
+        is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None
+        is_step = is_step and state.keys_BWHK is not None
+        attend = self.attend_step if is_step else self.attend
+        y_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, sequence, state)
+        if self.reads_states:
+            q_BTHK = unit_heads(self.state_q_proj(x_BTD), self.num_heads)
+            q_BTHK = scaled(q_BTHK, self.state_scale, dtype)
+            if self.is_recurrent:
+                tokens = q_BTHK, k_BTHK, v_BTHV
+                y2_BTHV, state.states_BMD = self.cell(sequence, state, tokens)
+            else:
+                y2_BTHV = self.look_by_document(q_BTHK, *read, sequence)
+            y_BTHV = torch.cat([y_BTHV, y2_BTHV], dim=2)
+        if state.is_kept:
+            self.keep(k_BTHK, v_BTHV, sequence, state)
+        return self.out_proj(y_BTHV.flatten(2)), state
+
+    def biases(self, clock_BT, dtype):
+        """(bias of each distance [H, W], logit of all that precedes the document [B, T, H]).
+
+        The zero keys and the extra logit have no values: all they do is to add to the denominator.
+        """
+        bias_HR = self.relative_bias.to(dtype) * self.scale.to(dtype).abs()[:, None]
+        bias_HW = bias_HR[:, self.buckets(clock_BT.device).long()]
+        extra_H1 = bias_HW.new_full((self.num_heads, 1), EXTRA_LOGIT)
+        # Before token n lie n tokens, and zeros at the distances n + 1 to W.
+        logits_HN = torch.cat([extra_H1, bias_HW.flip(1)], dim=1).logcumsumexp(1).flip(1)
+        return bias_HW, F.embedding(clock_BT.clamp(max=self.window), logits_HN.T)
+
+    def attend(self, q_BTHK, k_BTHK, v_BTHV, sequence, state):
+        """Any number of tokens, dense or packed, after what the state holds."""
+        bias_HW, logits_BTH = self.biases(sequence.clock, accumulator_dtype(q_BTHK))
+        logits_BTH = logits_BTH.expand(*q_BTHK.shape[:2], -1)
+        documents, past = {"cu_seqlens": sequence.cu_seqlens}, None
+        if state.keys_BWHK is not None:
+            past = Past(sequence, state.keys_BWHK, self.window)
+            documents = {"cu_seqlens": past.cu_seqlens, "first_key": past.first_key}
+            k_BTHK = past.put_before(k_BTHK, state.keys_BWHK)
+            v_BTHV = past.put_before(v_BTHV, state.values_BWHV)
+            q_BTHK, logits_BTH = past.pick(q_BTHK), past.pick(logits_BTH)
+        y_BTHV = windowed_attention(
+            q_BTHK,
+            k_BTHK,
+            v_BTHV,
+            self.window,
+            scale=1.0,
+            delay=1,
+            distance_bias=bias_HW,
+            sink_logits=logits_BTH,
+            **documents,
+        )
+        return y_BTHV if past is None else past.drop(y_BTHV)
+
+    def attend_step(self, q_BTHK, k_BTHK, v_BTHV, sequence, state):
+        """One token per row: looks at the slots of the tokens before it, in any order."""
+        clock_B1 = sequence.clock.expand(q_BTHK.shape[0], 1)
+        bias_HW, logits_BTH = self.biases(clock_B1, accumulator_dtype(q_BTHK))
+        num_slots = state.keys_BWHK.shape[1]
+        slots_W = torch.arange(num_slots, device=clock_B1.device)
+        distance_BW = (clock_B1 - 1 - slots_W) % num_slots
+        visible_BW = (distance_BW < self.window) & (distance_BW < clock_B1)
+        bias_HBW = bias_HW[:, distance_BW.clamp(max=self.window - 1)]
+        y_BTHV = attention_step(
+            q_BTHK,
+            state.keys_BWHK,
+            state.values_BWHV,
+            visible_BW,
+            scale=1.0,
+            sink_logits=logits_BTH,
+            slot_bias=bias_HBW.transpose(0, 1),
+        )
+        if torch.is_grad_enabled():
+            # A token does not see itself: a gradient of zero for what it writes.
+            y_BTHV = y_BTHV + 0 * (k_BTHK + v_BTHV)
+        return y_BTHV
+
+    def keep(self, k_BTHK, v_BTHV, sequence, state):
+        """Brings keys and values of the state up to date."""
+        spec = self.state_specs()["keys_BWHK"]
+        is_step = k_BTHK.shape[1] == 1 and sequence.cu_seqlens is None
+        for name, x_BTHK in (("keys_BWHK", k_BTHK), ("values_BWHV", v_BTHV)):
+            held_BWHK, x_BTHK = getattr(state, name), x_BTHK.to(spec.dtype)
+            if is_step:
+                clock_B = sequence.clock[:, 0].expand(x_BTHK.shape[0])
+                if held_BWHK is None:
+                    held_BWHK = x_BTHK.new_zeros(x_BTHK.shape[0], *spec.shape)
+                held_BWHK = write_slot(
+                    held_BWHK,
+                    x_BTHK[:, 0],
+                    clock_B % spec.shape[0],
+                    sequence.keep,
+                    state.may_overwrite,
+                )
+            else:
+                spans = row_spans(sequence)
+                numbers_BW = ring_positions(spans.after, spec.shape[0])
+                held_BWHK = gather_ring(x_BTHK, held_BWHK, numbers_BW, spans)
+            setattr(state, name, held_BWHK)
+
+    def look_by_document(self, q_BTHK, rk_NMHK, rv_NMHV, sequence):
+        """Tokens look at the states of their document, of which this pass has one window."""
+        if sequence.cu_seqlens is None:
+            return look(q_BTHK, rk_NMHK, rv_NMHV)
+        grid = SegmentGrid(sequence, self.window, is_fresh=False)
+        return grid.join(look(grid.queries(q_BTHK), rk_NMHK, rv_NMHV))

@@ -1,0 +1,367 @@
+"""Softmax attention as a mixer: rotated queries and keys, a window or all tokens, sinks.
+
+The mathematics is that of `zoo/models/sliding_window.py`, whose mixer this is; hybrids have it in
+some of their layers. It runs through transformers' attention interface: "banded" (ours, the
+default, linear in the length where there is a window), "eager" (the definition), "sdpa",
+"flex_attention" and the flash attentions.
+"""
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AttentionInterface
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..core.base import ZooPreTrainedModel
+from ..core.state import GrowingStateLayer, SlidingStateLayer, StateSpec, dtype_of
+from ..core.window import (
+    Past,
+    document_spans,
+    first_positions,
+    gather_ring,
+    gather_tokens,
+    ring_positions,
+    row_spans,
+    write_slot,
+)
+from ..kernels.windowed_attention import (
+    Sinks,
+    attention_step,
+    visible_keys,
+    windowed_attention,
+    windowed_attention_reference,
+)
+from .positions import rotate
+
+OUR_IMPLEMENTATIONS = ("banded", "eager")
+
+
+def softmax_layer_type(window):
+    """The `layer_types` entry of a layer with such a window: which cache holds its state."""
+    return (GrowingStateLayer if window is None else SlidingStateLayer)._layer_type
+
+
+def check_key_value_heads(config):
+    """Raises a ValueError if heads of keys and values cannot be shared evenly."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if groups < 1 or heads % groups:
+        raise ValueError(
+            f"num_attention_heads is a multiple of num_key_value_heads, got {heads} and {groups}."
+        )
+
+
+def check_window(window):
+    """Raises a ValueError for a window without tokens."""
+    if window is not None and window < 1:
+        raise ValueError(
+            f"sliding_window counts the current token and is at least 1, got {window}; None is "
+            "full attention."
+        )
+
+
+def banded_attention_forward(module, query, key, value, attention_mask=None, **settings):
+    """The default: blocks of queries against their band of keys, linear in the length."""
+    return _in_our_layout(windowed_attention, query, key, value, attention_mask, **settings)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask=None, **settings):
+    """The definition, with all scores and a mask."""
+    return _in_our_layout(
+        windowed_attention_reference, query, key, value, attention_mask, **settings
+    )
+
+
+AttentionInterface.register("banded", banded_attention_forward)
+
+
+def _in_our_layout(
+    operator,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    cu_seqlens=None,
+    first_key=None,
+    sinks=None,
+    s_aux=None,
+    **settings,
+):
+    if attention_mask is not None:
+        raise ValueError(
+            "this attention takes documents, not a mask; attn_implementation='banded' is for the "
+            "softmax layers of the zoo alone."
+        )
+    q_BTHK, k_BSHK, v_BSHV = (x.transpose(1, 2) for x in (query, key, value))
+    o_BTHV = operator(
+        q_BTHK,
+        k_BSHK,
+        v_BSHV,
+        sliding_window,
+        scale=scaling,
+        cu_seqlens=cu_seqlens,
+        first_key=first_key,
+        sinks=sinks,
+        sink_logits=s_aux,
+    )
+    return o_BTHV, None
+
+
+def check_implementation(name, num_sinks, has_sink_logits):
+    """Raises a ValueError if an attention implementation cannot compute sinks of these kinds."""
+    if name in OUR_IMPLEMENTATIONS:
+        return
+    if num_sinks:
+        raise ValueError(
+            f"attn_implementation={name!r} cannot turn a query a second time, as "
+            f"num_sink_tokens = {num_sinks} needs; use 'banded' or 'eager'."
+        )
+    if has_sink_logits and name != "flex_attention":
+        raise ValueError(
+            f"attn_implementation={name!r} has no logits without a value (learnable_sinks); "
+            "use 'banded', 'eager' or, on a GPU, 'flex_attention'."
+        )
+
+
+def mask_arguments(name, q_BTHK, k_BSHK, window, cu_seqlens=None, first_key=None, visible_BS=None):
+    """Which keys are visible, in the terms of one of transformers' attention functions.
+
+    Args:
+        name: of the implementation.
+        q_BTHK: queries.
+        k_BSHK: keys.
+        window: W or None.
+        cu_seqlens, first_key: as of `windowed_attention`.
+        visible_BS: instead of all these, for one query per row, bool.
+
+    Returns:
+        Its keyword arguments.
+    """
+    length, num_keys, device = q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.device
+    if name.startswith("flash"):
+        if visible_BS is not None:
+            return {"attention_mask": visible_BS.long()}
+        arguments = {"attention_mask": None, "sliding_window": window}
+        if first_key is not None:
+            keys_S = torch.arange(num_keys, device=device)
+            arguments["attention_mask"] = (keys_S >= first_key[:, None]).long()
+        if cu_seqlens is not None:
+            bounds, longest = cu_seqlens.int(), int(cu_seqlens.diff().max())
+            for side in "qk":
+                arguments |= {f"cu_seq_lens_{side}": bounds, f"max_length_{side}": longest}
+        return arguments
+    if visible_BS is not None:
+        visible_BTS = visible_BS[:, None]
+    else:
+        documents = {"cu_seqlens": cu_seqlens, "first_key": first_key}
+        visible_BTS = visible_keys(length, num_keys, window, **documents, device=device)
+    if name == "flex_attention":
+        visible_BTS = visible_BTS.expand(len(q_BTHK), -1, -1)
+        sizes = len(q_BTHK), None, length, num_keys
+        mask = create_block_mask(lambda b, h, i, j: visible_BTS[b, i, j], *sizes, device=device)
+        return {"attention_mask": mask}
+    is_plain = visible_BS is None and cu_seqlens is None and first_key is None
+    if is_plain and length == num_keys <= (window or num_keys):
+        return {"attention_mask": None}  # causal, which they are by themselves, and faster
+    return {"attention_mask": visible_BTS[:, None]}
+
+
+def longer(held_BSHK, more, like_BTHK, spec):
+    """A state with that many more slots, of zeros; held None: with these alone."""
+    shape = len(like_BTHK), more, *like_BTHK.shape[2:]
+    zeros_BSHK = like_BTHK.new_zeros(shape, dtype=spec.dtype)
+    return zeros_BSHK if held_BSHK is None else torch.cat([held_BSHK, zeros_BSHK], dim=1)
+
+
+class SoftmaxAttention(nn.Module):
+    """Softmax attention with RoPE over a window, or all tokens, and sinks if there are any.
+
+    Args:
+        config: with hidden_size, num_attention_heads, num_key_value_heads, head_dim,
+            sliding_window (None: all tokens), initializer_range.
+        layer_idx: of the layer.
+        num_sinks: first tokens of a document that stay visible.
+        has_sink_logits: a logit per head in the softmax that stands for no token.
+        bias: in the linear layers.
+    """
+
+    is_causal = True
+
+    def __init__(self, config, layer_idx, num_sinks=0, has_sink_logits=False, bias=False):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.window, self.num_sinks = config.sliding_window, num_sinks
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.num_groups = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_groups
+        width = config.hidden_size
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_groups * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_groups * self.head_dim, bias=bias)
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+        self.sink_logits = None
+        if has_sink_logits:
+            self.sink_logits = nn.Parameter(torch.empty(self.num_heads))
+
+    def init_weights_of_paper(self):
+        """Sink logits as gpt-oss; matrices as transformers does for any linear layer."""
+        if self.sink_logits is not None:
+            init.normal_(self.sink_logits, std=self.config.initializer_range)
+
+    def state_specs(self):
+        """Keys and values in a ring of W slots, or one per token, and those of S sinks.
+
+        In the dtype of the weights, which is that of a key before it is stored.
+        """
+        dtype = dtype_of(self.k_proj)
+        sizes = {"keys_BWHK": self.window, "values_BWHV": self.window}
+        if self.num_sinks:
+            sizes |= {"sink_keys_BSHK": self.num_sinks, "sink_values_BSHV": self.num_sinks}
+        shape = (self.num_groups, self.head_dim)
+        return {name: StateSpec((size, *shape), dtype=dtype) for name, size in sizes.items()}
+
+    def forward(self, x_BTD, sequence, state, rotation, sink_rotation=None):
+        """Mixes a sequence [B, T, D]; returns it with the state after it."""
+        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, self.head_dim))
+        k_BTHK = self.k_proj(x_BTD).unflatten(-1, (self.num_groups, self.head_dim))
+        v_BTHV = self.v_proj(x_BTD).unflatten(-1, (self.num_groups, self.head_dim))
+        sink_q_BTHK = None if sink_rotation is None else rotate(q_BTHK, *sink_rotation)
+        q_BTHK, k_BTHK = rotate(q_BTHK, *rotation), rotate(k_BTHK, *rotation)
+        is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
+        run = self.run_step if is_step else self.run_pass
+        y_BTHV = run(q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state)
+        return self.out_proj(y_BTHV.flatten(2)), state
+
+    def run_step(self, q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state):
+        """One token per row: writes its slot, and looks at all that are filled, in any order."""
+        clock_B = sequence.clock[:, 0].expand(len(q_BTHK))
+        specs = self.state_specs()
+        new = {"keys": k_BTHK, "sink_keys": k_BTHK, "values": v_BTHV, "sink_values": v_BTHV}
+        for name, spec in specs.items():
+            x_BTHK, slot_B, is_written_B = new[name.rpartition("_")[0]], clock_B, sequence.keep
+            held_BSHK, may_overwrite = getattr(state, name), state.may_overwrite
+            if self.window is None:
+                held_BSHK = longer(held_BSHK, 1, x_BTHK, spec)
+            elif held_BSHK is None:
+                held_BSHK = x_BTHK.new_zeros(len(clock_B), *spec.shape, dtype=spec.dtype)
+            if name.startswith("sink"):
+                slot_B = clock_B.clamp(max=self.num_sinks - 1)
+                is_sink_B = clock_B < self.num_sinks
+                is_written_B = is_sink_B if is_written_B is None else is_sink_B & is_written_B
+            else:
+                slot_B = clock_B if self.window is None else clock_B % self.window
+            held_BSHK = write_slot(held_BSHK, x_BTHK[:, 0], slot_B, is_written_B, may_overwrite)
+            setattr(state, name, held_BSHK)
+        keys_BWHK, values_BWHV = state.keys_BWHK, state.values_BWHV
+        slots_W = torch.arange(keys_BWHK.shape[1], device=clock_B.device)
+        sinks = None
+        if self.num_sinks:
+            sinks = state.sink_keys_BSHK, state.sink_values_BSHV
+            sinks = Sinks(sink_q_BTHK, *sinks, self.num_visible_sinks(clock_B[:, None]))
+        visible_BS = slots_W <= clock_B[:, None]
+        return self.attend(q_BTHK, keys_BWHK, values_BWHV, sinks, visible_BS=visible_BS)
+
+    def run_pass(self, q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state):
+        """Any number of tokens, dense or packed, after what the state holds."""
+        documents, sinks = {"cu_seqlens": sequence.cu_seqlens}, None
+        if self.num_sinks:
+            sinks = self.sinks_of_documents(k_BTHK, v_BTHV, sink_q_BTHK, sequence, state)
+        past, keys_BSHK, values_BSHV = None, k_BTHK, v_BTHV
+        if state.keys_BWHK is not None:
+            size = state.keys_BWHK.shape[1] if self.window is None else self.window - 1
+            past = Past(sequence, state.keys_BWHK, size)
+            documents = {"cu_seqlens": past.cu_seqlens, "first_key": past.first_key}
+            keys_BSHK = past.put_before(k_BTHK, state.keys_BWHK)
+            values_BSHV = past.put_before(v_BTHV, state.values_BWHV)
+            q_BTHK = past.pick(q_BTHK)
+            if sinks is not None:
+                sinks = sinks._replace(q=past.pick(sinks.q), count=past.pick(sinks.count))
+        y_BTHV = self.attend(q_BTHK, keys_BSHK, values_BSHV, sinks, **documents)
+        if state.is_kept:
+            self.keep(k_BTHK, v_BTHV, sequence, state)
+        return y_BTHV if past is None else past.drop(y_BTHV)
+
+    def keep(self, k_BTHK, v_BTHV, sequence, state):
+        """Brings the state up to date."""
+        spans, dtype = row_spans(sequence), self.state_specs()["keys_BWHK"].dtype
+        k_BTHK, v_BTHV = k_BTHK.to(dtype), v_BTHV.to(dtype)
+        if self.window is None:
+            self.make_room(k_BTHK, sequence, state)
+            positions_BW = first_positions(spans.after, state.keys_BWHK.shape[1])
+            gather = gather_tokens
+        else:
+            positions_BW, gather = ring_positions(spans.after, self.window), gather_ring
+        state.keys_BWHK = gather(k_BTHK, state.keys_BWHK, positions_BW, spans)
+        state.values_BWHV = gather(v_BTHV, state.values_BWHV, positions_BW, spans)
+        if self.num_sinks:
+            positions_BS = first_positions(spans.after, self.num_sinks)
+            held = state.sink_keys_BSHK, state.sink_values_BSHV
+            state.sink_keys_BSHK = gather_tokens(k_BTHK, held[0], positions_BS, spans)
+            state.sink_values_BSHV = gather_tokens(v_BTHV, held[1], positions_BS, spans)
+
+    def make_room(self, k_BTHK, sequence, state):
+        """Full attention: slots for all tokens of the longest row."""
+        held, specs = state.keys_BWHK, self.state_specs()
+        if sequence.cu_seqlens is None:
+            more = sequence.shape[1]
+        else:
+            longest = int(sequence.clock_after.max())
+            more = max(0, longest - (0 if held is None else held.shape[1]))
+        empty_BTHK = k_BTHK.new_zeros(sequence.shape[0], 0, *k_BTHK.shape[2:])
+        for name, spec in specs.items():
+            setattr(state, name, longer(getattr(state, name), more, empty_BTHK, spec))
+
+    def num_visible_sinks(self, clock_BT):
+        """How many sinks have left the window; those inside are seen there."""
+        return (clock_BT - self.window + 1).clamp(0, self.num_sinks)
+
+    def sinks_of_documents(self, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state):
+        """The `Sinks` of each document, from the state and from this pass."""
+        spans = document_spans(sequence)
+        positions_NS = first_positions(spans.after, self.num_sinks)
+        held = state.sink_keys_BSHK, state.sink_values_BSHV
+        if held[0] is not None and sequence.row_of_document is not None:
+            held = (x[sequence.row_of_document] for x in held)
+        k_NSHK, v_NSHV = (
+            gather_tokens(x, old, positions_NS, spans) for x, old in zip((k_BTHK, v_BTHV), held)
+        )
+        count_BT = self.num_visible_sinks(sequence.clock).expand(sink_q_BTHK.shape[:2])
+        return Sinks(sink_q_BTHK, k_NSHK, v_NSHV, count_BT)
+
+    def attend(self, q_BTHK, k_BSHK, v_BSHV, sinks=None, visible_BS=None, **documents):
+        """The attention itself, through the implementation that was asked for."""
+        name = self.config._attn_implementation
+        check_implementation(name, self.num_sinks, self.sink_logits is not None)
+        settings = {"scaling": self.head_dim**-0.5, "s_aux": self.sink_logits, "dropout": 0.0}
+        if name in OUR_IMPLEMENTATIONS and visible_BS is not None:
+            return attention_step(
+                q_BTHK, k_BSHK, v_BSHV, visible_BS, sinks=sinks, sink_logits=self.sink_logits
+            )
+        if name in OUR_IMPLEMENTATIONS:
+            settings |= documents | {"sinks": sinks, "sliding_window": self.window}
+            settings["attention_mask"] = None
+        else:
+            # A state may be wider than what autocast computes in.
+            k_BSHK, v_BSHV = k_BSHK.to(q_BTHK.dtype), v_BSHV.to(q_BTHK.dtype)
+            settings |= mask_arguments(
+                name, q_BTHK, k_BSHK, self.window, visible_BS=visible_BS, **documents
+            )
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        heads_first = (x.transpose(1, 2) for x in (q_BTHK, k_BSHK, v_BSHV))
+        return interface(self, *heads_first, **settings)[0]
+
+
+class SoftmaxPreTrainedModel(ZooPreTrainedModel):
+    """What a model with such layers tells transformers about them."""
+
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
+        """The implementation that was asked for; else banded."""
+        name = "banded" if requested_attention is None else requested_attention
+        return super().get_correct_attn_implementation(name, is_init_check)

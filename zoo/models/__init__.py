@@ -1,0 +1,1 @@
+"""One architecture, one file: its paper's equations, config, mixer and classes."""

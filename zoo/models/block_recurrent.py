@@ -1,0 +1,306 @@
+"""Block-Recurrent Transformer: sliding-window attention, and a layer whose state reads each window.
+
+Hutchins et al. 2022, https://arxiv.org/abs/2203.07852. It is defined here by the authors' code
+(google-research/meliad), which differs from the paper in places. Token n of a document, counted
+from 0, per head, with q and k of length 1 (x / sqrt(|x|^2 + 1e-6)) and a learned scale a:
+
+    s_d = |a| (q_n . k_{n-d} + b_d)    over the W tokens before it, d = 1 to W, without itself
+    o_n = sum_d exp(s_d) v_{n-d} / (exp(-1000) + sum_d exp(s_d))
+
+b is T5's bias by distance (Raffel et al. 2020, https://arxiv.org/abs/1910.10683), added before the
+scale. Tokens before the document have k = v = 0 and are not masked: their exp(|a| b_d) stays in the
+denominator. Blocks are pre-norm (RMSNorm, eps 1e-6) with a ReLU MLP; logits are divided by sqrt(D)
+and the output projection is the embedding.
+
+A recurrent layer (`recurrent_layers`) has M states s as well, learned ones before the first window.
+Windows are W tokens long and counted from a document's own start. All tokens of window w read the
+states from before it, with queries q2 of their own (of length 1, scale a2), and both results are
+projected together; zoo/layers/recurrent_cell.py then takes the keys and values of windows w - 1
+and w in:
+
+    y_n = W_o [o_n, softmax(|a2| q2_n . rk) rv],  rk, rv from s_w;   s_{w+1} = cell(s_w, k, v)
+
+With `feedback`, tokens of all other layers read the states of the last recurrent layer from before
+their window too, so that the stack runs window by window (1.35 to 1.4 times the time, they say).
+
+`num_states=0` is the baseline: Transformer-XL (Dai et al. 2019, https://arxiv.org/abs/1901.02860)
+with a sliding cache, "Slide" in the paper, whose gradients go into the window before.
+
+What we found (recipes/passkey.py as in zoo/models/infini.py; 1.2 million parameters, windows of 16
+and 16 states, scales and gates that learn ten times as fast as the rest): one seed of three finds
+all five digits two windows back and more in every document of 8 windows, as in training, in 84% of
+those of 16 and in 36% of those of 32; two had not learnt it in 1,000 steps (26 and 1% of 8).
+Without states it is 0% in each: what one window passes on to the next goes no further than two.
+
+Departures: the code has the logit of -1000 in the softmaxes over and of states too; it changes
+no digit below scales of 900. Its dropout and its other position encodings are left out. The gate
+"full" is in the code, but in no configuration of its authors. Its weights load through
+`zoo convert meliad`.
+"""
+
+from typing import ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import GenerationMixin
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..core.base import (
+    ZooBlock,
+    ZooConfig,
+    ZooForCausalLM,
+    ZooForSequenceClassification,
+    ZooModel,
+    ZooPreTrainedModel,
+    check_head_dim,
+)
+from ..core.segments import put_tokens, segment_passes, state_by_document, state_by_row, take_tokens
+from ..core.state import SlidingStateLayer, State
+from ..layers.block_attention import WindowAttention
+from ..layers.recurrent_cell import CONFIGURATIONS, GATES, truncated_
+
+_SMALL = {"sliding_window": 16, "num_states": 5, "recurrent_layers": [0]}
+
+
+@strict
+class BlockRecurrentConfig(ZooConfig):
+    """The mathematics of meliad's Block-Recurrent Transformer; defaults are those of its code.
+
+    Args:
+        intermediate_size: MLP width F; None: four times hidden_size.
+        head_dim: width of a head; None: hidden_size / num_attention_heads.
+        sliding_window: W, how many tokens before its own a token sees, and the length of a window
+            of the recurrence.
+        num_states: M, state vectors of a recurrent layer; 0: none, a Transformer-XL.
+        recurrent_layers: which layers have states, counted from 0, or from the top if negative;
+            None: the third from the top (of fewer layers the first).
+        gate: of a state: bias (the paper's fixed gate), full or lstm.
+        configuration: of the states' side: skip (no MLP), dual (a gate after attention and one
+            after the MLP) or single (the MLP alone, and its gate).
+        feedback: whether all other layers read the states too.
+        num_buckets: of distances in the bias.
+        max_distance: from which on distances share the last bucket.
+        rms_norm_eps: epsilon of the norms.
+    """
+
+    model_type = "zoo_block_recurrent"
+    layer_type = SlidingStateLayer._layer_type
+    variants: ClassVar[dict[str, dict]] = {
+        "default": _SMALL,
+        "bias-dual": _SMALL | {"configuration": "dual"},
+        "bias-single": _SMALL | {"configuration": "single"},
+        "full-dual": _SMALL | {"gate": "full", "configuration": "dual"},
+        "lstm-skip": _SMALL | {"gate": "lstm"},
+        "lstm-dual": _SMALL
+        | {"gate": "lstm", "configuration": "dual", "sliding_window": 13, "head_dim": 10},
+        "lstm-single": _SMALL | {"gate": "lstm", "configuration": "single"},
+        "two-recurrent-layers": _SMALL | {"num_hidden_layers": 3, "recurrent_layers": [0, -1]},
+        "feedback": _SMALL | {"num_hidden_layers": 3, "recurrent_layers": [1], "feedback": True},
+        "transformer-xl": {"sliding_window": 16, "num_states": 0},
+    }
+
+    head_dim: int | None = None
+    sliding_window: int = 512
+    num_states: int = 512
+    recurrent_layers: list[int] | None = None
+    gate: str = "bias"
+    configuration: str = "skip"
+    feedback: bool = False
+    num_buckets: int = 32
+    max_distance: int = 128
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        layers = self.num_hidden_layers
+        if self.recurrent_layers is None:
+            self.recurrent_layers = [max(layers - 3, 0)] if self.num_states else []
+        self.recurrent_layers = [
+            i + layers if -layers <= i < 0 else i for i in self.recurrent_layers
+        ]
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks heads, window, states and gates."""
+        super().validate_architecture()
+        check_head_dim(self)
+        if self.sliding_window < 1:
+            raise ValueError(f"sliding_window is at least 1 token, got {self.sliding_window}.")
+        if self.num_states < 0:
+            raise ValueError(f"num_states is at least 0, got {self.num_states}.")
+        layers = self.recurrent_layers
+        if any(not 0 <= i < self.num_hidden_layers for i in layers) or len({*layers}) < len(layers):
+            raise ValueError(
+                f"recurrent_layers are different layers of {self.num_hidden_layers}, got {layers}."
+            )
+        if bool(self.num_states) != bool(layers):
+            raise ValueError(
+                "there are recurrent_layers where num_states is above 0, and none without states, "
+                f"got {layers} and num_states = {self.num_states}; leave recurrent_layers out to "
+                "have it filled in."
+            )
+        if self.feedback and not layers:
+            raise ValueError("feedback needs a recurrent layer, got num_states = 0.")
+        for name, known in (("gate", GATES), ("configuration", CONFIGURATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is one of {', '.join(known)}, got {getattr(self, name)!r}."
+                )
+        if self.num_buckets < 2 or self.max_distance <= self.num_buckets // 2:
+            raise ValueError(
+                "num_buckets is at least 2 and max_distance above half of it, got "
+                f"{self.num_buckets} and {self.max_distance}."
+            )
+
+
+class FeedForward(nn.Module):
+    """down(relu(up x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def init_weights_of_paper(self):
+        """The authors' matrices."""
+        for proj in (self.up_proj, self.down_proj):
+            truncated_(proj.weight, proj.in_features)
+
+    def forward(self, x_BTD):
+        """[B, T, D] to the same."""
+        return self.down_proj(self.up_proj(x_BTD).relu())
+
+
+class BlockRecurrentBlock(ZooBlock):
+    """A block of the Block-Recurrent Transformer, recurrent or not."""
+
+    mixer_class = WindowAttention
+    mlp_class = FeedForward
+
+
+class WindowBlock(ZooBlock):
+    """The same with feedback, where it is called once per window."""
+
+    mixer_class = WindowAttention
+    mlp_class = FeedForward
+
+
+class FinalNorm(nn.RMSNorm):
+    """RMSNorm by whose output, divided by sqrt(D), logits are of order one."""
+
+    def forward(self, x_BTD):
+        """[B, T, D] to the same."""
+        return super().forward(x_BTD) * x_BTD.shape[-1] ** -0.5
+
+
+class Joined(nn.Module):
+    """Passes on a `WindowBlock`'s output for a whole pass, to be recorded."""
+
+    def forward(self, before_BTD, after_BTD):
+        """What came out of the block; what went in is for whoever records it."""
+        return after_BTD
+
+
+class BlockRecurrentPreTrainedModel(ZooPreTrainedModel):
+    """Block-Recurrent config, layers and initialisation for transformers."""
+
+    config: BlockRecurrentConfig
+    _no_split_modules = ["BlockRecurrentBlock", "WindowBlock"]
+    # transformers keeps this by class, so it has to hold with and without feedback.
+    _can_record_outputs = {
+        "hidden_states": [
+            OutputRecorder(BlockRecurrentBlock, index=0),
+            OutputRecorder(Joined, index=0),
+        ]
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # Where it is not the embedding itself, the output projection begins like one.
+        if module is getattr(self, "lm_head", None):
+            init.normal_(module.weight)
+
+
+class BlockRecurrentModel(BlockRecurrentPreTrainedModel, ZooModel):
+    """The Block-Recurrent decoder."""
+
+    block_class = BlockRecurrentBlock
+
+    def __init__(self, config):
+        if config.feedback:
+            self.block_class = WindowBlock
+        super().__init__(config)
+        self.joined = Joined()
+
+    def build_norm(self, config):
+        """The norm after the last block."""
+        return FinalNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def init_weights_of_paper(self):
+        """Embeddings of variance 1."""
+        init.normal_(self.embed_tokens.weight)
+
+    def _run_blocks(self, *args, **kwargs):
+        run = self._run_windows if self.config.feedback else super()._run_blocks
+        return run(*args, **kwargs)
+
+    @capture_outputs
+    def _run_windows(self, x_BTD, sequence, cache, inputs, **kwargs):
+        """The stack window by window, for layers that read what the windows before left."""
+        self._check_checkpointing()
+        specs = [layer.state_specs() for layer in self.layers]
+        if cache is None:
+            rows = [State(dict.fromkeys(names), is_kept=False) for names in specs]
+        else:
+            rows = [layer.read(sequence, s) for layer, s in zip(cache.layers, specs)]
+        is_fresh = rows[0].keys_BWHK is None
+        passes = segment_passes(sequence, self.config.sliding_window, is_fresh)
+        states, outputs = [state_by_document(state, sequence) for state in rows], []
+        source = self.config.recurrent_layers[-1]
+        is_recorded = kwargs.get("output_hidden_states") or self.config.output_hidden_states
+        for index, (tokens, own) in enumerate(passes):
+            h_BTD = take_tokens(x_BTD, tokens)
+            read = self.layers[source].mixer.cell(own, states[source])
+            pieces = []
+            for number, layer in enumerate(self.layers):
+                states[number].is_kept = cache is not None or index + 1 < len(passes)
+                h_BTD, states[number] = layer(h_BTD, own, states[number], read=read)
+                pieces.append(h_BTD)
+            outputs.append(pieces if is_recorded else pieces[-1:])
+        places = [tokens for tokens, _ in passes]
+        for pieces in zip(*outputs):
+            x_BTD = self.joined(x_BTD, put_tokens(pieces, places, x_BTD.shape))
+        if cache is not None:
+            for number, (layer, state) in enumerate(zip(cache.layers, states)):
+                state = state_by_row(state, rows[number], sequence)
+                layer.write(sequence, specs[number], state, None if number else inputs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD))
+
+
+class BlockRecurrentForCausalLM(BlockRecurrentPreTrainedModel, ZooForCausalLM, GenerationMixin):
+    """A Block-Recurrent Transformer as a language model."""
+
+    model_class = BlockRecurrentModel
+
+    def visible_tokens(self, length):
+        """Of so many tokens, those the last one's logits depend on, [length] bool."""
+        reach = self.config.num_hidden_layers * self.config.sliding_window + 1
+        if self.config.num_states:  # all of them, through the states
+            reach = length
+        return torch.arange(length) >= length - reach
+
+
+class BlockRecurrentForSequenceClassification(
+    BlockRecurrentPreTrainedModel, ZooForSequenceClassification
+):
+    """A Block-Recurrent Transformer as a classifier."""
+
+    model_class = BlockRecurrentModel

@@ -1,0 +1,295 @@
+"""What the four versions of RWKV share: token shift, blocks of time mix and channel mix, decoder.
+
+A block is x + time_mix(norm(x)), then x + channel_mix(norm(x)); the norms are LayerNorms, and the
+embeddings have one more of their own. There is no positional information: both mixes look at the
+token before ("token shift"), and the recurrence knows the order. What comes before a document's
+first token is zero.
+
+Names follow the papers: r receptance, k key, v value, w decay, u bonus of the current token, g
+gate. `mix_*` multiplies the current token and 1 - mix_* the previous one (RWKV-4 and 5, `time_mix`
+in the authors' code); `mu_*` the other way round (RWKV-6 and 7, `time_maa` and `x_`).
+
+The initialisation is that of the authors' trainers (BlinkDL/RWKV-LM, RWKV-v4neo and RWKV-v5).
+Their schedules run over channels i of D and layers l of L; a model of one layer counts as the
+first of several.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..core.base import ZooConfig, ZooModel, ZooPreTrainedModel
+from ..core.state import StateSpec
+from ..kernels.linear_recurrence import accumulator_dtype
+
+
+@strict
+class RwkvConfig(ZooConfig):
+    """What the four versions have in common.
+
+    Args:
+        layer_norm_eps: epsilon of the LayerNorms.
+        embedding_norm: a LayerNorm on the embeddings (`ln0`). Checkpoints that the `rwkv` package
+            has prepared for inference have it in the embeddings already.
+    """
+
+    layer_norm_eps: float = 1e-5
+    embedding_norm: bool = True
+
+
+@strict
+class RwkvHeadsConfig(RwkvConfig):
+    """RWKV-5, 6 and 7: a state of one matrix per head.
+
+    Args:
+        key_size: width of r, k and the decay over all heads; None: hidden_size.
+        value_size: width of v and the gate over all heads; None: key_size.
+        head_size: channels of r and k in a head; None: key_size / num_attention_heads, or 64 (at
+            most key_size) if that is left out too.
+        num_attention_heads: None: key_size / head_size.
+        head_norm_eps: epsilon of the norm of a head. The authors' is 1e-5 * 8^2: their trainer
+            divides by 8 before a norm with 1e-5.
+    """
+
+    num_attention_heads: int | None = None
+    key_size: int | None = None
+    value_size: int | None = None
+    head_size: int | None = None
+    head_norm_eps: float = 64e-5
+
+    def __post_init__(self, **kwargs):
+        if self.key_size is None:
+            self.key_size = self.hidden_size
+        if self.value_size is None:
+            self.value_size = self.key_size
+        if self.head_size is None:
+            heads = self.num_attention_heads
+            default = min(64, self.key_size)
+            self.head_size = default if heads is None else self.key_size // max(heads, 1)
+        if self.num_attention_heads is None:
+            self.num_attention_heads = self.key_size // max(self.head_size, 1)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks that widths divide into heads."""
+        super().validate_architecture()
+        heads = self.num_attention_heads
+        if self.head_size < 1 or heads * self.head_size != self.key_size:
+            raise ValueError(
+                "key_size is a multiple of head_size, num_attention_heads times, "
+                f"got {self.key_size} with {heads} heads of {self.head_size}; leave out "
+                "num_attention_heads or head_size, or change the width."
+            )
+        if self.value_size < 1 or self.value_size % heads:
+            raise ValueError(
+                f"value_size is a multiple of num_attention_heads, got {self.value_size} with "
+                f"{heads} heads; change one of them."
+            )
+
+
+def token_shift(x_BTD, sequence, before_ND):
+    """The token before each token of its document.
+
+    Args:
+        x_BTD: a dense batch or a packed stream.
+        sequence: its `Sequence`.
+        before_ND: what came before each document's first token; None is zero.
+
+    Returns:
+        (the previous tokens [B, T, D], each document's last token [N, D] to go on from).
+    """
+    if torch.compiler.is_exporting():
+        # T - 1 may be 1, which a program that runs at any length must not know.
+        before_BD = torch.zeros_like(x_BTD[:, 0]) if before_ND is None else before_ND
+        before_BTD = torch.cat([before_BD[:, None].to(x_BTD.dtype), x_BTD], dim=1)
+        return before_BTD[:, : x_BTD.shape[1]], x_BTD[:, -1]
+    if sequence.cu_seqlens is None:
+        # Split, not sliced twice: the gradients of both parts come back in one piece.
+        all_but_last_BTD, last_B1D = x_BTD.split([x_BTD.shape[1] - 1, 1], dim=1)
+        before_B1D = torch.zeros_like(last_B1D) if before_ND is None else before_ND[:, None]
+        before_BTD = torch.cat([before_B1D.to(x_BTD.dtype), all_but_last_BTD], dim=1)
+        return before_BTD, last_B1D[:, 0]
+    starts_N, ends_N = sequence.cu_seqlens[:-1], sequence.cu_seqlens[1:]
+    if before_ND is None:
+        before_ND = x_BTD.new_zeros(len(starts_N), x_BTD.shape[-1])
+    before_BTD = torch.cat([x_BTD[:, :1], x_BTD[:, :-1]], dim=1)
+    before_BTD = before_BTD.index_copy(1, starts_N, before_ND.to(x_BTD.dtype)[None])
+    return before_BTD, x_BTD[0, ends_N - 1]
+
+
+class Mixer(nn.Module):
+    """A time mix or channel mix: something with a token shift and its state."""
+
+    shift_name: str
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+
+    def state_specs(self):
+        """The last token seen."""
+        return {self.shift_name: StateSpec((self.config.hidden_size,))}
+
+    def shift(self, x_BTD, sequence, state):
+        """`token_shift` from the state and into it."""
+        before_BTD, last_ND = token_shift(x_BTD, sequence, getattr(state, self.shift_name))
+        if state.is_kept:
+            # A copy: a view would keep all tokens of the pass in memory.
+            last_ND = last_ND.to(accumulator_dtype(last_ND))
+            setattr(state, self.shift_name, last_ND.clone(memory_format=torch.contiguous_format))
+        return before_BTD
+
+    def depth(self):
+        """How deep the layer lies: 0 for the first to 1 for the last."""
+        return self.layer_idx / max(self.config.num_hidden_layers - 1, 1)
+
+    def shift_schedule(self, power=1.0, depth_power=1):
+        """How much of the current token each channel takes [D].
+
+        (i / D)^(power (1 - l / L)^depth_power): in deep layers mostly the current token.
+        """
+        rest = 1 - self.layer_idx / self.config.num_hidden_layers
+        return unit_steps(self.config.hidden_size) ** (power * rest**depth_power)
+
+
+class TimeMix(Mixer):
+    """What the mixers have in common; see the versions' files."""
+
+    shift_name = "mixer_shift_ND"
+
+
+class ChannelMix(Mixer):
+    """The MLP of RWKV-4 and 5: squared ReLU, gated by a receptance."""
+
+    shift_name = "mlp_shift_ND"
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        width = config.hidden_size
+        self.mix_k = nn.Parameter(torch.empty(width))
+        self.mix_r = nn.Parameter(torch.empty(width))
+        self.k_proj = nn.Linear(width, config.intermediate_size, bias=False)
+        self.v_proj = nn.Linear(config.intermediate_size, width, bias=False)
+        self.r_proj = nn.Linear(width, width, bias=False)
+
+    def init_weights_of_paper(self):
+        """Nothing at first: the outputs are zero."""
+        init.copy_(self.mix_k, self.shift_schedule())
+        init.copy_(self.mix_r, self.shift_schedule())
+        orthogonal_(self.k_proj.weight)
+        init.zeros_(self.v_proj.weight)
+        init.zeros_(self.r_proj.weight)
+
+    def forward(self, x_BTD, sequence, state):
+        """Mixes each token with the one before and itself; returns it with the state after."""
+        before_BTD = self.shift(x_BTD, sequence, state)
+        k_BTF = self.k_proj(torch.lerp(before_BTD, x_BTD, self.mix_k)).relu().square()
+        r_BTD = self.r_proj(torch.lerp(before_BTD, x_BTD, self.mix_r)).sigmoid()
+        return r_BTD * self.v_proj(k_BTF), state
+
+
+class HeadNorm(nn.GroupNorm):
+    """The norm of a head: over its channels, with a weight and a bias for each channel."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config.num_attention_heads, config.value_size, eps=config.head_norm_eps)
+        self.loudness = ((layer_idx + 1) / config.num_hidden_layers) ** 0.7
+
+    def init_weights_of_paper(self):
+        """Deeper layers speak louder."""
+        init.constant_(self.weight, self.loudness)
+        init.zeros_(self.bias)
+
+    def forward(self, y_BTHV):
+        """[B, T, H, V] to the same, in the input's dtype, which may be wider than the weight's."""
+        size = y_BTHV.shape[-2:]
+        y_BTHV = nn.functional.layer_norm(y_BTHV, size[1:], eps=self.eps)
+        return y_BTHV * self.weight.view(size) + self.bias.view(size)
+
+
+def unit_steps(size, include_end=False):
+    """i / size for each i below it [size], or i / (size - 1), in float64."""
+    steps = torch.arange(size, dtype=torch.float64)
+    return steps / (max(size - 1, 1) if include_end else size)
+
+
+def orthogonal_(weight, gain=1.0):
+    """Fills a weight with a random (semi-)orthogonal matrix times `gain`."""
+    init.orthogonal_(weight, gain=gain)
+
+
+def init_decay_and_bonus_(mixer):
+    """The schedules of RWKV-5 and 6 over the channels of k: slow to fast decay, bonus to none."""
+    depth, steps_D = mixer.depth(), unit_steps(mixer.config.key_size, include_end=True)
+    decay_D = -6 + 5 * steps_D ** (0.7 + 1.3 * depth)
+    init.copy_(mixer.time_decay, decay_D.view(mixer.time_decay.shape))
+    zigzag_D = (torch.arange(len(steps_D)) + 1) % 3 - 1
+    bonus_D = depth * (1 - steps_D) + 0.1 * zigzag_D
+    init.copy_(mixer.bonus, bonus_D.view(mixer.bonus.shape))
+
+
+class RwkvBlock(GradientCheckpointingLayer):
+    """x + time_mix(norm(x)), then x + channel_mix(norm(x))."""
+
+    mixer_class: type[TimeMix]
+    mlp_class: type[Mixer] = ChannelMix
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = self.mixer_class(config, layer_idx)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = self.mlp_class(config, layer_idx)
+
+    def state_specs(self):
+        """The `StateSpec`s of both mixes by name."""
+        return self.mixer.state_specs() | self.mlp.state_specs()
+
+    def forward(self, x_BTD, sequence, state, *carried):
+        """Returns (x_BTD, state, what goes on to the next block); the state given stays as it is.
+
+        `carried` is what the block before passed on, and the mixer takes and returns.
+        """
+        normed_BTD = self.mixer_norm(x_BTD)
+        y_BTD, state, *carried = self.mixer(normed_BTD, sequence, state.copy(), *carried)
+        x_BTD = x_BTD + y_BTD
+        y_BTD, state = self.mlp(self.mlp_norm(x_BTD), sequence, state)
+        return x_BTD + y_BTD, state, *carried
+
+
+class RwkvPreTrainedModel(ZooPreTrainedModel):
+    """The initialisation of what lies outside the blocks."""
+
+    config: RwkvConfig
+    _can_record_outputs = {"hidden_states": RwkvBlock}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # Small embeddings, which their norm scales up again: they learn fast (RWKV-4, section 4).
+        if isinstance(module, nn.Embedding):
+            init.uniform_(module.weight, -1e-4, 1e-4)
+        elif module is getattr(self, "lm_head", None) and not self.config.tie_word_embeddings:
+            rows, columns = module.weight.shape
+            orthogonal_(module.weight, gain=0.5 * max(1.0, rows / columns) ** 0.5)
+
+
+class RwkvModel(RwkvPreTrainedModel, ZooModel):
+    """The decoder."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.embedding_norm:
+            self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.post_init()
+
+    def build_norm(self, config):
+        """The norm after the last block."""
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def embed(self, embeds_BTD, sequence):
+        """The norm on the embeddings."""
+        return self.embed_norm(embeds_BTD) if self.config.embedding_norm else embeds_BTD

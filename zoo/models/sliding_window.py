@@ -1,0 +1,198 @@
+"""Sliding-window attention: a Transformer that sees the last W tokens in each layer.
+
+Mistral 7B v0.1, Jiang et al. 2023, https://arxiv.org/abs/2310.06825. Per head, with q and k turned
+by RoPE (pairs (j, j + K/2), Su et al. 2021, https://arxiv.org/abs/2104.09864) and heads of keys
+and values shared by groups of query heads:
+
+    o_i = sum_j softmax_j(q_i^T k_j / sqrt(K)) v_j   over i - W < j <= i
+
+W keys including its own, as in transformers and in the authors' later code. The paper's wording
+(i - W to i) and the prefill of the authors' first code have W + 1, their decoding has W. Over L
+layers a token sees L (W - 1) + 1 tokens back. The state is what the paper calls a rolling buffer:
+keys (after RoPE) and values at slot position mod W. `sliding_window=None` is full attention, the
+usual Transformer, whose state grows with the text.
+
+Attention sinks (StreamingLLM, Xiao et al. 2023, https://arxiv.org/abs/2309.17453): the first
+`num_sink_tokens` S tokens of a document stay visible, with positions counted inside the cache. So a
+query at position p sees a sink at j from position min(p, S + W - 1). Keys in the window need only
+differences of positions, so they keep their own; for the sinks alone the query is turned a second
+time. That makes it a function of the text, the same in training and in generation. Sink logits
+(`learnable_sinks`) are those of gpt-oss: one per head, in the softmax's denominator only.
+
+Weights of Mistral load through `zoo convert hf-mistral` and `zoo convert mistral-consolidated`.
+"""
+
+from typing import ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationMixin
+
+from ..core.base import (
+    ZooBlock,
+    ZooConfig,
+    ZooForCausalLM,
+    ZooForSequenceClassification,
+    ZooModel,
+    check_activation,
+    check_head_dim,
+)
+from ..layers.mlp import GatedMLP
+from ..layers.positions import RotaryPositions, check_rope_parameters
+from ..layers.softmax_attention import (
+    SoftmaxAttention,
+    SoftmaxPreTrainedModel,
+    check_implementation,
+    check_key_value_heads,
+    check_window,
+    softmax_layer_type,
+)
+
+
+@strict
+class SlidingWindowConfig(ZooConfig):
+    """Mistral's mathematics. Defaults are those of Mistral 7B v0.1 but for its size.
+
+    Args:
+        intermediate_size: MLP width; None: 3.5 times hidden_size.
+        num_key_value_heads: heads of keys and values, each shared by a group of query heads; None:
+            num_attention_heads.
+        head_dim: width of a head; None: hidden_size / num_attention_heads.
+        hidden_act: activation of the MLP.
+        rms_norm_eps: epsilon of the norms.
+        initializer_range: standard deviation of matrices and embeddings at the start.
+        rope_parameters: transformers' description of RoPE: rope_theta and rope_type, one of
+            default, linear, dynamic, yarn, llama3 and longrope, with that one's own fields. For
+            dynamic and longrope, whose angles depend on the length of the text, a token takes those
+            of the text up to itself, as transformers does when it decodes token by token.
+        max_position_embeddings: the length a model was trained for, which dynamic starts from, and
+            others where rope_parameters does not say it. Else of no effect.
+        sliding_window: W, the tokens a layer sees, the current one included; None: all.
+        num_sink_tokens: S, first tokens of a document that stay visible.
+        learnable_sinks: a logit per head in the softmax that stands for no token.
+    """
+
+    model_type = "zoo_sliding_window"
+    variants: ClassVar[dict[str, dict]] = {
+        "default": {"sliding_window": 16, "num_key_value_heads": 2},
+        "sinks": {"sliding_window": 16, "num_key_value_heads": 2, "num_sink_tokens": 3},
+        "learnable-sinks": {"sliding_window": 16, "head_dim": 10, "learnable_sinks": True},
+        "full": {"sliding_window": None, "num_key_value_heads": 2},
+    }
+
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    rope_parameters: dict | None = None
+    max_position_embeddings: int | None = None
+    sliding_window: int | None = 4096
+    num_sink_tokens: int = 0
+    learnable_sinks: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 7 * self.hidden_size // 2
+        # transformers fills the rest of it in.
+        self.rope_parameters = dict(self.rope_parameters or {})
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_type(self):
+        """Of every layer: with a window, or without."""
+        return softmax_layer_type(self.sliding_window)
+
+    def validate_architecture(self):
+        """Checks heads, window and what the rotation needs to know."""
+        super().validate_architecture()
+        check_head_dim(self)
+        check_activation("hidden_act", self.hidden_act)
+        check_key_value_heads(self)
+        check_window(self.sliding_window)
+        if self.num_sink_tokens < 0 or (self.num_sink_tokens and self.sliding_window is None):
+            raise ValueError(
+                "num_sink_tokens is at least 0, and 0 without a sliding_window (where every token "
+                f"stays visible), got {self.num_sink_tokens}."
+            )
+        check_rope_parameters(self)
+
+
+class SlidingWindowAttention(SoftmaxAttention):
+    """Attention over a window and, if the config has them, sinks."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx, config.num_sink_tokens, config.learnable_sinks)
+
+
+class SlidingWindowBlock(ZooBlock):
+    """Mistral's block."""
+
+    mixer_class = SlidingWindowAttention
+    mlp_class = GatedMLP
+
+
+class SlidingWindowPreTrainedModel(SoftmaxPreTrainedModel):
+    """Mistral's config and layers for transformers."""
+
+    config: SlidingWindowConfig
+    _no_split_modules = ["SlidingWindowBlock"]
+    _can_record_outputs = {"hidden_states": SlidingWindowBlock}
+
+    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
+        """The implementation that was asked for, if it can compute these sinks; else banded."""
+        if requested_attention is not None:
+            config = self.config
+            check_implementation(
+                requested_attention, config.num_sink_tokens, config.learnable_sinks
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+
+class SlidingWindowModel(SlidingWindowPreTrainedModel, ZooModel):
+    """Mistral's decoder."""
+
+    block_class = SlidingWindowBlock
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rotation = RotaryPositions(config)
+        self.post_init()
+
+    def mixer_inputs(self, x_BTD, sequence):
+        """The rotation of each position, and that of a query for the sinks, the same in all layers.
+
+        A query's distance to a sink stops growing when the cache is full of S sinks and W others.
+        """
+        inputs = {"rotation": self.rotation(sequence.positions)}
+        if self.config.num_sink_tokens:
+            largest = self.config.num_sink_tokens + self.config.sliding_window - 1
+            excess_BT = (sequence.clock - largest).clamp(min=0)
+            inputs["sink_rotation"] = self.rotation(sequence.positions - excess_BT)
+        return inputs
+
+
+class SlidingWindowForCausalLM(SlidingWindowPreTrainedModel, ZooForCausalLM, GenerationMixin):
+    """A sliding-window Transformer as a language model."""
+
+    model_class = SlidingWindowModel
+
+    def visible_tokens(self, length):
+        """Of so many tokens, those the last one's logits depend on, [length] bool."""
+        config, tokens_T = self.config, torch.arange(length)
+        if config.sliding_window is None:
+            return tokens_T >= 0
+        reach = config.num_hidden_layers * (config.sliding_window - 1) + 1
+        return (tokens_T >= length - reach) | (tokens_T < config.num_sink_tokens)
+
+
+class SlidingWindowForSequenceClassification(
+    SlidingWindowPreTrainedModel, ZooForSequenceClassification
+):
+    """A sliding-window Transformer as a classifier."""
+
+    model_class = SlidingWindowModel
