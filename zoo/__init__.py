@@ -14,66 +14,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .models.block_recurrent import (
-    BlockRecurrentConfig,
-    BlockRecurrentForCausalLM,
-    BlockRecurrentForSequenceClassification,
-    BlockRecurrentModel,
-)
-from .models.infini import (
-    InfiniConfig,
-    InfiniForCausalLM,
-    InfiniForSequenceClassification,
-    InfiniModel,
-)
-from .models.lightning import (
-    LightningConfig,
-    LightningForCausalLM,
-    LightningForSequenceClassification,
-    LightningModel,
-)
-from .models.longnet import (
-    LongNetConfig,
-    LongNetForCausalLM,
-    LongNetForSequenceClassification,
-    LongNetModel,
-)
-from .models.retnet import (
-    RetNetConfig,
-    RetNetForCausalLM,
-    RetNetForSequenceClassification,
-    RetNetModel,
-)
-from .models.rwkv4 import (
-    RWKV4Config,
-    RWKV4ForCausalLM,
-    RWKV4ForSequenceClassification,
-    RWKV4Model,
-)
-from .models.rwkv5 import (
-    RWKV5Config,
-    RWKV5ForCausalLM,
-    RWKV5ForSequenceClassification,
-    RWKV5Model,
-)
-from .models.rwkv6 import (
-    RWKV6Config,
-    RWKV6ForCausalLM,
-    RWKV6ForSequenceClassification,
-    RWKV6Model,
-)
-from .models.rwkv7 import (
-    RWKV7Config,
-    RWKV7ForCausalLM,
-    RWKV7ForSequenceClassification,
-    RWKV7Model,
-)
-from .models.sliding_window import (
-    SlidingWindowConfig,
-    SlidingWindowForCausalLM,
-    SlidingWindowForSequenceClassification,
-    SlidingWindowModel,
-)
+# The contents: what each file's `__all__` names is here, and the architecture in MODELS.
+from .models.retnet import *  # Sun et al. 2023: a retention, which forgets at fixed rates
+from .models.rwkv4 import *  # Peng et al. 2023: RWKV-4, a decay and a bonus per channel
+from .models.rwkv5 import *  # Peng et al. 2024: Eagle, states that are matrices
+from .models.rwkv6 import *  # Peng et al. 2024: Finch, decays that depend on the text
+from .models.rwkv7 import *  # Peng et al. 2025: Goose, a generalised delta rule
+from .models.lightning import *  # Qin et al. 2024: Lightning Attention-2, hybrids
+from .models.infini import *  # Munkhdalai et al. 2024: a compressive memory of past segments
+from .models.sliding_window import *  # Jiang et al. 2023: Mistral 7B; attention sinks
+from .models.block_recurrent import *  # Hutchins et al. 2022: a cell that reads windows
+from .models.longnet import *  # Ding et al. 2023: dilated attention
 
 __version__ = "0.1.0"
 
@@ -88,84 +39,24 @@ class Architecture(NamedTuple):
     sequence_classifier: type[PreTrainedModel]
 
 
-MODELS = {
-    architecture.name: architecture
-    for architecture in (
-        Architecture(
-            "retnet",
-            RetNetConfig,
-            RetNetModel,
-            RetNetForCausalLM,
-            RetNetForSequenceClassification,
-        ),
-        Architecture(
-            "rwkv4",
-            RWKV4Config,
-            RWKV4Model,
-            RWKV4ForCausalLM,
-            RWKV4ForSequenceClassification,
-        ),
-        Architecture(
-            "rwkv5",
-            RWKV5Config,
-            RWKV5Model,
-            RWKV5ForCausalLM,
-            RWKV5ForSequenceClassification,
-        ),
-        Architecture(
-            "rwkv6",
-            RWKV6Config,
-            RWKV6Model,
-            RWKV6ForCausalLM,
-            RWKV6ForSequenceClassification,
-        ),
-        Architecture(
-            "rwkv7",
-            RWKV7Config,
-            RWKV7Model,
-            RWKV7ForCausalLM,
-            RWKV7ForSequenceClassification,
-        ),
-        Architecture(
-            "lightning",
-            LightningConfig,
-            LightningModel,
-            LightningForCausalLM,
-            LightningForSequenceClassification,
-        ),
-        Architecture(
-            "infini",
-            InfiniConfig,
-            InfiniModel,
-            InfiniForCausalLM,
-            InfiniForSequenceClassification,
-        ),
-        Architecture(
-            "sliding_window",
-            SlidingWindowConfig,
-            SlidingWindowModel,
-            SlidingWindowForCausalLM,
-            SlidingWindowForSequenceClassification,
-        ),
-        Architecture(
-            "block_recurrent",
-            BlockRecurrentConfig,
-            BlockRecurrentModel,
-            BlockRecurrentForCausalLM,
-            BlockRecurrentForSequenceClassification,
-        ),
-        Architecture(
-            "longnet",
-            LongNetConfig,
-            LongNetModel,
-            LongNetForCausalLM,
-            LongNetForSequenceClassification,
-        ),
-    )
-}
+def _architectures():
+    """What the contents name: a config, and the classes whose names begin like its own."""
+    for config in tuple(globals().values()):
+        name = getattr(config, "model_type", "")
+        if name.startswith("zoo_"):
+            stem = config.__name__.removesuffix("Config")
+            parts = ("Model", "ForCausalLM", "ForSequenceClassification")
+            classes = [globals()[stem + part] for part in parts]
+            yield Architecture(name.removeprefix("zoo_"), config, *classes)
 
-for _name, _config, _model, _causal_lm, _sequence_classifier in MODELS.values():
+
+MODELS: dict[str, Architecture] = {x.name: x for x in _architectures()}
+__all__ = ["MODELS", "Architecture", "__version__"]
+
+for _name, *_classes in MODELS.values():
+    _config, _model, _causal_lm, _sequence_classifier = _classes
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
     AutoModelForCausalLM.register(_config, _causal_lm)
     AutoModelForSequenceClassification.register(_config, _sequence_classifier)
+    __all__ += [x.__name__ for x in _classes]

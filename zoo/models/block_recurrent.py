@@ -304,3 +304,11 @@ class BlockRecurrentForSequenceClassification(
     """A Block-Recurrent Transformer as a classifier."""
 
     model_class = BlockRecurrentModel
+
+
+__all__ = [
+    "BlockRecurrentConfig",
+    "BlockRecurrentModel",
+    "BlockRecurrentForCausalLM",
+    "BlockRecurrentForSequenceClassification",
+]

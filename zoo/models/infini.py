@@ -545,3 +545,6 @@ class InfiniForSequenceClassification(InfiniPreTrainedModel, ZooForSequenceClass
     """Infini-Transformer as a classifier."""
 
     model_class = InfiniModel
+
+
+__all__ = ["InfiniConfig", "InfiniModel", "InfiniForCausalLM", "InfiniForSequenceClassification"]

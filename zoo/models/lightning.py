@@ -461,3 +461,11 @@ class LightningForSequenceClassification(LightningPreTrainedModel, ZooForSequenc
     """TransNormerLLM as a classifier."""
 
     model_class = LightningModel
+
+
+__all__ = [
+    "LightningConfig",
+    "LightningModel",
+    "LightningForCausalLM",
+    "LightningForSequenceClassification",
+]

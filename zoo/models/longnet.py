@@ -436,3 +436,11 @@ class LongNetForSequenceClassification(LongNetPreTrainedModel, ZooForSequenceCla
     """LongNet as a classifier."""
 
     model_class = LongNetModel
+
+
+__all__ = [
+    "LongNetConfig",
+    "LongNetModel",
+    "LongNetForCausalLM",
+    "LongNetForSequenceClassification",
+]

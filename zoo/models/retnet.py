@@ -387,3 +387,6 @@ class RetNetForSequenceClassification(RetNetPreTrainedModel, ZooForSequenceClass
     """RetNet as a classifier."""
 
     model_class = RetNetModel
+
+
+__all__ = ["RetNetConfig", "RetNetModel", "RetNetForCausalLM", "RetNetForSequenceClassification"]

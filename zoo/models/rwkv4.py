@@ -182,3 +182,6 @@ class RWKV4ForSequenceClassification(RWKV4PreTrainedModel, ZooForSequenceClassif
     """RWKV-4 as a classifier."""
 
     model_class = RWKV4Model
+
+
+__all__ = ["RWKV4Config", "RWKV4Model", "RWKV4ForCausalLM", "RWKV4ForSequenceClassification"]

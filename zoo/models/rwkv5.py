@@ -158,3 +158,6 @@ class RWKV5ForSequenceClassification(RWKV5PreTrainedModel, ZooForSequenceClassif
     """RWKV-5 as a classifier."""
 
     model_class = RWKV5Model
+
+
+__all__ = ["RWKV5Config", "RWKV5Model", "RWKV5ForCausalLM", "RWKV5ForSequenceClassification"]

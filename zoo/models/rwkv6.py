@@ -223,3 +223,6 @@ class RWKV6ForSequenceClassification(RWKV6PreTrainedModel, ZooForSequenceClassif
     """RWKV-6 as a classifier."""
 
     model_class = RWKV6Model
+
+
+__all__ = ["RWKV6Config", "RWKV6Model", "RWKV6ForCausalLM", "RWKV6ForSequenceClassification"]

@@ -293,3 +293,6 @@ class RWKV7ForSequenceClassification(RWKV7PreTrainedModel, ZooForSequenceClassif
     """RWKV-7 as a classifier."""
 
     model_class = RWKV7Model
+
+
+__all__ = ["RWKV7Config", "RWKV7Model", "RWKV7ForCausalLM", "RWKV7ForSequenceClassification"]

@@ -196,3 +196,11 @@ class SlidingWindowForSequenceClassification(
     """A sliding-window Transformer as a classifier."""
 
     model_class = SlidingWindowModel
+
+
+__all__ = [
+    "SlidingWindowConfig",
+    "SlidingWindowModel",
+    "SlidingWindowForCausalLM",
+    "SlidingWindowForSequenceClassification",
+]
