@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .delta_recurrence_sizes import CHUNK_LENGTH, MAX_KERNEL_DIM
 from .linear_recurrence import (
     _walk_dense,
     _walk_packed,
@@ -37,12 +38,6 @@ from .linear_recurrence import (
     check_arguments,
     choose_backend,
 )
-
-# Positions per chunk, a power of two. The work per token inside a chunk grows as C (K + V), that of
-# the loop over chunks as K K V / C; for heads of 64 this is the fastest of 16, 32 and 64.
-CHUNK_LENGTH = 32
-# The widest heads of the Triton kernels: they keep a row of the state in registers.
-MAX_KERNEL_DIM = 512
 
 
 def delta_recurrence(

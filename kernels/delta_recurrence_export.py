@@ -6,7 +6,7 @@ Gradients are autograd's, so nothing is done in place.
 
 import torch
 
-from .delta_recurrence import CHUNK_LENGTH
+from .delta_recurrence_sizes import CHUNK_LENGTH
 from .export_scan import chunk_length, from_chunks, into_chunks, joined, scan, without_autocast
 from .linear_recurrence import accumulator_dtype
 

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .delta_recurrence import MAX_KERNEL_DIM
+from .delta_recurrence_sizes import MAX_KERNEL_DIM
 from .delta_recurrence_walk_triton import backward as walk_backward
 from .delta_recurrence_walk_triton import forward as walk_forward
 from .delta_recurrence_walk_triton import load_decay

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .delta_recurrence import MAX_KERNEL_DIM
+from .delta_recurrence_sizes import MAX_KERNEL_DIM
 from .launch_triton import launch, num_processors, padded, rounded
 from .operator_triton import nothing
 from .segments_triton import overridden, segment_bounds

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 
+from .dilated_branches import branches_of
 from .linear_recurrence import accumulator_dtype, check_boundaries, choose_backend
 
 OFFSETS = ("grouped", "modulo")
@@ -35,33 +36,6 @@ NO_WEIGHT = -1e30
 BLOCK = 512
 # With more documents than these, ragged segments are filled up, so that they share calls.
 MANY_DOCUMENTS = 8
-
-
-class Branch(NamedTuple):
-    """One (w, r), and where its slots lie among those of all branches.
-
-    Attributes:
-        length: w, tokens of a segment.
-        rate: r.
-        first: its first slot.
-        count: ceil(w / r), its slots.
-    """
-
-    length: int
-    rate: int
-    first: int
-    count: int
-
-    def offsets(self, num_heads, kind, device):
-        """The offset of each head, [H]."""
-        heads_H = torch.arange(num_heads, device=device)
-        if kind == "modulo":
-            return heads_H % self.rate
-        return heads_H // self.group_size(num_heads)
-
-    def group_size(self, num_heads):
-        """How many heads share an offset, at most."""
-        return -(-num_heads // self.rate)
 
 
 class Held(NamedTuple):
@@ -78,24 +52,6 @@ class Held(NamedTuple):
     values: torch.Tensor
     count: torch.Tensor
     row: torch.Tensor | None = None
-
-
-def branches_of(segment_lengths, dilation_rates):
-    """The `Branch`es.
-
-    Raises:
-        ValueError: not as many of one as of the other, none, or any below 1.
-    """
-    lengths, rates = list(segment_lengths), list(dilation_rates)
-    if not lengths or len(lengths) != len(rates) or min(*lengths, *rates) < 1:
-        raise ValueError(
-            "segment_lengths and dilation_rates have one positive entry per branch each, got "
-            f"{lengths} and {rates}."
-        )
-    counts = [-(-w // r) for w, r in zip(lengths, rates)]
-    return [
-        Branch(w, r, sum(counts[:i]), counts[i]) for i, (w, r) in enumerate(zip(lengths, rates))
-    ]
 
 
 def dilated_attention(

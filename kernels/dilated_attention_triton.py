@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dilated_attention import branches_of
+from .dilated_branches import branches_of
 from .launch_triton import (
     LOG2E,
     Config,
