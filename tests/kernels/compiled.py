@@ -21,6 +21,7 @@ import triton
 from triton.compiler import ASTSource
 
 from zoo.kernels.bench import resources, sass
+from zoo.kernels.bench.aot import compiling, devices, reading
 
 FILE = Path(__file__).with_suffix(".json")
 # Of so many known compilations one is done again.
@@ -30,9 +31,9 @@ SAMPLED = 80
 @functools.cache
 def readers():
     """What compiles a kernel and turns machine code into figures, as text."""
-    r = resources
-    parts = r.compile_job, r.read_amd, r.read_sass, r.read_loads, r.occupancy, sass
-    return "".join(map(inspect.getsource, parts)) + repr(r.DEVICES)
+    parts = compiling.compile_job, reading.read_amd, reading.read_sass, reading.read_loads
+    parts += devices.occupancy, sass
+    return "".join(map(inspect.getsource, parts)) + repr(devices.DEVICES)
 
 
 def key_of(job):

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from zoo.kernels.bench import run
+from zoo.kernels.bench.gpu import checking, tables, timing, workloads
+from zoo.kernels.bench.gpu.cases import CASES
 from zoo.kernels.delta_recurrence import delta_recurrence_reference
 from zoo.kernels.linear_recurrence import linear_recurrence_reference
 from zoo.kernels.wkv4 import wkv4_reference
 
-CPU = run.Cpu()
+CPU = timing.Cpu()
 
 
 def tiny(name):
-    return run.CASES[name].make(CPU.device, True)
+    return CASES[name].make(CPU.device, True)
 
 
 def smoke(path, *arguments):
@@ -26,10 +28,10 @@ def smoke(path, *arguments):
 
 
 def test_every_case_runs_and_only_where_asked(tmp_path):
-    before = {path.name: path.read_bytes() for path in run.RESULTS.iterdir()}
+    before = {path.name: path.read_bytes() for path in tables.RESULTS.iterdir()}
     results = smoke(tmp_path / "all.json")
-    assert list(results) == list(run.CASES)
-    for name, case in run.CASES.items():
+    assert list(results) == list(CASES)
+    for name, case in CASES.items():
         assert "failed" not in results[name], results[name]
         for mode in case.modes:
             figures = results[name][mode]["by"]["ours"]
@@ -41,7 +43,7 @@ def test_every_case_runs_and_only_where_asked(tmp_path):
             gradients = len(figures["errors"]) - 1
             assert gradients == (len(tiny(name).learned) if mode == "training" else 0)
             assert results[name][mode].get("target") == case.targets.get(mode)
-    assert {path.name: path.read_bytes() for path in run.RESULTS.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tables.RESULTS.iterdir()} == before
 
 
 def test_results_of_other_cases_are_kept(tmp_path, monkeypatch):
@@ -84,16 +86,16 @@ def test_what_is_wrong_is_not_timed(contender, reason):
     workload = tiny("retention (8, 1024, 8, 64)")
     right = {"ours": workload.contenders["ours"]}
     workload = workload._replace(contenders=right | {"fla": contender})
-    by = run.measure(CPU, workload, "training", (1e9, 1e9), 0)["by"]
+    by = timing.measure(CPU, workload, "training", (1e9, 1e9), 0)["by"]
     assert by["fla"]["failed"] == reason
     assert "ms" not in by["fla"] and "ratio" not in by["fla"]
     assert by["ours"]["ms"] > 0
     # And alone: no figure, no crash.
     alone = workload._replace(contenders={"ours": contender})
-    assert run.measure(CPU, alone, "training", (1e9, 1e9), 0)["by"]["ours"]["failed"] == reason
+    assert timing.measure(CPU, alone, "training", (1e9, 1e9), 0)["by"]["ours"]["failed"] == reason
 
 
-class Fragile(run.Cpu):
+class Fragile(timing.Cpu):
     """A device that nothing runs on after the first error of a contender."""
 
     is_lost = False
@@ -116,8 +118,8 @@ def test_ends_where_the_device_is_lost(tunes, tmp_path, monkeypatch, capsys):
         workload = tiny("retention (8, 1024, 8, 64)")
         return workload._replace(contenders={"ours": breaks})
 
-    first, second, third = list(run.CASES)[:3]
-    cases = {name: run.CASES[name] for name in (first, second, third)}
+    first, second, third = list(CASES)[:3]
+    cases = {name: CASES[name] for name in (first, second, third)}
     cases[second] = cases[second]._replace(make=broken)
     if tunes:
         run.tune(device, float("inf"), {name: cases[name] for name in (second, third)}, True)
@@ -150,16 +152,16 @@ def test_compiles_in_children_first(tmp_path, monkeypatch):
             waits.append("killed")
 
     monkeypatch.setattr(run.subprocess, "Popen", Child)
-    run.compile_first(run.CASES, 3, ["--device", "cuda"], 7)
+    run.compile_first(CASES, 3, ["--device", "cuda"], 7)
     shares = [json.loads(command[-1]) for command in commands]
-    assert sorted(name for share in shares for name in share) == sorted(run.CASES)
+    assert sorted(name for share in shares for name in share) == sorted(CASES)
     assert all(command[2:-1] == ["--device", "cuda", "--compile"] for command in commands)
     assert 0 < waits[0] <= 7 and waits[1:3] == ["killed", None] and len(waits) == 5
 
     ran = []
     monkeypatch.setattr(run, "check_and_warm_up", lambda device, x, mode: ran.append(mode))
     run.main(["--device", "cpu", "--smoke", "--output", "x", "--compile", json.dumps(shares[0])])
-    assert ran == [mode for name in shares[0] for mode in run.CASES[name].modes]
+    assert ran == [mode for name in shares[0] for mode in CASES[name].modes]
 
 
 def test_a_child_compiles(tmp_path):
@@ -214,14 +216,14 @@ def stand_in(module, name):
 
 def test_fla_gets_the_same_function(monkeypatch):
     """Through its own arguments, which are not ours."""
-    monkeypatch.setattr(run, "fla_function", stand_in)
-    for name, case in run.CASES.items():
+    monkeypatch.setattr(workloads, "fla_function", stand_in)
+    for name, case in CASES.items():
         workload = tiny(name)
         sides = [side for side in workload.contenders if side.startswith("fla")]
         # fla has no dilated attention.
         assert bool(sides) != name.startswith("LongNet"), name
         for side in sides:
-            errors = run.errors(workload, case.modes[-1], workload.contenders[side])
+            errors = checking.errors(workload, case.modes[-1], workload.contenders[side])
             assert all(error < 1e-4 for error in errors.values()), (name, side, errors)
 
 
@@ -277,11 +279,12 @@ def test_a_gpu_table():
         "first call": {"ours": {"seconds": 3.25}, "fla": {"failed": "not done after 60 s"}},
     }
     record = {"device": "GPU", "versions": {"torch": "2"}, "results": {"some case": entry}}
-    table = run.gpu_table(record | {"copy_tb_per_s": 4.3, "matmul_tflops": 790.0})
+    table = tables.gpu_table(record | {"copy_tb_per_s": 4.3, "matmul_tflops": 790.0})
     row = "| some case | training | 1.5 | 50% | 0.004 | 50.0 | 7.0 | 3.0 | 2.0 | 2.0 |  |"
     assert row in table.splitlines()
     assert "ours: 3.25 s" in table and "fla: not done after 60 s" in table
-    assert any("ours is 2.0x as fast" in x for x in run.lines_of("c", {"training": by_known(by)}))
+    lines = tables.lines_of("c", {"training": by_known(by)})
+    assert any("ours is 2.0x as fast" in line for line in lines)
 
 
 def by_known(by):
@@ -295,9 +298,9 @@ def by_known(by):
 
 def test_the_readme_has_the_results():
     """If not: python kernels/bench/run.py --table"""
-    text = run.README.read_text()
-    assert run.with_tables(text) == text
-    assert run.PLOT.read_text() == run.plot()
+    text = tables.README.read_text()
+    assert tables.with_tables(text) == text
+    assert tables.PLOT.read_text() == tables.plot()
 
 
 @pytest.mark.parametrize(

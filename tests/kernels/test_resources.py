@@ -19,7 +19,10 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.bench import resources
-from zoo.kernels.bench.resources import Allowed, Case, Complaint, empty
+from zoo.kernels.bench.aot import allowed, checks, compiling, devices
+from zoo.kernels.bench.aot.allowed import Allowed
+from zoo.kernels.bench.aot.cases import Case, empty
+from zoo.kernels.bench.aot.checks import Complaint
 from zoo.kernels.launch_triton import Launch, launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,9 +100,9 @@ def compile_the_kernels_above():
     """In the child process: prints what `results` returns, as JSON."""
     found = {}
     for name, (make, target, _) in COMPILED.items():
-        job = resources.specialise(make(), target, is_wide=True)
-        figures = resources.compile_job(job)
-        complaints = resources.check_figures(job, figures)
+        job = compiling.specialise(make(), target, is_wide=True)
+        figures = compiling.compile_job(job)
+        complaints = checks.check_figures(job, figures)
         found[name] = {
             "figures": figures,
             "complaints": [[c.check, c.kernel, c.target, str(c)] for c in complaints],
@@ -124,7 +127,7 @@ def compare_with_triton():
         for name, choices in (values | {"x": [x, x[:, 1:], x.int(), x.long()]}).items():
             for value in choices:
                 arguments = products().arguments | {name: value}
-                job = resources.specialise(Launch(product, (1,), arguments, 4, 3), target, True)
+                job = compiling.specialise(Launch(product, (1,), arguments, 4, 3), target, True)
                 kind, key = native_specialize_impl(backend, value, False, True, True)
                 position = product.arg_names.index(name)
                 ours = dict(job.signature)[name], dict(job.attributes).get(position, ())
@@ -137,11 +140,11 @@ def compare_with_triton():
 
 def what_is_kept():
     """Of changes to a compilation those that leave its key alone, and what compiled.json does."""
-    job = resources.specialise(products(), "sm_90", True)
+    job = compiling.specialise(products(), "sm_90", True)
     key = compiled.key_of(job)
     changes = [{"chunk": 32}, {"stride": 65}, {"dtype": torch.float16}, {"num_warps": 8}]
-    jobs = [resources.specialise(products(**change), "sm_90", True) for change in changes]
-    jobs.append(resources.specialise(products(), "sm_80", True))
+    jobs = [compiling.specialise(products(**change), "sm_90", True) for change in changes]
+    jobs.append(compiling.specialise(products(), "sm_80", True))
     unseen = [str(x) for x in jobs if compiled.key_of(x) == key]
     source = product.src
     product._unsafe_update_src(source.replace("tl.trans(bx), by", "tl.trans(by), bx"))
@@ -187,7 +190,7 @@ def test_each_check_can_fail(name, results):
     for check, kernel, on, text in complaints:
         assert on == target
         assert f"{target} {kernel} [" in text
-        assert check in resources.REMEDIES
+        assert check in checks.REMEDIES
 
 
 def test_figures_of_a_clean_kernel(results):
@@ -216,29 +219,29 @@ def test_what_changed_is_compiled_again(results):
 
 
 def test_occupancy_below_the_table():
-    job = resources.Job("m:kernel", "sm_90", (), (("C", 64),), (), 4, 2, True)
+    job = compiling.Job("m:kernel", "sm_90", (), (("C", 64),), (), 4, 2, True)
     figures = {
         "registers": 255,
         "stack": 0,
         "spilled": 0,
         "shared": 100_000,
         "bfloat16_dots": 0,
-        "programs": resources.occupancy("sm_90", {"registers": 255, "shared": 100_000}, 4),
+        "programs": devices.occupancy("sm_90", {"registers": 255, "shared": 100_000}, 4),
     }
     assert figures["programs"] == 2
-    assert resources.check_figures(job, figures, {"programs": 2}) == []
+    assert checks.check_figures(job, figures, {"programs": 2}) == []
     # The table has another version of Triton's, or lacks the kernel: nothing to compare with.
-    assert resources.check_figures(job, figures, None) == []
-    (complaint,) = resources.check_figures(job, figures, {"programs": 3})
+    assert checks.check_figures(job, figures, None) == []
+    (complaint,) = checks.check_figures(job, figures, {"programs": 3})
     assert complaint.check == "occupancy"
     assert "expected 3" in str(complaint) and "C=64" in str(complaint)
 
 
 def test_products_without_tensor_cores():
-    job = resources.Job("m:kernel", "gfx942", (), (), (), 4, 2, False)
+    job = compiling.Job("m:kernel", "gfx942", (), (), (), 4, 2, False)
     figures = {"registers": 8, "stack": 0, "spilled": 0, "shared": 0, "programs": 8}
     figures |= {"bfloat16_dots": 2, "tensor_core": 0}
-    (complaint,) = resources.check_figures(job, figures)
+    (complaint,) = checks.check_figures(job, figures)
     assert complaint.check == "tensor core"
 
 
@@ -257,7 +260,7 @@ def test_bytes_and_launches_of_a_call():
     for count, stored, expected in ((1, 1, set()), (1, 0, {"launches"}), (2, 2, {"bytes"})):
         case = some_call(count)
         launches = resources.collect({"call": case}, ["sm_90"])["call", "sm_90"]
-        figures, complaints = resources.check_call(
+        figures, complaints = checks.check_call(
             "call", "sm_90", case, launches, {"launches": stored}
         )
         assert figures == {"launches": count, "bytes": 36.0 * count}
@@ -265,13 +268,13 @@ def test_bytes_and_launches_of_a_call():
 
 
 def test_every_head_size_needs_one_good_configuration():
-    jobs = [resources.Job("m:kernel", "gfx942", (), (("C", c),), (), 4, 2, True) for c in (32, 64)]
+    jobs = [compiling.Job("m:kernel", "gfx942", (), (("C", c),), (), 4, 2, True) for c in (32, 64)]
     # A word or two on the stack is the assembler's choice, not a lack of registers.
     good = {"stack": 16, "spilled": 2, "shared": 65536}
     spills, large, broken = good | {"stack": 24}, good | {"shared": 65537}, {"error": "no"}
     for bad in (spills, large, broken):
-        assert not resources.check_head_sizes([("128", jobs[0], bad), ("128", jobs[1], good)])
-        (complaint,) = resources.check_head_sizes([("128", jobs[0], bad), ("64", jobs[1], good)])
+        assert not checks.check_head_sizes([("128", jobs[0], bad), ("128", jobs[1], good)])
+        (complaint,) = checks.check_head_sizes([("128", jobs[0], bad), ("64", jobs[1], good)])
         assert complaint[:4] == ("head size", "m.kernel", "gfx942", "128")
 
 
@@ -280,15 +283,15 @@ def test_accepted_complaints():
     spill = Complaint("spill", "scan", "sm_80", "fp32 K=128 warps=4", "")
     other = spill._replace(target="sm_90")
     entry = Allowed("spill", "scan", "sm_80", "K=128", "float32 is rare on an A100.")
-    assert resources.excuse([spill, other], [entry], True) == ([other], [(spill, entry.reason)])
-    assert resources.excuse([spill], [entry._replace(target="")], True)[0] == []
+    assert allowed.excuse([spill, other], [entry], True) == ([other], [(spill, entry.reason)])
+    assert allowed.excuse([spill], [entry._replace(target="")], True)[0] == []
     for changed in ({"kernel": "step"}, {"where": "K=64"}, {"check": "loads"}):
-        standing, excused = resources.excuse([spill], [entry._replace(**changed)], True)
+        standing, excused = allowed.excuse([spill], [entry._replace(**changed)], True)
         assert excused == []
         assert [c.check for c in standing] == ["spill", "allowed"]
-    assert resources.excuse([], [entry], is_complete=False) == ([], [])
+    assert allowed.excuse([], [entry], is_complete=False) == ([], [])
     size = spill._replace(check="head size")
-    assert resources.excuse([size], [entry._replace(check="head size")], False) == ([size], [])
+    assert allowed.excuse([size], [entry._replace(check="head size")], False) == ([size], [])
 
 
 def test_the_table_is_written_a_line_each(tmp_path, monkeypatch):
