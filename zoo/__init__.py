@@ -20,6 +20,7 @@ from .models.rwkv4 import *  # Peng et al. 2023: RWKV-4, a decay and a bonus per
 from .models.rwkv5 import *  # Peng et al. 2024: Eagle, states that are matrices
 from .models.rwkv6 import *  # Peng et al. 2024: Finch, decays that depend on the text
 from .models.rwkv7 import *  # Peng et al. 2025: Goose, a generalised delta rule
+from .models.gated_deltanet import *  # Yang et al. 2024: a gate and the delta rule
 from .models.lightning import *  # Qin et al. 2024: Lightning Attention-2, hybrids
 from .models.infini import *  # Munkhdalai et al. 2024: a compressive memory of past segments
 from .models.sliding_window import *  # Jiang et al. 2023: Mistral 7B; attention sinks

@@ -2,19 +2,29 @@
 
 Patterns are fnmatch's. Values are a tuple (mean, standard deviation, distribution), with the
 distribution "normal", "truncated" (a normal one cut off at two of its deviations), "uniform" or
-"constant"; a list of numbers, one by one; or `Orthogonal`.
+"constant"; a list of numbers, one by one; `Orthogonal`; or `Of`, of what a function makes of them.
 
 Written from the papers and their code, not from ours.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
+
+import torch.nn.functional as F
 
 
 class Orthogonal(NamedTuple):
     """A matrix whose rows or columns, whichever are fewer, are orthogonal and of length `gain`."""
 
     gain: float
+
+
+class Of(NamedTuple):
+    """Values of which `function` has the statistics."""
+
+    function: Callable
+    statistics: tuple[float, float, str]
 
 
 ZERO = (0.0, 0.0, "constant")
@@ -263,6 +273,24 @@ def sliding_window(config):
     return table
 
 
+def between(low, high):
+    """Uniform between two numbers."""
+    return (low + high) / 2, (high - low) / 12**0.5, "uniform"
+
+
+def gated_deltanet(config):
+    """flash-linear-attention's GatedDeltaNet; its A as in Qwen3-Next, which leaves out 0."""
+    normal = (0.0, config.initializer_range, "normal")
+    table = dict.fromkeys(("*_proj.weight", "model.embed_tokens.weight", "lm_head.weight"), normal)
+    log_steps = between(math.log(0.001), math.log(0.1))
+    return table | {
+        "*.mixer.convolution.weight": normal,
+        "*norm.weight": ONE,
+        "*.mixer.log_a": Of(lambda x: x.exp(), between(0.01, 16)),
+        "*.mixer.dt_bias": Of(lambda x: F.softplus(x).log(), log_steps),
+    }
+
+
 def infini(config):
     """transformers' Llama and Gemma; the gates as in Beomi's code."""
     normal = (0.0, config.initializer_range, "normal")
@@ -364,6 +392,7 @@ TABLES = {
     "rwkv5": rwkv5,
     "rwkv6": rwkv6,
     "rwkv7": rwkv7,
+    "gated_deltanet": gated_deltanet,
     "lightning": lightning,
     "sliding_window": sliding_window,
     "infini": infini,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .compare import NAMES, gradients, loss_of
-from .paper_initialization import Orthogonal
+from .paper_initialization import Of, Orthogonal
 from .points_library import aligned
 from .points_sequence import PIECES, cut
 from .report import NotApplicable
@@ -217,6 +217,8 @@ def _statistics(subject, checks, fresh):
             checks.below(f"{pattern}: orthogonal, gain {values.gain:.4g}", error, 1e-5)
             continue
         x = torch.cat([weight.detach().flatten() for weight in weights]).double()
+        if isinstance(values, Of):
+            x, values = values.function(x), values.statistics
         if isinstance(values, list):
             expected = torch.tensor(values, dtype=torch.float64)
             error = (x - expected).abs().max().item() if len(x) == len(expected) else math.inf

@@ -1,0 +1,91 @@
+"""A causal convolution over the last few tokens, each channel by itself.
+
+Mixers whose recurrence has no positions of its own look at the tokens before with it (Fu et al.
+2023, https://arxiv.org/abs/2212.14052; Gu and Dao 2023, https://arxiv.org/abs/2312.00752):
+
+    y_t = sum_j weight_j x_{t - (size - 1) + j},  j from 0 to size - 1, per channel
+
+Nothing comes before a document's first token. The state is the last size - 1 inputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from ..core.state import StateSpec
+from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.windowed_attention import document_of_token
+
+
+class ShortConvolution(nn.Module):
+    """The convolution of the module docstring.
+
+    Args:
+        channels: D, of input and output.
+        size: tokens that an output sees, its own included; at least 2.
+        initializer_range: standard deviation of the weight at the start.
+    """
+
+    def __init__(self, channels, size, initializer_range):
+        super().__init__()
+        self.initializer_range = initializer_range
+        self.weight = nn.Parameter(torch.empty(channels, 1, size))
+
+    def init_weights_of_paper(self):
+        """As any other matrix."""
+        init.normal_(self.weight, std=self.initializer_range)
+
+    def state_spec(self):
+        """The last inputs [size - 1, D] of a sequence."""
+        channels, _, size = self.weight.shape
+        return StateSpec((size - 1, channels))
+
+    def forward(self, x_BTD, sequence, before_NWD, is_kept):
+        """Convolves a dense batch or a packed stream.
+
+        Args:
+            x_BTD: the inputs.
+            sequence: their `Sequence`.
+            before_NWD: the inputs before each document, [N, size - 1, D]; None: zeros.
+            is_kept: whether anybody will read the state afterwards.
+
+        Returns:
+            (outputs [B, T, D], the last inputs [N, size - 1, D]; None unless `is_kept`).
+        """
+        if sequence.cu_seqlens is None:
+            y_BTD, last_NWD = self._convolve(x_BTD, before_NWD)
+        else:
+            y_BTD, last_NWD = self._convolve_packed(x_BTD, sequence.cu_seqlens, before_NWD)
+        if not is_kept:
+            return y_BTD, None
+        # A copy: a view would keep all tokens of the pass in memory.
+        last_NWD = last_NWD.to(accumulator_dtype(last_NWD))
+        return y_BTD, last_NWD.clone(memory_format=torch.contiguous_format)
+
+    def _convolve(self, x_BTD, before_NWD):
+        batch, time, channels = x_BTD.shape
+        if before_NWD is None:
+            before_NWD = x_BTD.new_zeros(batch, self.weight.shape[-1] - 1, channels)
+        x_BLD = torch.cat([before_NWD.to(x_BTD.dtype), x_BTD], dim=1)
+        y_BDT = F.conv1d(x_BLD.transpose(1, 2), self.weight, groups=channels)
+        return y_BDT.transpose(1, 2), x_BLD[:, time:]
+
+    def _convolve_packed(self, x_1TD, cu_seqlens, before_NWD):
+        """Lays what came before each document into the stream, and leaves its outputs out again."""
+        time, channels = x_1TD.shape[1:]
+        documents, width = len(cu_seqlens) - 1, self.weight.shape[-1] - 1
+        if before_NWD is None:
+            before_NWD = x_1TD.new_zeros(documents, width, channels)
+        place_T = torch.arange(time, device=x_1TD.device)
+        place_T = place_T + width * (document_of_token(cu_seqlens, time) + 1)
+        window_W = torch.arange(width, device=x_1TD.device)
+        gaps_N = width * torch.arange(documents, device=x_1TD.device)
+        before_L = ((cu_seqlens[:-1] + gaps_N)[:, None] + window_W).flatten()
+        last_NW = (cu_seqlens[1:] + gaps_N)[:, None] + window_W
+
+        x_LD = x_1TD.new_zeros(time + documents * width, channels)
+        x_LD = x_LD.index_copy(0, place_T, x_1TD[0])
+        x_LD = x_LD.index_copy(0, before_L, before_NWD.to(x_1TD.dtype).flatten(0, 1))
+        y_DL = F.conv1d(x_LD.T, self.weight, groups=channels)
+        return y_DL.T[place_T - width][None], x_LD[last_NW]
