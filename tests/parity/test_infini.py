@@ -13,7 +13,8 @@ from ways import WAYS, gradients, run, worst
 from zoo import InfiniConfig, InfiniForCausalLM
 from zoo.hub.convert import FORMATS, convert
 from zoo.hub.convert.format import Weights
-from zoo.models.infini import InfiniAttention, read_memory, update_of
+from zoo.layers.compressive_memory import read_memory, update_of
+from zoo.models.infini import InfiniAttention
 
 SMALL = {
     "vocab_size": 61,

@@ -114,6 +114,27 @@ def write_slot(held_BSHK, new_BHK, slot_B, is_written_B, may_overwrite):
     return held_BSHK
 
 
+def ring_after(x_BTHK, held_BSHK, spec, sequence, may_overwrite):
+    """A ring of the last tokens after a pass or a single step, [B, S, H, K].
+
+    Args:
+        x_BTHK: the tokens of the pass.
+        held_BSHK: the ring before it; None: there was none.
+        spec: its `StateSpec`.
+        sequence: the `Sequence` of the pass.
+        may_overwrite: whether a step may write into the ring itself.
+    """
+    size, x_BTHK = spec.shape[0], x_BTHK.to(spec.dtype)
+    if x_BTHK.shape[1] > 1 or sequence.cu_seqlens is not None:
+        spans = row_spans(sequence)
+        return gather_ring(x_BTHK, held_BSHK, ring_positions(spans.after, size), spans)
+    batch = x_BTHK.shape[0]
+    slot_B = sequence.clock[:, 0].expand(batch) % size
+    if held_BSHK is None:
+        held_BSHK = x_BTHK.new_zeros(batch, *spec.shape)
+    return write_slot(held_BSHK, x_BTHK[:, 0], slot_B, sequence.keep, may_overwrite)
+
+
 class Past:
     """The last tokens that a state holds, to be put before those of a pass.
 

@@ -16,7 +16,7 @@ from transformers import initialization as init
 from ..core.base import Constant
 from ..core.segments import SegmentGrid
 from ..core.state import StateSpec, dtype_of
-from ..core.window import Past, gather_ring, ring_positions, row_spans, write_slot
+from ..core.window import Past, ring_after
 from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.windowed_attention import attention_step, windowed_attention
 from .recurrent_cell import RecurrentCell, look, scaled, truncated_, unit_heads
@@ -184,25 +184,10 @@ class WindowAttention(nn.Module):
 
     def keep(self, k_BTHK, v_BTHV, sequence, state):
         """Brings keys and values of the state up to date."""
-        spec = self.state_specs()["keys_BWHK"]
-        is_step = k_BTHK.shape[1] == 1 and sequence.cu_seqlens is None
+        specs, may_overwrite = self.state_specs(), state.may_overwrite
         for name, x_BTHK in (("keys_BWHK", k_BTHK), ("values_BWHV", v_BTHV)):
-            held_BWHK, x_BTHK = getattr(state, name), x_BTHK.to(spec.dtype)
-            if is_step:
-                clock_B = sequence.clock[:, 0].expand(x_BTHK.shape[0])
-                if held_BWHK is None:
-                    held_BWHK = x_BTHK.new_zeros(x_BTHK.shape[0], *spec.shape)
-                held_BWHK = write_slot(
-                    held_BWHK,
-                    x_BTHK[:, 0],
-                    clock_B % spec.shape[0],
-                    sequence.keep,
-                    state.may_overwrite,
-                )
-            else:
-                spans = row_spans(sequence)
-                numbers_BW = ring_positions(spans.after, spec.shape[0])
-                held_BWHK = gather_ring(x_BTHK, held_BWHK, numbers_BW, spans)
+            held_BWHK = getattr(state, name)
+            held_BWHK = ring_after(x_BTHK, held_BWHK, specs[name], sequence, may_overwrite)
             setattr(state, name, held_BWHK)
 
     def look_by_document(self, q_BTHK, rk_NMHK, rv_NMHV, sequence):

@@ -42,6 +42,14 @@ def softmax_layer_type(window):
     return (GrowingStateLayer if window is None else SlidingStateLayer)._layer_type
 
 
+def fill_heads(config):
+    """Sets num_key_value_heads and head_dim, where they are None, to what follows from the rest."""
+    if config.num_key_value_heads is None:
+        config.num_key_value_heads = config.num_attention_heads
+    if config.head_dim is None and config.hidden_size % config.num_attention_heads == 0:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+
+
 def check_key_value_heads(config):
     """Raises a ValueError if heads of keys and values cannot be shared evenly."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
