@@ -150,6 +150,25 @@ def _is_above_0(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
+def check_positions(positions_BT, length):
+    """Raises a ValueError for positions that a table of learned ones does not have.
+
+    Args:
+        positions_BT: of the tokens.
+        length: rows of the table, a config's max_position_embeddings.
+    """
+    if torch.compiler.is_compiling():
+        return
+    fits = (positions_BT < length).all()
+    if positions_BT.device.type != "cpu":
+        torch._assert_async(fits)  # reading the value would stall the host
+    elif not fits:
+        raise ValueError(
+            f"learned positions end at max_position_embeddings = {length}, got position "
+            f"{int(positions_BT.max())}; shorten the text, or train with a larger table."
+        )
+
+
 def rotation_of(positions_BT, angle_K):
     """(cos, sin) of each position, [B, T, 1, K / 2].
 

@@ -24,38 +24,32 @@ per head at any length. Segments and distances count tokens, from each document'
 """
 
 import functools
-import math
 from typing import ClassVar, Literal
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin
-from transformers import initialization as init
-from transformers.activations import ACT2FN
 
 from ..core.base import (
     Constant,
-    ZooBlock,
     ZooConfig,
     ZooForCausalLM,
     ZooForSequenceClassification,
     ZooModel,
-    ZooPreTrainedModel,
     check_activation,
-    scale_,
 )
-from ..core.state import SlidingStateLayer, StateSpec, dtype_of
-from ..core.window import document_spans, row_spans
-from ..kernels.dilated_attention import (
-    Held,
-    branches_of,
-    dilated_attention,
-    dilated_attention_step,
-    hold,
-    write_slots,
+from ..core.state import SlidingStateLayer, dtype_of
+from ..kernels.dilated_branches import branches_of
+from ..layers.dilated_slots import DilatedSlots, tokens_behind
+from ..layers.positions import check_positions, rotate, rotation_of
+from ..layers.torchscale_block import (
+    FeedForward,
+    TorchscaleBlock,
+    TorchscalePreTrainedModel,
+    init_linear_,
+    rescale_,
 )
-from ..layers.positions import rotate, rotation_of
+from ..layers.xpos import xpos_angles, xpos_log_decay
 
 
 @strict
@@ -167,39 +161,6 @@ class LongNetConfig(ZooConfig):
             )
 
 
-def xpos_angles(config):
-    """Radians per token for each pair of channels, [K / 2] in float64."""
-    return 10000 ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-
-
-def xpos_zeta(config):
-    """zeta of each pair of channels, [K / 2] in float64."""
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
-    return (steps + 0.4 * config.head_dim) / (1.4 * config.head_dim)
-
-
-def xpos_log_decay(config):
-    """log of what a token of distance multiplies each channel of a score by, [K] in float64."""
-    return xpos_zeta(config).log().repeat_interleave(2) / config.xpos_scale_base
-
-
-def rescale_(config, linear):
-    """Initialisation of a value or output projection, biases too: Magneto's, or deepnorm's."""
-    layers = config.num_hidden_layers
-    factor = math.sqrt(math.log(2 * layers)) if config.sub_norm else 1.0
-    if config.deepnorm:
-        factor = (8 * layers) ** -0.25
-    for parameter in (linear.weight, linear.bias):
-        scale_(parameter, factor)
-
-
-def init_linear_(linear):
-    """PyTorch's default, as torchscale leaves it."""
-    bound = linear.in_features**-0.5
-    init.uniform_(linear.weight, -bound, bound)
-    init.uniform_(linear.bias, -bound, bound)
-
-
 class DilatedAttention(nn.Module):
     """Dilated attention with xPos, a norm over all heads, and the state to go on from."""
 
@@ -213,8 +174,7 @@ class DilatedAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         if config.sub_norm:
             self.inner_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.branches = config.segment_lengths, config.dilation_rates
-        self.settings = {"offsets": config.head_offsets}
+        self.slots = DilatedSlots(config)
         self.log_decay = None
         if config.xpos:
             self.log_decay = Constant(functools.partial(xpos_log_decay, config))
@@ -228,10 +188,7 @@ class DilatedAttention(nn.Module):
 
     def state_specs(self):
         """Keys and values of selected tokens, in the dtype of the weights."""
-        dtype, (heads, head_dim) = dtype_of(self.k_proj), self.head_shape
-        last = branches_of(*self.branches)[-1]
-        slots = StateSpec((heads, last.first + last.count, head_dim), dtype=dtype)
-        return {"keys_BHMK": slots, "values_BHMV": slots}
+        return self.slots.state_specs(dtype_of(self.k_proj))
 
     def forward(self, x_BTD, sequence, state, rotation=None):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
@@ -241,118 +198,39 @@ class DilatedAttention(nn.Module):
         )
         if rotation is not None:
             q_BTHK, k_BTHK = (rotate(x, *rotation, interleaved=True) for x in (q_BTHK, k_BTHK))
-        is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
-        run = self.run_step if is_step else self.run_pass
-        attention = self.settings | {"weight_gradient": self.config.branch_weight_gradient}
-        if self.log_decay is not None:
-            attention["log_decay"] = self.log_decay(x_BTD.device)
-        y_BTD = run(q_BTHK, k_BTHK, v_BTHV, sequence, state, attention).flatten(2)
+        y_BTHV = self.slots.attend(
+            q_BTHK,
+            k_BTHK,
+            v_BTHV,
+            sequence,
+            state,
+            dtype_of(self.k_proj),
+            log_decay=None if self.log_decay is None else self.log_decay(x_BTD.device),
+            weight_gradient=self.config.branch_weight_gradient,
+        )
+        y_BTD = y_BTHV.flatten(2)
         if self.config.sub_norm:
             y_BTD = self.inner_norm(y_BTD)
         return self.out_proj(y_BTD), state
 
-    def run_pass(self, q_BTHK, k_BTHK, v_BTHV, sequence, state, attention):
-        """Any number of tokens, dense or packed, after what the state holds."""
-        held = None
-        if state.keys_BHMK is not None:
-            slots = state.keys_BHMK, state.values_BHMV
-            count_N = document_spans(sequence).start
-            held = Held(*slots, count_N, sequence.row_of_document)
-        y_BTHV = dilated_attention(
-            q_BTHK,
-            k_BTHK,
-            v_BTHV,
-            *self.branches,
-            cu_seqlens=sequence.cu_seqlens,
-            held=held,
-            **attention,
-        )
-        if state.is_kept:
-            spans, dtype = row_spans(sequence), self.state_specs()["keys_BHMK"].dtype
-            for name, x_BTHK in (("keys_BHMK", k_BTHK), ("values_BHMV", v_BTHV)):
-                x_BTHK = x_BTHK if dtype is None else x_BTHK.to(dtype)
-                held, where = getattr(state, name), (spans.first, spans.start, spans.after)
-                slots = hold(x_BTHK, held, *self.branches, *where, **self.settings)
-                setattr(state, name, slots)
-        return y_BTHV
 
-    def run_step(self, q_BTHK, k_BTHK, v_BTHV, sequence, state, attention):
-        """One token per row: writes its slots, and looks at those it sees."""
-        clock_B = sequence.clock[:, 0].expand(q_BTHK.shape[0])
-        for name, x_BTHK in (("keys_BHMK", k_BTHK), ("values_BHMV", v_BTHV)):
-            slots, spec = getattr(state, name), self.state_specs()[name]
-            if slots is None:
-                slots = x_BTHK.new_zeros(clock_B.shape[0], *spec.shape, dtype=spec.dtype)
-            token = x_BTHK[:, 0], clock_B, *self.branches
-            how = {"is_written": sequence.keep, "may_overwrite": state.may_overwrite}
-            setattr(state, name, write_slots(slots, *token, **how, **self.settings))
-        slots = state.keys_BHMK, state.values_BHMV
-        return dilated_attention_step(q_BTHK, *slots, clock_B, *self.branches, **attention)
-
-
-class FeedForward(nn.Module):
-    """down(norm(act(up x))), the norm with sub_norm only."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, size = config, config.intermediate_size
-        self.up_proj = nn.Linear(config.hidden_size, size)
-        self.down_proj = nn.Linear(size, config.hidden_size)
-        self.act = ACT2FN[config.hidden_act]
-        if config.sub_norm:
-            self.inner_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-
-    def init_weights_of_paper(self):
-        """The authors' matrices and biases."""
-        for linear in (self.up_proj, self.down_proj):
-            init_linear_(linear)
-            rescale_(self.config, linear)
-
-    def forward(self, x_BTD):
-        """[B, T, D] to the same."""
-        h_BTF = self.act(self.up_proj(x_BTD))
-        return self.down_proj(self.inner_norm(h_BTF) if self.config.sub_norm else h_BTF)
-
-
-class LongNetBlock(ZooBlock):
-    """A block with torchscale's options: norms before or after, and deepnorm's residual scale."""
+class LongNetBlock(TorchscaleBlock):
+    """torchscale's block around dilated attention."""
 
     mixer_class = DilatedAttention
     mlp_class = FeedForward
-
-    def __init__(self, config, layer_idx):
-        super().__init__(config, layer_idx)
-        self.pre_norm = config.pre_norm
-        self.alpha = (2 * config.num_hidden_layers) ** 0.25 if config.deepnorm else 1.0
 
     def build_norm(self, config):
         """The norm before attention and MLP, or after."""
         return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x_BTD, sequence, state, **inputs):
-        """Returns (x_BTD, state); the state that came in is left as it was."""
-        y_BTD = self.mixer_norm(x_BTD) if self.pre_norm else x_BTD
-        y_BTD, state = self.mixer(y_BTD, sequence, state.copy(), **inputs)
-        x_BTD = self.alpha * x_BTD + y_BTD
-        if self.pre_norm:
-            return self.alpha * x_BTD + self.mlp(self.mlp_norm(x_BTD)), state
-        x_BTD = self.mixer_norm(x_BTD)
-        return self.mlp_norm(self.alpha * x_BTD + self.mlp(x_BTD)), state
 
-
-class LongNetPreTrainedModel(ZooPreTrainedModel):
+class LongNetPreTrainedModel(TorchscalePreTrainedModel):
     """LongNet's config, layers and initialisation for transformers."""
 
     config: LongNetConfig
     _no_split_modules = ["LongNetBlock"]
     _can_record_outputs = {"hidden_states": LongNetBlock}
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        # torchscale: embeddings and output projection have variance 1 / D.
-        if isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):
-            init.normal_(module.weight, std=self.config.hidden_size**-0.5)
 
 
 class LongNetModel(LongNetPreTrainedModel, ZooModel):
@@ -383,23 +261,9 @@ class LongNetModel(LongNetPreTrainedModel, ZooModel):
             embeds_BTD = embeds_BTD * self.config.hidden_size**0.5
         if self.config.max_position_embeddings is not None:
             positions_BT = sequence.unpack(sequence.positions)
-            self.check_positions(positions_BT)
+            check_positions(positions_BT, self.config.max_position_embeddings)
             embeds_BTD = embeds_BTD + self.embed_positions(positions_BT)
         return self.embed_norm(embeds_BTD) if self.config.embedding_norm else embeds_BTD
-
-    def check_positions(self, positions_BT):
-        """Raises a ValueError for positions that the table does not have."""
-        length = self.config.max_position_embeddings
-        if torch.compiler.is_compiling():
-            return
-        fits = (positions_BT < length).all()
-        if positions_BT.device.type != "cpu":
-            torch._assert_async(fits)  # reading the value would stall the host
-        elif not fits:
-            raise ValueError(
-                f"learned positions end at max_position_embeddings = {length}, got position "
-                f"{int(positions_BT.max())}; shorten the text, or train with a larger table."
-            )
 
     def mixer_inputs(self, x_BTD, sequence):
         """The rotation of each position, the same in all layers."""
@@ -415,21 +279,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, ZooForCausalLM, GenerationMixin
 
     def visible_tokens(self, length):
         """Of so many tokens, those the last one's logits depend on, [length] bool."""
-        config, tokens_T = self.config, torch.arange(length)
-        seen_T = tokens_T == length - 1
-        for _ in range(config.num_hidden_layers):
-            before_T = seen_T.clone()
-            for branch in branches_of(config.segment_lengths, config.dilation_rates):
-                segment_T, u_T = tokens_T // branch.length, tokens_T % branch.length
-                heads = config.num_attention_heads
-                for offset in branch.offsets(heads, config.head_offsets, "cpu").unique():
-                    has_T = u_T % branch.rate == offset
-                    # In each segment all up to the last that was seen from above.
-                    last_T = torch.where(has_T & before_T, tokens_T, -1)
-                    last_N = torch.full((int(segment_T[-1]) + 1,), -1)
-                    last_N = last_N.scatter_reduce(0, segment_T, last_T, "amax")
-                    seen_T = seen_T | (has_T & (tokens_T <= last_N[segment_T]))
-        return seen_T
+        return tokens_behind(self.config, length)
 
 
 class LongNetForSequenceClassification(LongNetPreTrainedModel, ZooForSequenceClassification):

@@ -14,10 +14,8 @@ square without mean, bias or weight, where the paper says GroupNorm; theta runs 
 1/10000, where RoPE stops one step short; the scale of scores sits on the keys. The code also
 divides scores by their absolute row sum, outside of the gradient, in its parallel mode only. The
 head norm cancels that factor but for its epsilon, and the recurrent mode has none, so there is none
-here: every way of running this model equals the authors' recurrent mode.
-
-flash-linear-attention's RetNet is another model (`RetNetConfig.variants["fla"]`): rotation of
-halves with RoPE's angles, no normalisation by s_n, a learned weight in the head norm, SwiGLU.
+here: every way of running this model equals the authors' recurrent mode. What is another model in
+flash-linear-attention, whose options are here, is said in zoo/hub/convert/fla_retnet.py.
 """
 
 import functools
@@ -29,23 +27,22 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 
 from ..core.base import (
     Constant,
-    ZooBlock,
     ZooConfig,
     ZooForCausalLM,
     ZooForSequenceClassification,
     ZooModel,
-    ZooPreTrainedModel,
     check_activation,
     in_range,
-    scale_,
 )
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import linear_recurrence
-from ..layers.positions import rotate, rotation_of
+from ..layers.norms import WideRMSNorm
+from ..layers.positions import rotate
+from ..layers.torchscale_block import MLP, TorchscaleBlock, TorchscalePreTrainedModel, deepnorm_
+from ..layers.xpos import Rotation
 
 
 @strict
@@ -153,33 +150,8 @@ def log_decay(config):
     return torch.log1p(-steps.exp())
 
 
-class Rotation(nn.Module):
-    """The angle of each position: xPos without its decay (section 2.1, eq. 3)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.angle = Constant(functools.partial(self.angles, config))
-
-    @staticmethod
-    def angles(config):
-        """Radians per position for each pair of channels, [K / 2] in float64."""
-        key_dim = config.key_size // config.num_attention_heads
-        if config.rotation == "interleaved":
-            return 10000 ** -torch.linspace(0, 1, key_dim // 2, dtype=torch.float64)
-        return 10000 ** -(torch.arange(0, key_dim, 2, dtype=torch.float64) / key_dim)
-
-    def forward(self, positions_BT):
-        """(cos, sin) of each position, [B, T, 1, K / 2]."""
-        return rotation_of(positions_BT, self.angle(positions_BT.device))
-
-
-class HeadRMSNorm(nn.RMSNorm):
-    """The norm of a head, in the dtype of its input, which may be wider than its weight's."""
-
-    def forward(self, x_BTHV):
-        """[B, T, H, V] to the same."""
-        weight = None if self.weight is None else self.weight.to(x_BTHV.dtype)
-        return nn.functional.rms_norm(x_BTHV, self.normalized_shape, weight, self.eps)
+class HeadRMSNorm(WideRMSNorm):
+    """The norm of a head."""
 
 
 class Retention(nn.Module):
@@ -207,7 +179,7 @@ class Retention(nn.Module):
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj):
             init.xavier_uniform_(projection.weight, gain=2**-2.5)
         init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
-        deepnorm_scale_(self.config, self.v_proj.weight, self.out_proj.weight)
+        deepnorm_(self.config, self.v_proj.weight, self.out_proj.weight)
 
     def state_specs(self):
         """The memory S: one [K, V] matrix per head."""
@@ -224,8 +196,7 @@ class Retention(nn.Module):
         k_BTHK = rotate(k_BTHK * self.key_dim**-0.5, *rotation, interleaved)
         if self.num_groups < self.num_heads:
             repeats = self.num_heads // self.num_groups
-            k_BTHK = k_BTHK.repeat_interleave(repeats, dim=2)
-            v_BTHV = v_BTHV.repeat_interleave(repeats, dim=2)
+            k_BTHK, v_BTHV = (x.repeat_interleave(repeats, dim=2) for x in (k_BTHK, v_BTHV))
         return q_BTHK, k_BTHK, v_BTHV, gate_BTHV
 
     def normalize(self, q_BTHK, log_decay_H, clock_BT):
@@ -259,92 +230,27 @@ class Retention(nn.Module):
         return self.out_proj((y_BTHV * nn.functional.silu(gate_BTHV)).flatten(2)), state
 
 
-class MLP(nn.Module):
-    """The feed-forward part: gated (torchscale's GLU, SwiGLU) or plain with a norm inside."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        width, bias = config.intermediate_size, not config.gated_mlp
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=bias)
-        if config.gated_mlp:
-            self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
-        elif not config.deepnorm:
-            self.inner_norm = nn.LayerNorm(width, eps=config.rms_norm_eps)
-        self.act = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.activation_dropout)
-
-    def init_weights_of_paper(self):
-        """PyTorch's default for a linear layer, as torchscale leaves it; scaled by deepnorm."""
-        for linear in self.children():
-            if isinstance(linear, nn.Linear):
-                init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-                if linear.bias is not None:
-                    bound = linear.in_features**-0.5
-                    init.uniform_(linear.bias, -bound, bound)
-        # torchscale's deepnorm scales its fc1 and fc2: the activated branch and the output.
-        activated = self.gate_proj if self.config.gated_mlp else self.up_proj
-        deepnorm_scale_(self.config, activated.weight, self.down_proj.weight)
-
-    def forward(self, x_BTD):
-        """[B, T, D] to the same."""
-        if self.config.gated_mlp:
-            h_BTF = self.act(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
-        else:
-            h_BTF = self.act(self.up_proj(x_BTD))
-        h_BTF = self.dropout(h_BTF)
-        if not self.config.gated_mlp and not self.config.deepnorm:
-            h_BTF = self.inner_norm(h_BTF)
-        return self.down_proj(h_BTF)
-
-
-def deepnorm_scale_(config, *weights):
-    """Divides freshly initialised weights by (8L)^(1/4), if the config says deepnorm."""
-    if config.deepnorm:
-        for weight in weights:
-            scale_(weight, (8 * config.num_hidden_layers) ** -0.25)
-
-
-class RetNetBlock(ZooBlock):
-    """A block with torchscale's options: norms before or after, and deepnorm's residual scale."""
+class RetNetBlock(TorchscaleBlock):
+    """torchscale's block around retention, with dropout."""
 
     mixer_class = Retention
     mlp_class = MLP
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        self.pre_norm = config.pre_norm
-        self.alpha = (2 * config.num_hidden_layers) ** 0.25 if config.deepnorm else 1.0
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD, sequence, state, **inputs):
-        """Returns (x_BTD, state); the state that came in is left as it was."""
-        y_BTD = self.mixer_norm(x_BTD) if self.pre_norm else x_BTD
-        y_BTD, state = self.mixer(y_BTD, sequence, state.copy(), **inputs)
-        x_BTD = self.alpha * x_BTD + self.dropout(y_BTD)
-        if not self.pre_norm:
-            x_BTD = self.mixer_norm(x_BTD)
-        y_BTD = self.mlp(self.mlp_norm(x_BTD) if self.pre_norm else x_BTD)
-        x_BTD = self.alpha * x_BTD + self.dropout(y_BTD)
-        return x_BTD if self.pre_norm else self.mlp_norm(x_BTD), state
+    def added(self, y_BTD):
+        """What mixer and MLP add, with dropout."""
+        return self.dropout(y_BTD)
 
 
-class RetNetPreTrainedModel(ZooPreTrainedModel):
+class RetNetPreTrainedModel(TorchscalePreTrainedModel):
     """RetNet's config, layers and initialisation for transformers."""
 
     config: RetNetConfig
     _no_split_modules = ["RetNetBlock"]
     _can_record_outputs = {"hidden_states": RetNetBlock}
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        # torchscale: embeddings and output projection have variance 1 / D.
-        if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.hidden_size**-0.5)
-        elif module is getattr(self, "lm_head", None):
-            init.normal_(module.weight, std=self.config.hidden_size**-0.5)
 
 
 class RetNetModel(RetNetPreTrainedModel, ZooModel):

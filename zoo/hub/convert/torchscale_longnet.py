@@ -6,7 +6,8 @@ n + 2 of the table.
 
 import ast
 
-from ...models.longnet import LongNetConfig, xpos_zeta
+from ...layers.xpos import xpos_zeta
+from ...models.longnet import LongNetConfig
 from .format import MAKE_A_TOKENIZER, Format
 from .torchscale_retnet import ACTIVATIONS, EXPERTS, TRAINING, prefix_of, take_prefix
 

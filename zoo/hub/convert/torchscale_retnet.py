@@ -5,7 +5,8 @@ Both have the same weights; the port puts `model.` before the names, calls the o
 `decoder.`.
 """
 
-from ...models.retnet import RetNetConfig, Rotation, log_decay
+from ...layers.xpos import Rotation
+from ...models.retnet import RetNetConfig, log_decay
 from .format import MAKE_A_TOKENIZER, Format
 
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "swish": "silu"}
