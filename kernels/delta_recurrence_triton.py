@@ -1064,22 +1064,18 @@ def backward(
 
 
 _NAMESPACE = operator_namespace(__name__)
+# What both operators begin with, as PyTorch writes it.
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor a, Tensor b, Tensor? initial_state, "
+    "Tensor? cu_seqlens"
+)
 
-
-@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
-def _forward_operator(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    scale: float,
-    output_final_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward(q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, output_final_state)
+_forward_operator = torch.library.custom_op(
+    f"{_NAMESPACE}::forward",
+    forward,
+    mutates_args=(),
+    schema=f"({_INPUTS}, float scale, bool output_final_state) -> (Tensor, Tensor)",
+)
 
 
 @_forward_operator.register_fake
@@ -1090,63 +1086,18 @@ def _(q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, output_final_s
     return torch.empty_like(v), q.new_empty(state, dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
-def _backward_operator(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    do: torch.Tensor,
-    dfinal: torch.Tensor | None,
-    scale: float,
-    decay_gradient: bool,
-    initial_gradient: bool,
-) -> tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-]:
-    return backward(
-        q,
-        k,
-        v,
-        log_decay,
-        a,
-        b,
-        initial_state,
-        cu_seqlens,
-        do,
-        dfinal,
-        scale,
-        decay_gradient,
-        initial_gradient,
-    )
+_backward_operator = torch.library.custom_op(
+    f"{_NAMESPACE}::backward",
+    backward,
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor do, Tensor? dfinal, float scale, bool decay_gradient, "
+    "bool initial_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_backward_operator.register_fake
-def _(
-    q,
-    k,
-    v,
-    log_decay,
-    a,
-    b,
-    initial_state,
-    cu_seqlens,
-    do,
-    dfinal,
-    scale,
-    decay_gradient,
-    initial_gradient,
-):
+def _(q, k, v, log_decay, a, b, initial_state, cu_seqlens, *others):
+    *_, decay_gradient, initial_gradient = others
     batch, _, heads, key_dim = q.shape
     num_documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
     state = (num_documents, heads, key_dim, v.shape[-1]) if initial_gradient else 0

@@ -629,42 +629,19 @@ def backward(
 
 
 _NAMESPACE = operator_namespace(__name__)
+# What both operators begin and end with, as PyTorch writes it.
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? held_k, Tensor? held_v, Tensor? count, Tensor? row, "
+    "Tensor? log_decay, Tensor? cu_seqlens"
+)
+_SETTINGS = "SymInt[] lengths, SymInt[] rates, float scale, bool modulo, bool parts"
 
-
-@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
-def forward_operator(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    held_k: torch.Tensor | None,
-    held_v: torch.Tensor | None,
-    count: torch.Tensor | None,
-    row: torch.Tensor | None,
-    log_decay: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    lengths: list[int],
-    rates: list[int],
-    scale: float,
-    modulo: bool,
-    parts: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`forward` in a graph."""
-    return forward(
-        q,
-        k,
-        v,
-        held_k,
-        held_v,
-        count,
-        row,
-        log_decay,
-        cu_seqlens,
-        lengths,
-        rates,
-        scale,
-        modulo,
-        parts,
-    )
+forward_operator = torch.library.custom_op(
+    f"{_NAMESPACE}::forward",
+    forward,
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @forward_operator.register_fake
@@ -678,53 +655,17 @@ def _(
     return torch.empty_like(v), q.new_empty(q.shape[:3], dtype=torch.float32), part
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
-def backward_operator(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    held_k: torch.Tensor | None,
-    held_v: torch.Tensor | None,
-    count: torch.Tensor | None,
-    row: torch.Tensor | None,
-    log_decay: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    o: torch.Tensor,
-    log: torch.Tensor,
-    part: torch.Tensor,
-    do: torch.Tensor,
-    lengths: list[int],
-    rates: list[int],
-    scale: float,
-    modulo: bool,
-    parts: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`backward` in a graph."""
-    inputs = q, k, v, held_k, held_v, count, row, log_decay, cu_seqlens
-    return backward(*inputs, o, log, part, do, lengths, rates, scale, modulo, parts)
+backward_operator = torch.library.custom_op(
+    f"{_NAMESPACE}::backward",
+    backward,
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor o, Tensor log, Tensor part, Tensor do, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @backward_operator.register_fake
-def _(
-    q,
-    k,
-    v,
-    held_k,
-    held_v,
-    count,
-    row,
-    log_decay,
-    cu_seqlens,
-    o,
-    log,
-    part,
-    do,
-    lengths,
-    rates,
-    scale,
-    modulo,
-    parts,
-):
+def _(q, k, v, held_k, held_v, *others):
     held = (
         nothing(q) if x is None else torch.empty_like(x, dtype=torch.float32)
         for x in (held_k, held_v)

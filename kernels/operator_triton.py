@@ -14,6 +14,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .launch_triton import operator_namespace
 from .segments_triton import count_segments
 
+# What both operators begin with, as PyTorch writes it.
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? bonus, Tensor? initial_state, "
+    "Tensor? cu_seqlens"
+)
+
 
 class Operator(NamedTuple):
     """The recurrence as it is called, and the two operators that a graph of it holds.
@@ -43,22 +49,13 @@ def make_operator(module, raw_forward, raw_backward, num_slices):
     """
     namespace = operator_namespace(module)
 
-    @torch.library.custom_op(f"{namespace}::forward", mutates_args=())
-    def forward_operator(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        log_decay: torch.Tensor | None,
-        bonus: torch.Tensor | None,
-        initial_state: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        scale: float,
-        output_final_state: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        results = raw_forward(
-            q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state
-        )
-        return _without_none(q, results)
+    @torch.library.custom_op(
+        f"{namespace}::forward",
+        mutates_args=(),
+        schema=f"({_INPUTS}, float scale, bool output_final_state) -> (Tensor, Tensor, Tensor)",
+    )
+    def forward_operator(q, *others):
+        return _without_none(q, raw_forward(q, *others))
 
     @forward_operator.register_fake
     def _(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state):
@@ -73,55 +70,19 @@ def make_operator(module, raw_forward, raw_backward, num_slices):
             q.new_empty((num_segments, *state) if num_segments else 0, dtype=torch.float32),
         )
 
-    @torch.library.custom_op(f"{namespace}::backward", mutates_args=())
-    def backward_operator(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        log_decay: torch.Tensor | None,
-        bonus: torch.Tensor | None,
-        initial_state: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        entering: torch.Tensor,
-        do: torch.Tensor,
-        dfinal: torch.Tensor | None,
-        scale: float,
-        decay_gradient: bool,
-        initial_gradient: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        results = raw_backward(
-            q,
-            k,
-            v,
-            log_decay,
-            bonus,
-            initial_state,
-            cu_seqlens,
-            entering,
-            do,
-            dfinal,
-            scale,
-            decay_gradient,
-            initial_gradient,
-        )
-        return _without_none(q, results)
+    @torch.library.custom_op(
+        f"{namespace}::backward",
+        mutates_args=(),
+        schema=f"({_INPUTS}, Tensor entering, Tensor do, Tensor? dfinal, float scale, "
+        "bool decay_gradient, bool initial_gradient) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    )
+    def backward_operator(q, *others):
+        return _without_none(q, raw_backward(q, *others))
 
     @backward_operator.register_fake
-    def _(
-        q,
-        k,
-        v,
-        log_decay,
-        bonus,
-        initial_state,
-        cu_seqlens,
-        entering,
-        do,
-        dfinal,
-        scale,
-        decay_gradient,
-        initial_gradient,
-    ):
+    def _(q, k, v, log_decay, bonus, initial_state, cu_seqlens, *others):
+        *_, decay_gradient, initial_gradient = others
         batch, _, heads, key_dim = q.shape
         num_documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
         state = (num_documents, heads, key_dim, v.shape[-1]) if initial_gradient else 0

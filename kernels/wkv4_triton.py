@@ -719,18 +719,15 @@ def backward(w, u, k, v, initial_state, cu_seqlens, final, entering, dy, dfinal)
 
 
 _NAMESPACE = operator_namespace(__name__)
+# What both operators begin with, as PyTorch writes it.
+_INPUTS = "Tensor w, Tensor u, Tensor k, Tensor v, Tensor? initial_state, Tensor? cu_seqlens"
 
-
-@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
-def _forward_operator(
-    w: torch.Tensor,
-    u: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return forward(w, u, k, v, initial_state, cu_seqlens)
+_forward_operator = torch.library.custom_op(
+    f"{_NAMESPACE}::forward",
+    forward,
+    mutates_args=(),
+    schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_forward_operator.register_fake
@@ -741,24 +738,17 @@ def _(w, u, k, v, initial_state, cu_seqlens):
     return torch.empty_like(v), *states
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
-def _backward_operator(
-    w: torch.Tensor,
-    u: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    final: torch.Tensor,
-    entering: torch.Tensor,
-    dy: torch.Tensor,
-    dfinal: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return backward(w, u, k, v, initial_state, cu_seqlens, final, entering, dy, dfinal)
+_backward_operator = torch.library.custom_op(
+    f"{_NAMESPACE}::backward",
+    backward,
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor final, Tensor entering, Tensor dy, Tensor? dfinal) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_backward_operator.register_fake
-def _(w, u, k, v, initial_state, cu_seqlens, final, entering, dy, dfinal):
+def _(w, u, k, v, initial_state, cu_seqlens, final, *others):
     dinitial = k.new_empty(0 if initial_state is None else final.shape, dtype=torch.float32)
     return *(torch.empty_like(x) for x in (w, u, k, v)), dinitial
 
