@@ -13,7 +13,7 @@ from ways import WAYS, gradients, run, worst
 from zoo import LightningConfig, LightningForCausalLM
 from zoo.hub.convert import FORMATS, convert, convert_back
 from zoo.hub.convert.format import Weights
-from zoo.models.lightning import alibi_slopes, log_decay
+from zoo.layers.decay_slopes import alibi_slopes, log_decay
 
 FORMAT_OF = {"transnormerllm-hf": "transnormerllm", "minimax-hf-dense": "hf-minimax"}
 SMALL = {

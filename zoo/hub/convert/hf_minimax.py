@@ -8,8 +8,9 @@ channels.
 
 import torch
 
+from ...layers.decay_slopes import log_decay
 from ...layers.positions import num_rotated_channels
-from ...models.lightning import LightningConfig, log_decay
+from ...models.lightning import LightningConfig
 from .format import Format
 
 NO_EFFECT_ALONE = ("num_experts_per_tok", "router_aux_loss_coef", "router_jitter_noise")
