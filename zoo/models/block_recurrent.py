@@ -26,16 +26,10 @@ their window too, so that the stack runs window by window (1.35 to 1.4 times the
 `num_states=0` is the baseline: Transformer-XL (Dai et al. 2019, https://arxiv.org/abs/1901.02860)
 with a sliding cache, "Slide" in the paper, whose gradients go into the window before.
 
-What we found (recipes/passkey.py as in zoo/models/infini.py; 1.2 million parameters, windows of 16
-and 16 states, scales and gates that learn ten times as fast as the rest): one seed of three finds
-all five digits two windows back and more in every document of 8 windows, as in training, in 84% of
-those of 16 and in 36% of those of 32; two had not learnt it in 1,000 steps (26 and 1% of 8).
-Without states it is 0% in each: what one window passes on to the next goes no further than two.
-
 Departures: the code has the logit of -1000 in the softmaxes over and of states too; it changes
 no digit below scales of 900. Its dropout and its other position encodings are left out. The gate
 "full" is in the code, but in no configuration of its authors. Its weights load through
-`zoo convert meliad`.
+`zoo convert meliad`. What we found of its states is in hub_cards/block_recurrent.md.
 """
 
 from typing import ClassVar
@@ -57,8 +51,8 @@ from ..core.base import (
     ZooPreTrainedModel,
     check_head_dim,
 )
-from ..core.segments import put_tokens, segment_passes, state_by_document, state_by_row, take_tokens
-from ..core.state import SlidingStateLayer, State
+from ..core.segment_passes import run_by_segment
+from ..core.state import SlidingStateLayer
 from ..layers.block_attention import WindowAttention
 from ..layers.recurrent_cell import CONFIGURATIONS, GATES, truncated_
 
@@ -256,32 +250,17 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel, ZooModel):
     def _run_windows(self, x_BTD, sequence, cache, inputs, **kwargs):
         """The stack window by window, for layers that read what the windows before left."""
         self._check_checkpointing()
-        specs = [layer.state_specs() for layer in self.layers]
-        if cache is None:
-            rows = [State(dict.fromkeys(names), is_kept=False) for names in specs]
-        else:
-            rows = [layer.read(sequence, s) for layer, s in zip(cache.layers, specs)]
-        is_fresh = rows[0].keys_BWHK is None
-        passes = segment_passes(sequence, self.config.sliding_window, is_fresh)
-        states, outputs = [state_by_document(state, sequence) for state in rows], []
-        source = self.config.recurrent_layers[-1]
+        layers, source = self.layers, self.config.recurrent_layers[-1]
+
+        def reads(own, states):
+            return {"read": layers[source].mixer.cell(own, states[source])}
+
         is_recorded = kwargs.get("output_hidden_states") or self.config.output_hidden_states
-        for index, (tokens, own) in enumerate(passes):
-            h_BTD = take_tokens(x_BTD, tokens)
-            read = self.layers[source].mixer.cell(own, states[source])
-            pieces = []
-            for number, layer in enumerate(self.layers):
-                states[number].is_kept = cache is not None or index + 1 < len(passes)
-                h_BTD, states[number] = layer(h_BTD, own, states[number], read=read)
-                pieces.append(h_BTD)
-            outputs.append(pieces if is_recorded else pieces[-1:])
-        places = [tokens for tokens, _ in passes]
-        for pieces in zip(*outputs):
-            x_BTD = self.joined(x_BTD, put_tokens(pieces, places, x_BTD.shape))
-        if cache is not None:
-            for number, (layer, state) in enumerate(zip(cache.layers, states)):
-                state = state_by_row(state, rows[number], sequence)
-                layer.write(sequence, specs[number], state, None if number else inputs)
+        window = self.config.sliding_window
+        for y_BTD in run_by_segment(
+            layers, x_BTD, sequence, cache, inputs, window, reads, keeps_all=is_recorded
+        ):
+            x_BTD = self.joined(x_BTD, y_BTD)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD))
 
 
