@@ -11,8 +11,30 @@ is 0: then it is a new document. Positions and clocks count from each document's
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+
+
+class _Batch(NamedTuple):
+    """The arguments of a forward pass, checked; as of `Sequence.open`, with a clock in any case."""
+
+    shape: tuple[int, int]
+    device: torch.device
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    cu_seq_lens_q: torch.Tensor | None
+    seq_idx: torch.Tensor | None
+    clock_before: torch.Tensor
+    has_state: bool
+
+    def is_packed(self):
+        """Whether there is padding, or a row may hold several documents."""
+        if self.cu_seq_lens_q is not None or self.seq_idx is not None:
+            return True
+        if self.attention_mask is not None and not bool(self.attention_mask.all()):
+            return True
+        return self.position_ids is not None and bool((self.position_ids.diff() <= 0).any())
 
 
 @dataclass
@@ -70,10 +92,10 @@ class Sequence:
         Raises:
             ValueError: shapes that do not fit; no tokens.
         """
-        batch, time = shape
-        if batch == 0 or time == 0:
+        rows, time = shape
+        if rows == 0 or time == 0:
             raise ValueError(
-                f"expected at least one token, got input of shape [{batch}, {time}]; "
+                f"expected at least one token, got input of shape [{rows}, {time}]; "
                 "pass input_ids or inputs_embeds with B >= 1 and T >= 1."
             )
         if attention_mask is not None:
@@ -82,42 +104,29 @@ class Sequence:
             position_ids = _last_columns("position_ids", position_ids, shape)
         if seq_idx is not None:
             seq_idx = _last_columns("seq_idx", seq_idx, shape)
-        if cu_seq_lens_q is not None and (batch != 1 or cu_seq_lens_q.ndim != 1):
+        if cu_seq_lens_q is not None and (rows != 1 or cu_seq_lens_q.ndim != 1):
             raise ValueError(
                 "cu_seq_lens_q is [N + 1] document boundaries of one packed row (B = 1), "
-                f"got shape {list(cu_seq_lens_q.shape)} with B = {batch}; flatten the batch first."
+                f"got shape {list(cu_seq_lens_q.shape)} with B = {rows}; flatten the batch first."
             )
 
         has_state = clock_before is not None
         if not has_state:
             clock_before = torch.zeros(1, dtype=torch.long, device=device)
+        arguments = attention_mask, position_ids, cu_seq_lens_q, seq_idx
+        batch = _Batch(shape, device, *arguments, clock_before, has_state)
         if time == 1 and cu_seq_lens_q is None:
-            return cls._single_step(shape, attention_mask, position_ids, clock_before, has_state)
+            return cls._single_step(batch)
         if torch.compiler.is_exporting():
-            _check_exportable(attention_mask, position_ids, cu_seq_lens_q, seq_idx)
-            return cls._dense(shape, position_ids, clock_before, has_state)
-        is_packed = cu_seq_lens_q is not None or seq_idx is not None
-        if attention_mask is not None and not is_packed:
-            is_packed = not bool(attention_mask.all())
-        if position_ids is not None and not is_packed:
-            is_packed = bool((position_ids.diff() <= 0).any())
-        if is_packed:
-            return cls._packed(
-                shape,
-                attention_mask,
-                position_ids,
-                cu_seq_lens_q,
-                seq_idx,
-                clock_before,
-                has_state,
-                device,
-            )
-        return cls._dense(shape, position_ids, clock_before, has_state)
+            _check_exportable(batch)
+            return cls._dense(batch)
+        return cls._packed(batch) if batch.is_packed() else cls._dense(batch)
 
     @classmethod
-    def _dense(cls, shape, position_ids, clock_before, has_state):
+    def _dense(cls, batch):
+        shape, position_ids, clock_before = batch.shape, batch.position_ids, batch.clock_before
         continues = None
-        if has_state and position_ids is not None:
+        if batch.has_state and position_ids is not None:
             continues = _unless_all(position_ids[:, 0] != 0)
             if continues is not None:
                 clock_before = torch.where(continues, clock_before, 0)
@@ -132,30 +141,22 @@ class Sequence:
         )
 
     @classmethod
-    def _single_step(cls, shape, attention_mask, position_ids, clock_before, has_state):
-        sequence = cls._dense(shape, position_ids, clock_before, has_state)
+    def _single_step(cls, batch):
+        sequence, attention_mask = cls._dense(batch), batch.attention_mask
         if attention_mask is not None:
             keep = _unless_all(attention_mask[:, 0] != 0)
             if keep is not None:
-                after = torch.where(keep, sequence.clock_after, clock_before)
+                after = torch.where(keep, sequence.clock_after, batch.clock_before)
                 sequence = replace(sequence, keep=keep, clock_after=after)
         return sequence
 
     @classmethod
-    def _packed(
-        cls,
-        shape,
-        attention_mask,
-        position_ids,
-        cu_seq_lens_q,
-        seq_idx,
-        clock_before,
-        has_state,
-        device,
-    ):
-        batch, time = shape
+    def _packed(cls, batch):
+        (rows, time), device, has_state = batch.shape, batch.device, batch.has_state
+        attention_mask, position_ids = batch.attention_mask, batch.position_ids
+        clock_before = batch.clock_before.expand(rows)
         if attention_mask is None:
-            token_index = torch.arange(batch * time, device=device)
+            token_index = torch.arange(rows * time, device=device)
         else:
             token_index = attention_mask.flatten().nonzero()[:, 0]
         row = token_index // time
@@ -168,20 +169,20 @@ class Sequence:
         is_start[1:] = row[1:] != row[:-1]
         is_first = is_start.clone()
         if position_ids is not None:
-            positions = position_ids.expand(batch, time).flatten()[token_index]
+            positions = position_ids.expand(rows, time).flatten()[token_index]
             is_start[1:] |= positions[1:] <= positions[:-1]
-        if seq_idx is not None:
-            documents = seq_idx.expand(batch, time).flatten()[token_index]
+        if batch.seq_idx is not None:
+            documents = batch.seq_idx.expand(rows, time).flatten()[token_index]
             is_start[1:] |= documents[1:] != documents[:-1]
-        if cu_seq_lens_q is not None:
-            bounds = cu_seq_lens_q.tolist()
+        if batch.cu_seq_lens_q is not None:
+            bounds = batch.cu_seq_lens_q.tolist()
             if bounds[0] != 0 or bounds[-1] != time or bounds != sorted(bounds):
                 raise ValueError(
                     f"cu_seq_lens_q grows from 0 to the number of tokens {time}, "
                     f"got {bounds[:8]}{'...' if len(bounds) > 8 else ''}."
                 )
             is_column_start = torch.zeros(time + 1, dtype=torch.bool, device=device)
-            is_column_start[cu_seq_lens_q.to(device=device, dtype=torch.long)] = True
+            is_column_start[batch.cu_seq_lens_q.to(device=device, dtype=torch.long)] = True
             # A boundary on padding belongs to the next token that is one.
             count = is_column_start[:time].cumsum(0)[token_index]
             is_start[1:] |= count[1:] != count[:-1]
@@ -194,19 +195,19 @@ class Sequence:
         if has_state and position_ids is not None:
             continues = continues & (positions[start] != 0)
 
-        before = torch.where(continues, clock_before.expand(batch)[row_of_document], 0)
+        before = torch.where(continues, clock_before[row_of_document], 0)
         document = is_start.cumsum(0) - 1
         clock = torch.arange(len(token_index), device=device) - start[document] + before[document]
-        last_document = torch.full((batch,), -1, device=device)
+        last_document = torch.full((rows,), -1, device=device)
         last_document = last_document.scatter_reduce(
             0, row_of_document, torch.arange(len(start), device=device), "amax"
         )
         last_token = cu_seqlens[1:] - 1
         clock_after = torch.where(
-            last_document >= 0, clock[last_token][last_document] + 1, clock_before.expand(batch)
+            last_document >= 0, clock[last_token][last_document] + 1, clock_before
         )
         return cls(
-            shape,
+            batch.shape,
             (clock if position_ids is None else positions)[None],
             clock[None],
             clock_after,
@@ -312,13 +313,14 @@ def _last_columns(name, x, shape):
     return x[:, -time:].expand(batch, time) if name == "attention_mask" else x[:, -time:]
 
 
-def _check_exportable(attention_mask, position_ids, cu_seq_lens_q, seq_idx):
+def _check_exportable(batch):
     """Leaves checks in a program that is being exported, whose tokens are one document per row.
 
     Raises:
         ValueError: packed documents.
     """
-    if cu_seq_lens_q is not None or seq_idx is not None:
+    attention_mask, position_ids = batch.attention_mask, batch.position_ids
+    if batch.cu_seq_lens_q is not None or batch.seq_idx is not None:
         raise ValueError(
             "a program that is exported takes one document per row, got cu_seq_lens_q or seq_idx; "
             "export without them."
