@@ -78,9 +78,10 @@ class GatedDeltaNetConfig(ZooConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_heads is None:
             self.num_key_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = 3 * self.hidden_size // (4 * max(self.num_attention_heads, 1))
-        if self.value_head_dim is None:
+        heads = max(self.num_attention_heads, 1)
+        if self.head_dim is None and 3 * self.hidden_size % (4 * heads) == 0:
+            self.head_dim = 3 * self.hidden_size // (4 * heads)
+        if self.value_head_dim is None and self.head_dim is not None:
             self.value_head_dim = 2 * self.head_dim
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 256)) * 256
@@ -94,6 +95,11 @@ class GatedDeltaNetConfig(ZooConfig):
             raise ValueError(
                 f"num_attention_heads is a multiple of num_key_heads, got {heads} and {key_heads}; "
                 "change one of them."
+            )
+        if self.head_dim is None:
+            raise ValueError(
+                "3/4 of hidden_size is a multiple of num_attention_heads, got "
+                f"{self.hidden_size} and {heads}; change one of them, or give head_dim."
             )
         for name, least in (("head_dim", 1), ("value_head_dim", 1), ("conv_size", 2)):
             if getattr(self, name) < least:
