@@ -42,6 +42,7 @@ from ..core.state import StateSpec
 from ..kernels.delta_recurrence import delta_recurrence
 from ..kernels.linear_recurrence import accumulator_dtype
 from ..layers.mlp import GatedMLP
+from ..layers.norms import WideRMSNorm
 from ..layers.short_convolution import ShortConvolution
 
 
@@ -128,7 +129,7 @@ class GatedDeltaRule(nn.Module):
         self.log_a = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.gate_proj = nn.Linear(width, values, bias=False)
-        self.head_norm = nn.RMSNorm(config.value_head_dim, eps=config.rms_norm_eps)
+        self.head_norm = WideRMSNorm(config.value_head_dim, eps=config.rms_norm_eps)
         self.out_proj = nn.Linear(values, width, bias=False)
 
     def init_weights_of_paper(self):
@@ -172,10 +173,8 @@ class GatedDeltaRule(nn.Module):
             output_final_state=state.is_kept,
             cu_seqlens=sequence.cu_seqlens,
         )
-        gate_BTHV = self.gate_proj(x_BTD).unflatten(-1, y_BTHV.shape[-2:])
-        y_BTHV = F.rms_norm(y_BTHV, y_BTHV.shape[-1:], eps=self.head_norm.eps).to(dtype)
-        y_BTHV = self.head_norm.weight * y_BTHV * F.silu(gate_BTHV)
-        return self.out_proj(y_BTHV.flatten(2)), state
+        y_BTD = self.head_norm(y_BTHV).flatten(2).to(dtype)
+        return self.out_proj(y_BTD * F.silu(self.gate_proj(x_BTD))), state
 
     def unit(self, x_BTD):
         """Vectors of length 1 [B, T, H, K], computed in float32; each for its heads of v."""
