@@ -239,7 +239,8 @@ def zoo_subject(name, variant=None, **sizes):
     Args:
         name: its name in `zoo.MODELS`.
         variant: one of its config's `variants`; None: the first.
-        sizes: fields of its config, in place of those of `TINY`.
+        sizes: fields of its config, in place of those of `TINY`. What the paper initialises is
+            known for those.
 
     Raises:
         ValueError: no such variant.
@@ -257,7 +258,7 @@ def zoo_subject(name, variant=None, **sizes):
             )
 
     subject = Subject(f"{name}, {variant}", build)
-    if name in paper_initialization.TABLES:
+    if name in paper_initialization.TABLES and not sizes:
         subject.initialization = paper_initialization.TABLES[name](subject.config)
     return subject
 
