@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,8 +67,9 @@ class Forks:
         return self._codes.get(pid)
 
     def close(self):
-        """Ends the process that is forked; its forks go on."""
+        """Ends the process that is forked, and what its forks wrote; they have ended before."""
         self._server.communicate()
+        shutil.rmtree(self._folder)
 
 
 class Fork:

@@ -94,9 +94,10 @@ def test_dynamic_int8(name, variant):
     assert callable(small.model.layers[0].mixer.k_proj.weight)
     ids = torch.arange(1, 41).view(2, 20)
     expected, found = logits_and_step(model, ids), logits_and_step(small, ids)
-    # Eight bits for weights and activations: 0.4% each of the largest, through ten matrices; some
-    # models make vectors of length 1 of what comes out, however short it was.
-    assert (found - expected).norm() < 0.35 * expected.norm()
+    # Eight bits for weights and activations: 0.4% each of the largest, through ten matrices. Of
+    # narrow heads, vectors of length 1 are made however short they were: 0.28 was measured.
+    bound = 0.35 if (name, variant) == ("gated_deltanet", "grouped") else 0.2
+    assert (found - expected).norm() < bound * expected.norm()
     small.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 

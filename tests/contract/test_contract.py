@@ -34,7 +34,6 @@ def test_contract(name, variant, point):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_million_tokens(name):
-    # What may grow is a layer's own; more layers go through less, above.
-    report = run(zoo_subject(name, num_hidden_layers=1), [7], num_tokens=1_000_000)
+    report = run(subject_of(name, None), [7], num_tokens=1_000_000)
     print(report.table())
     assert report.verdict(7) == "passed", "\n" + report.table()

@@ -233,14 +233,12 @@ def variants_of(name):
     return getattr(MODELS[name].config, "variants", None) or {"default": {}}
 
 
-def zoo_subject(name, variant=None, **sizes):
+def zoo_subject(name, variant=None):
     """A model of the zoo, tiny.
 
     Args:
         name: its name in `zoo.MODELS`.
         variant: one of its config's `variants`; None: the first.
-        sizes: fields of its config, in place of those of `TINY`. What the paper initialises is
-            known for those.
 
     Raises:
         ValueError: no such variant.
@@ -253,12 +251,10 @@ def zoo_subject(name, variant=None, **sizes):
     def build(seed):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return architecture.causal_lm(
-                architecture.config(**{**TINY, **sizes, **variants[variant]})
-            )
+            return architecture.causal_lm(architecture.config(**{**TINY, **variants[variant]}))
 
     subject = Subject(f"{name}, {variant}", build)
-    if name in paper_initialization.TABLES and not sizes:
+    if name in paper_initialization.TABLES:
         subject.initialization = paper_initialization.TABLES[name](subject.config)
     return subject
 

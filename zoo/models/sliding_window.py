@@ -45,6 +45,7 @@ from ..layers.softmax_attention import (
     check_implementation,
     check_key_value_heads,
     check_window,
+    fill_heads,
     softmax_layer_type,
 )
 
@@ -92,10 +93,7 @@ class SlidingWindowConfig(ZooConfig):
     learnable_sinks: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        fill_heads(self)
         if self.intermediate_size is None:
             self.intermediate_size = 7 * self.hidden_size // 2
         # transformers fills the rest of it in.
