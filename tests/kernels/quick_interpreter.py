@@ -1,0 +1,112 @@
+"""Triton's interpreter without what it does over and over: less than half its time.
+
+The same checks, the same numbers (test_quick_interpreter.py). What it repeats, and here does not:
+
+- It goes through every function of `triton.language` at each call of a jitted helper, to replace
+  what the launch has replaced already.
+- It asks in nine steps of its own language whether a sum of whole numbers overflows: NumPy says so
+  in one, as exactly.
+- It describes the shape of each value anew, and writes NumPy's types down at each look at them.
+"""
+
+import contextlib
+import functools
+import math
+
+import numpy as np
+import pytest
+import triton.language as tl
+from triton.language.semantic import TritonSemantic
+from triton.runtime import interpreter
+
+# What is replaced, as Triton has it.
+ORIGINALS = [
+    (owner, name, getattr(owner, name))
+    for owner, name in (
+        (interpreter, "_patch_lang"),
+        (interpreter.GridExecutor, "__call__"),
+        (interpreter, "_get_np_dtype"),
+        (TritonSemantic, "binary_op_sanitize_overflow_impl"),
+        (tl.block_type, "__init__"),
+        (tl.tensor, "__init__"),
+    )
+]
+
+
+@contextlib.contextmanager
+def quick_interpreter():
+    """The interpreter is quick within."""
+    with pytest.MonkeyPatch.context() as patch:
+        _prepare_once_a_launch(patch)
+        _describe_shapes_once(patch)
+        patch.setattr(interpreter, "_get_np_dtype", _numpy_type)
+        patch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", _refuse_overflow)
+        yield
+
+
+def _prepare_once_a_launch(patch):
+    prepare, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    prepared = set()
+
+    def prepare_once(function):
+        module = function.__globals__["__name__"]
+        if module in prepared:
+            return interpreter._LangPatchScope()
+        prepared.add(module)
+        return prepare(function)
+
+    def launch_unprepared(self, *args, **kwargs):
+        prepared.clear()
+        return launch(self, *args, **kwargs)
+
+    patch.setattr(interpreter, "_patch_lang", prepare_once)
+    patch.setattr(interpreter.GridExecutor, "__call__", launch_unprepared)
+
+
+def _describe_shapes_once(patch):
+    define_block = tl.block_type.__init__
+
+    @functools.cache
+    def block_of(*sizes):
+        block = tl.block_type.__new__(tl.block_type)
+        define_block(block, tl.int32, [*sizes])
+        return block.shape, block.numel, str(block.shape)
+
+    def make_block(self, element_type, shape):
+        sizes = [size.value if isinstance(size, tl.constexpr) else size for size in shape]
+        self.element_ty = element_type
+        self.shape, self.numel, text = block_of(*sizes)
+        self.name = f"<{text}, {element_type}>"
+
+    @functools.cache
+    def shape_of(*sizes):
+        shape = tl.core.tuple([tl.constexpr(size) for size in sizes])
+        return tl.constexpr(math.prod(sizes)), shape
+
+    def make_tensor(self, handle, kind):
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.numel, self.shape = shape_of(*(kind.shape if kind.is_block() else ()))
+
+    patch.setattr(tl.block_type, "__init__", make_block)
+    patch.setattr(tl.tensor, "__init__", make_tensor)
+
+
+_scalar_type = functools.cache(interpreter._get_np_dtype)
+
+
+def _numpy_type(kind):
+    if isinstance(kind, tl.block_type):
+        kind = kind.element_ty
+    return np.dtype(np.uint64) if isinstance(kind, tl.pointer_type) else _scalar_type(kind)
+
+
+_EXACTLY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def _refuse_overflow(self, left, right, operation):
+    kind, name = left.type.scalar, operation.__name__
+    if kind.int_bitwidth >= 64:
+        return
+    exact = _EXACTLY[name](left.handle.data, right.handle.data, dtype=np.int64)
+    if exact.min() < kind.get_int_min_value() or exact.max() > kind.get_int_max_value():
+        raise OverflowError(f"int{kind.int_bitwidth} overflow detected for operation {name}")
