@@ -39,6 +39,7 @@ from pretraining.launching import (
 from pretraining.recipe import Recipe, UsageError, read_recipe
 from pretraining.reporting import Lasting, environment
 from pretraining.run_folder import check_run_dir, locked, read_record, remove_run
+from pretraining.sharding import check_plugin
 from pretraining.training import Diverged, Run
 
 USAGE, DIVERGED = 2, 3  # exit statuses; Python's is 1 after a crash
@@ -179,10 +180,11 @@ def start(arguments):
     die_with_launcher(environ)
     with contextlib.ExitStack() as held:
         plan = together(make_plan, options, overrides, environ, held)
-        return train(plan, bool(on_cpu), set_cpu_threads(plan.recipe.cpu_threads, environ), options)
+        threads = set_cpu_threads(plan.recipe.cpu_threads, environ)
+        return train(plan, bool(on_cpu), threads, options, environ)
 
 
-def train(plan, on_cpu, threads, options):
+def train(plan, on_cpu, threads, options, environ):
     """Trains as planned; returns the exit status."""
     recipe = plan.recipe
     tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -195,6 +197,7 @@ def train(plan, on_cpu, threads, options):
         project_dir=str(recipe.run_dir),
     )
     torch.backends.cuda.matmul.allow_tf32 = tf32  # accelerate allows it where it compiles
+    check_plugin(environ, accelerator, recipe)
     run = Run(recipe, accelerator, threads, plan.checkpoint, plan.changes)
     if plan.checkpoint.folder:
         accelerator.print(f"Continuing from {plan.checkpoint.folder} after step {run.step}")

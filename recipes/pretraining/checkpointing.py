@@ -1,10 +1,11 @@
 """Checkpoints that are complete or absent.
 
-A checkpoint is a folder `checkpoint-<step>` that `from_pretrained` loads, with the optimizer's
-state beside the weights. It is written under another name, synced, and renamed, so a killed run
-leaves only complete ones, and the older ones go when the new one is in place. `checkpoint.json`
-lists each file's size and hash: a damaged one is found before it is trained on, and the one before
-it taken. Files that the list does not name are somebody else's and stay.
+A checkpoint is a folder `checkpoint-<step>`: weights that `from_pretrained` loads with the
+optimizer's state beside them, or config.json and both of them in shards (saving.py). It is written
+under another name, synced, and renamed, so a killed run leaves only complete ones, and the older
+ones go when the new one is in place. `checkpoint.json` lists each file's size and hash: a damaged
+one is found before it is trained on, and the one before it taken. Files that the list does not name
+are somebody else's and stay.
 """
 
 import contextlib
@@ -21,6 +22,8 @@ from .recipe import Recipe, UsageError
 
 MANIFEST = "checkpoint.json"
 TRAINING_STATE = "training_state.pt"
+SHARDS = "shards"  # the folder of them, and what torch.distributed.checkpoint writes last
+SHARDS_INDEX = f"{SHARDS}/.metadata"
 UNFINISHED = ".unfinished"
 
 
@@ -55,25 +58,51 @@ def list_checkpoints(run_dir):
 
 
 def write_checkpoint(run_dir, step, write_files, keep, say=print):
-    """Writes `checkpoint-<step>` and deletes the oldest beyond `keep`.
-
-    What has that name already goes if it is a whole checkpoint, and else gets another name.
+    """Writes a checkpoint from one process.
 
     Args:
         run_dir: the run's folder.
         step: steps done.
         write_files: called with a folder to fill; returns what the manifest should also say.
+        keep: of `finish_checkpoint`, as is `say`.
+
+    Returns:
+        The folder.
+    """
+    unfinished = begin_checkpoint(run_dir, step)
+    return finish_checkpoint(unfinished, step, write_files(unfinished), keep, say)
+
+
+def begin_checkpoint(run_dir, step):
+    """Makes and returns the folder that `checkpoint-<step>` is written into."""
+    remove_unfinished(run_dir)
+    unfinished = unfinished_checkpoint(run_dir, step)
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def unfinished_checkpoint(run_dir, step):
+    """The folder that becomes `checkpoint-<step>` when all of it is written."""
+    return Path(run_dir) / f"checkpoint-{step}{UNFINISHED}"
+
+
+def finish_checkpoint(unfinished, step, facts, keep, say=print):
+    """Makes a folder that is written the checkpoint, and deletes the oldest beyond `keep`.
+
+    What has that name already goes if it is a whole checkpoint, and else gets another name.
+
+    Args:
+        unfinished: of `begin_checkpoint`, with all files in it.
+        step: steps done.
+        facts: what the manifest also says.
         keep: how many checkpoints stay, this one included. Damaged ones do not count.
         say: prints a line.
 
     Returns:
         The folder.
     """
-    folder = Path(run_dir) / f"checkpoint-{step}"
-    unfinished = folder.with_name(folder.name + UNFINISHED)
-    remove_unfinished(run_dir)
-    unfinished.mkdir(parents=True)
-    manifest = {"step": step, **write_files(unfinished)}
+    folder = unfinished.with_name(f"checkpoint-{step}")
+    manifest = {"step": step, **facts}
     files = sorted(path for path in unfinished.rglob("*") if path.is_file())
     manifest["files"] = {
         path.relative_to(unfinished).as_posix(): {
@@ -83,7 +112,8 @@ def write_checkpoint(run_dir, step, write_files, keep, say=print):
         for path in files
     }
     (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in [*files, unfinished / MANIFEST, unfinished]:
+    folders = {path.parent for path in files} | {unfinished}
+    for path in [*files, unfinished / MANIFEST, *sorted(folders, reverse=True)]:
         _sync(path)
     before = move_aside(folder, "replaced") if os.path.lexists(folder) else None
     os.replace(unfinished, folder)
@@ -92,7 +122,9 @@ def write_checkpoint(run_dir, step, write_files, keep, say=print):
         remove_checkpoint(before)
     elif before:
         say(f"{folder} was there already and is no whole checkpoint: it is now {before.name}")
-    others = [old for n, old in list_checkpoints(run_dir) if old != folder and _is_whole(old, n)]
+    others = [
+        old for n, old in list_checkpoints(folder.parent) if old != folder and _is_whole(old, n)
+    ]
     for old in others[: max(0, len(others) - keep + 1)]:
         remove_checkpoint(old)
     return folder
@@ -149,7 +181,8 @@ def read_manifest(folder, step):
         manifest["step"] == step
         and manifest["cpu_threads"] >= 1
         and 0 <= manifest["seconds"] < math.inf
-        and {TRAINING_STATE, "config.json"} <= manifest["files"].keys()
+        and "config.json" in manifest["files"]
+        and {TRAINING_STATE, SHARDS_INDEX} & manifest["files"].keys()
         and all(_is_entry(name, entry) for name, entry in entries)
     )
     if not good:

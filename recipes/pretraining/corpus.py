@@ -106,14 +106,22 @@ def collate(tokens, starts, length, packing):
 
 
 def held_out_batches(tokens, length, size, packing, rank=0, num_processes=1):
-    """Consecutive windows in which each target occurs once; the last may be shorter."""
+    """Consecutive windows in which each target occurs once; the last may be shorter.
+
+    All processes get the same number: in the last round, those for which nothing is left get
+    windows without targets, to be there where weights are gathered from all.
+    """
     num_targets = len(tokens.ids) - 1
     starts = range(0, num_targets - num_targets % length, length)
     groups = [(starts[i : i + size], length) for i in range(0, len(starts), size)]
     if num_targets % length:
         groups.append(([num_targets - num_targets % length], num_targets % length))
-    for group, window_length in groups[rank::num_processes]:
-        yield collate(tokens, group, window_length, packing)
+    for index in range(rank, -(-len(groups) // num_processes) * num_processes, num_processes):
+        group, window_length = groups[min(index, len(groups) - 1)]
+        batch = collate(tokens, group, window_length, packing)
+        if index >= len(groups):
+            batch["shift_labels"].fill_(-100)
+        yield batch
 
 
 def load_corpus(recipe, tokenizer, cache_dir):

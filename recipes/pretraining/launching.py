@@ -14,13 +14,17 @@ from .recipe import UsageError, nearest
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # What `accelerate launch` or its config file may ask for and this recipe does not do.
 NOT_DONE = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
     "ACCELERATE_DOWNCAST_BF16": "downcast_bf16",
 }
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
+def is_on(value):
+    """Whether an environment variable, None if there is none, says yes."""
+    return (value or "").lower() in ("1", "true", "yes", "y", "t", "on")
 
 
 def check_environment(environ):
@@ -35,12 +39,17 @@ def check_environment(environ):
         UsageError: a way of training that the recipe does not know.
     """
     for name, called in NOT_DONE.items():
-        if environ.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
+        if is_on(environ.get(name)):
             raise UsageError(
                 f"the launcher asks for {called} ({name}={environ[name]}), which this recipe does "
                 "not do; launch without it: data parallelism alone, with gradient_checkpointing "
                 "or replay_segment_length where memory is short."
             )
+    if is_on(environ.get("ACCELERATE_USE_FSDP")) and environ.get("FSDP_VERSION", "1") != "2":
+        raise UsageError(
+            "the launcher asks for the first version of FSDP, which this recipe does not do; say "
+            "fsdp_version: 2, or launch with --config_file recipes/accelerate/fsdp2.yaml."
+        )
     accumulation = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"
     if accumulation not in ("1", "auto"):
         raise UsageError(

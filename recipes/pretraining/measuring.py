@@ -85,7 +85,13 @@ def sample(accelerator, model, tokenizer, prompt, num_tokens, seed):
     with torch.random.fork_rng():  # training continues with the numbers it would have drawn
         torch.manual_seed(seed)
         mask = torch.ones_like(inputs)
-        output = model.generate(inputs, attention_mask=mask, generation_config=settings)
+        # Where weights are in shards, no process may end before the others.
+        output = model.generate(
+            inputs,
+            attention_mask=mask,
+            generation_config=settings,
+            synced_gpus=accelerator.is_fsdp2,
+        )
     model.train()
     return tokenizer.decode(output[0], skip_special_tokens=True)
 

@@ -67,6 +67,7 @@ class Recipe:
     log_every: int = 10  # steps between lines in metrics.jsonl
     checkpoint_every: int = 200  # steps; 0: at the end alone
     keep_checkpoints: int = 2  # the newest so many
+    async_checkpoints: bool = False  # FSDP2: shards are written while training goes on
     trackers: list[str] = field(default_factory=list)  # "tensorboard", "trackio", "wandb", ...
     output_dir: str = "runs"
 

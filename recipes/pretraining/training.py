@@ -8,30 +8,19 @@ import time
 
 import torch
 from accelerate.utils import set_seed
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 from .agreeing import together
 from .building import build_config, build_model, load_tokenizer, parameter_groups
-from .checkpointing import (
-    TRAINING_STATE,
-    UNFINISHED,
-    list_checkpoints,
-    move_into,
-    write_checkpoint,
-)
+from .checkpointing import SHARDS_INDEX, UNFINISHED, list_checkpoints, move_into
 from .corpus import Windows, load_corpus
 from .measuring import diagnostics, held_out_bits_per_byte, sample
 from .recipe import UsageError
 from .recording import Records
 from .reporting import Progress, bits_per_byte, duration
 from .run_folder import TRACKED
+from .saving import Saver
+from .sharding import prepare
 from .stepping import accumulate_gradients, step_seed
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Diverged(Exception):
@@ -65,6 +54,7 @@ class Run:
 
     def __init__(self, recipe, accelerator, threads, checkpoint, changes=()):
         self.recipe, self.accelerator = recipe, accelerator
+        self.is_main = accelerator.is_main_process
         self.checkpoint, self.changes = checkpoint, changes
         self.size, self.accumulation = recipe.windows_per_process(accelerator.num_processes)
         self.tokenizer, config, self.corpus = together(load_text, recipe)
@@ -83,7 +73,9 @@ class Run:
         self.threads = threads if recipe.cpu_threads else manifest.get("cpu_threads", threads)
         torch.set_num_threads(self.threads)
 
-        model = build_model(recipe, config, folder)
+        # Shards are loaded into the model when it is itself in shards.
+        whole = folder and not (folder / SHARDS_INDEX).is_file()
+        model = build_model(recipe, config, folder if whole else None)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe),
@@ -92,12 +84,12 @@ class Run:
             eps=recipe.epsilon,
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
-        self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
+        self.model, self.optimizer = prepare(accelerator, model, self.optimizer)
+        self.saver = Saver(
+            recipe, accelerator, self._bare_model(), self.optimizer.optimizer, self.tokenizer
+        )
         if folder:
-            state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
-            set_optimizer_state_dict(
-                self._bare_model(), self.optimizer.optimizer, state["optimizer"], options=WHOLE
-            )
+            self.saver.load(folder)
         compiled = f", compiled by {self._compiler()}" if self._compiler() else ""
         accelerator.print(
             f"{self.title()}, {accelerator.num_processes} x {accelerator.device.type}, "
@@ -147,7 +139,7 @@ class Run:
         Raises:
             Diverged: the loss or the gradient is not finite; nothing was saved since.
         """
-        if self.accelerator.is_main_process:
+        if self.is_main:
             self.records = Records(self.recipe, self.checkpoint, self._about(), self.corpus.record)
             if self.changes:
                 self.records.write("change", self._now(), {"changes": self.changes})
@@ -157,7 +149,7 @@ class Run:
         try:
             return self._run_steps(signals)
         except Diverged:
-            if self.accelerator.is_main_process:
+            if self.is_main:
                 self.records.diverged.append(self.step + 1)
                 self.records.save()
             raise
@@ -191,7 +183,9 @@ class Run:
             if due or last or stopped:
                 self.save_checkpoint()
             if stopped and not last:
+                self.saver.wait()
                 return signals.received or signal.SIGTERM
+        self.saver.wait()
         return None
 
     def _any_process(self, flag):
@@ -229,7 +223,8 @@ class Run:
         return loss, norm, rate
 
     def _log_step(self, loss, norm, rate, speed):
-        if not self.accelerator.is_main_process:
+        watched = diagnostics(self.accelerator, self.model)
+        if not self.is_main:
             return
         train = self.corpus.train
         figures = {
@@ -239,7 +234,7 @@ class Run:
             "gradient_norm": norm,
             "learning_rate": rate,
             "tokens_per_second": speed,
-            **diagnostics(self.accelerator, self.model),
+            **watched,
         }
         self._record("train", figures)
         self.progress.update(self.step, loss, speed)
@@ -255,19 +250,21 @@ class Run:
     def evaluate(self):
         """Measures held-out bits per byte, draws the curve, prints samples."""
         recipe, accelerator = self.recipe, self.accelerator
+        # In every process: where weights are in shards, each layer is gathered from all of them.
         value = held_out_bits_per_byte(accelerator, self.model, self.corpus.held_out, recipe)
-        if accelerator.is_main_process:
+        watched = diagnostics(accelerator, self.model, self.corpus.held_out, recipe)
+        texts = [
+            sample(accelerator, self.model, self.tokenizer, prompt, recipe.sample_tokens, self.step)
+            for prompt in recipe.sample_prompts
+        ]
+        if self.is_main:
             gzip = self.corpus.record["held_out"]["gzip_bits_per_byte"]
-            watched = diagnostics(accelerator, self.model, self.corpus.held_out, recipe)
             self._record("held_out", {"bits_per_byte": value, **watched})
             self.progress.say(
                 f"step {self.step}: held-out {value:.4f} bits per byte (gzip -9: {gzip:.4f})"
             )
             self.records.draw(self.title())
-            for prompt in recipe.sample_prompts:
-                text = sample(
-                    accelerator, self.model, self.tokenizer, prompt, recipe.sample_tokens, self.step
-                )
+            for text in texts:
                 self.progress.say("  | " + text.replace("\n", "\n  | "))
         accelerator.wait_for_everyone()
 
@@ -275,37 +272,23 @@ class Run:
         """One line that says what was trained."""
         return f"{self.recipe.name}: {self.recipe.architecture}, {self.num_parameters:,} parameters"
 
-    def _save_model(self, folder):
-        self._bare_model().save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
     def save_checkpoint(self):
         """Writes everything that `--resume` needs."""
-        optimizer = get_optimizer_state_dict(
-            self._bare_model(), self.optimizer.optimizer, options=WHOLE
-        )
-
-        def write_files(folder):
-            self._save_model(folder)
-            torch.save({"optimizer": optimizer}, folder / TRAINING_STATE)
-            recipe = dataclasses.asdict(self.recipe)
-            state = {"seconds": self.seconds, "cpu_threads": self.threads, "recipe": recipe}
-            return {**state, **identity(self.corpus)}
-
-        if self.accelerator.is_main_process:
-            keep = self.recipe.keep_checkpoints
-            write_checkpoint(self.recipe.run_dir, self.step, write_files, keep, self.progress.say)
-        self.accelerator.wait_for_everyone()
+        recipe = dataclasses.asdict(self.recipe)
+        facts = {"seconds": self.seconds, "cpu_threads": self.threads, "recipe": recipe}
+        facts |= identity(self.corpus)
+        self.saver.save(self.step, facts, self.progress.say if self.is_main else None)
 
     def finish(self):
         """Puts the final model into the run's folder and completes run.json."""
-        is_main, run_dir = self.accelerator.is_main_process, self.recipe.run_dir
-        if self._any_process(is_main and self.records.results().get("step") != self.step):
+        run_dir = self.recipe.run_dir
+        if self._any_process(self.is_main and self.records.results().get("step") != self.step):
             self.evaluate()  # the line of metrics.jsonl that said it is lost
-        if is_main:
-            folder = run_dir / f"final{UNFINISHED}"
+        folder = run_dir / f"final{UNFINISHED}"
+        if self.is_main:
             folder.mkdir()
-            self._save_model(folder)
+        self.saver.write_model(folder)
+        if self.is_main:
             self.records.files = sorted({*self.records.files, *os.listdir(folder)})
             self.records.save()  # it names the files before they come
             move_into(folder, run_dir)

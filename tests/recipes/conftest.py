@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from forks import Forks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +54,15 @@ def launcher():
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     options += ["--main_process_port", free_port()]
     return [sys.executable, "-m", "accelerate.commands.launch", *options]
+
+
+def launched_with(config, processes):
+    """The environment variables that `accelerate launch` sets for a file of recipes/accelerate."""
+    options = ["--config_file", str(ROOT / "recipes/accelerate" / config)]
+    options += ["--num_processes", str(processes), "pretrain.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(options))
+    found = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
 
 class Workshop:
@@ -98,12 +109,18 @@ class Workshop:
         output, errors = process.communicate(timeout=240)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
-    def run(self, *arguments, processes=1):
-        """The same from processes that have imported everything, as torchrun would start them."""
+    def run(self, *arguments, processes=1, config=None):
+        """The same from processes that have imported everything, as torchrun would start them.
+
+        With a `config` of recipes/accelerate, accelerate takes the CPUs for GPUs.
+        """
         command, launch, ranks = self._command(arguments), {}, []
         if processes > 1:
             launch = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
             launch |= {"MASTER_PORT": free_port()}
+        if config:
+            launch |= launched_with(config, processes)
+            command[0] = str(ROOT / "tests/recipes/sharded_on_cpu.py")
         for rank in range(processes):
             own = {"RANK": rank, "LOCAL_RANK": rank}
             own |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}

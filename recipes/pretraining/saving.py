@@ -1,0 +1,137 @@
+"""What a run saves of its model and optimizer, whole from one process or in shards from all.
+
+Where every process has all weights, the main one writes a folder that `from_pretrained` loads and
+the optimizer's state beside it. Under FSDP2 each process writes what it holds, through
+torch.distributed.checkpoint, and no process ever holds all of it. Either kind is loaded by any
+number of processes, whole or sharded.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+
+from .checkpointing import (
+    SHARDS,
+    SHARDS_INDEX,
+    TRAINING_STATE,
+    begin_checkpoint,
+    finish_checkpoint,
+    unfinished_checkpoint,
+    write_checkpoint,
+)
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Saver:
+    """Writes and reads the checkpoints of a run. All processes call each method.
+
+    Args:
+        recipe: of the run.
+        accelerator: of accelerate.
+        model: the language model, in none of accelerate's or torch.compile's wrappers.
+        optimizer: of torch.
+        tokenizer: saved beside each model.
+    """
+
+    def __init__(self, recipe, accelerator, model, optimizer, tokenizer):
+        self.recipe, self.accelerator = recipe, accelerator
+        self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
+        self.sharded = accelerator.is_fsdp2
+        self._thread, self._writing, self._group = ThreadPoolExecutor(1), None, None
+
+    def load(self, folder):
+        """Takes up what a checkpoint holds.
+
+        The weights of a whole one are in the model already: it was made from them.
+        """
+        if (folder / SHARDS_INDEX).is_file():
+            state = dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer)))
+            dcp.load(state, checkpoint_id=folder / SHARDS)
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+            )
+        else:
+            state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=WHOLE)
+
+    def save(self, step, facts, say):
+        """Writes a checkpoint; with `async_checkpoints` its shards are written while training goes on.
+
+        Args:
+            step: steps done.
+            facts: what its manifest also says.
+            say: prints a line; the main process calls it.
+        """
+        self.wait()
+        if self.sharded:
+            self._save_shards(step, facts, say)
+        else:
+            self._save_whole(step, facts, say)
+        self.accelerator.wait_for_everyone()
+
+    def _save_whole(self, step, facts, say):
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
+
+        def write_files(folder):
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            torch.save({"optimizer": optimizer}, folder / TRAINING_STATE)
+            return facts
+
+        if self.accelerator.is_main_process:
+            keep = self.recipe.keep_checkpoints
+            write_checkpoint(self.recipe.run_dir, step, write_files, keep, say)
+
+    def _save_shards(self, step, facts, say):
+        recipe, is_main = self.recipe, self.accelerator.is_main_process
+        folder = unfinished_checkpoint(recipe.run_dir, step)
+        if is_main:
+            begin_checkpoint(recipe.run_dir, step)
+            self.model.config.save_pretrained(folder)
+            self.model.generation_config.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()  # for the folder
+        state = dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer)))
+        shards = {"state_dict": state, "checkpoint_id": folder / SHARDS}
+
+        def finish(writing=None):
+            if writing:
+                writing.result()
+            if is_main:  # whose shards are done when those of all are
+                finish_checkpoint(folder, step, facts, recipe.keep_checkpoints, say)
+
+        if recipe.async_checkpoints:
+            self._group = self._group or torch.distributed.new_group(backend="gloo")
+            writing = dcp.async_save(**shards, process_group=self._group)
+            self._writing = self._thread.submit(finish, writing)
+        else:
+            dcp.save(**shards)
+            finish()
+
+    def wait(self):
+        """Returns when what is being written is there."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
+    def write_model(self, folder):
+        """Writes the model into a folder that the main process has made, as `from_pretrained` reads it."""
+        state = get_model_state_dict(self.model, options=WHOLE) if self.sharded else None
+        if self.accelerator.is_main_process:
+            for name in self.model.all_tied_weights_keys if state else ():
+                del state[name]  # gathered, it is a copy of what it is tied to
+            self.model.save_pretrained(folder, state_dict=state)
+            self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,50 @@
+"""Models in shards (FSDP2): what accelerate does not do as this recipe means it."""
+
+import types
+
+import torch
+
+from .launching import is_on
+from .recipe import UsageError
+
+
+def check_plugin(environ, accelerator, recipe):
+    """Refuses a launch that asks for shards where there will be none, or another gradient.
+
+    Args:
+        environ: environment variables as the launcher set them.
+        accelerator: of accelerate, made from them.
+        recipe: of the run.
+
+    Raises:
+        UsageError: accelerate ignores what was asked for; a recipe that shards would train wrong.
+    """
+    if is_on(environ.get("ACCELERATE_USE_FSDP")) and not accelerator.is_fsdp2:
+        raise UsageError(
+            f"the launcher asks for FSDP, which accelerate ignores on {accelerator.num_processes} "
+            f"x {accelerator.device.type} (it needs several GPUs); launch without it: --config_file "
+            "recipes/accelerate/ddp.yaml, or --num_processes 1."
+        )
+    if accelerator.is_fsdp2 and recipe.replay_segment_length:
+        raise UsageError(
+            "replay_segment_length runs layers again in backward, where FSDP has taken their "
+            "weights away; use --gradient_checkpointing true with FSDP, or replay under DDP."
+        )
+
+
+def prepare(accelerator, model, optimizer):
+    """accelerate's `prepare`, with the same arithmetic in shards as in whole models.
+
+    FSDP2's own mixed precision rounds every weight to 16 bits, decays and norms among them, and the
+    residual stream between blocks. Here weights are gathered in float32, and autocast chooses what
+    is computed in bf16, as it does without shards.
+    """
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare(model, optimizer)
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.native_amp:
+        bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        bare.forward = types.MethodType(autocast(type(bare).forward), bare)
+    return model, optimizer
