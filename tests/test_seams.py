@@ -54,6 +54,14 @@ def test_shifted_labels_of_any_stride(architecture):
 
 
 @every_variant
+def test_blocks_that_sharding_wraps_are_there(name, variant):
+    """accelerate looks for each of them, and refuses a model that has none of one."""
+    model = zoo.MODELS[name].causal_lm(zoo.MODELS[name].config(**TINY | variants_of(name)[variant]))
+    blocks = {type(layer).__name__ for layer in model.model.layers}
+    assert model._no_split_modules == model.model._no_split_modules == blocks
+
+
+@every_variant
 def test_transformers_own_config_class_reads_what_is_written(name, variant, tmp_path):
     """Trainer reads it with that class when it resumes, and AutoTokenizer when it guesses."""
     architecture = zoo.MODELS[name]

@@ -6,6 +6,7 @@ torch.distributed.checkpoint, and no process ever holds all of it. Either kind i
 number of processes, whole or sharded.
 """
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -56,7 +57,9 @@ class Saver:
         """
         if (folder / SHARDS_INDEX).is_file():
             state = dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer)))
-            dcp.load(state, checkpoint_id=folder / SHARDS)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                dcp.load(state, checkpoint_id=folder / SHARDS)
             set_state_dict(
                 self.model,
                 self.optimizer,
@@ -68,7 +71,7 @@ class Saver:
             set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=WHOLE)
 
     def save(self, step, facts, say):
-        """Writes a checkpoint; with `async_checkpoints` its shards are written while training goes on.
+        """Writes a checkpoint; with `async_checkpoints`, shards are written while training goes on.
 
         Args:
             step: steps done.
@@ -128,7 +131,7 @@ class Saver:
             self._writing = None
 
     def write_model(self, folder):
-        """Writes the model into a folder that the main process has made, as `from_pretrained` reads it."""
+        """Writes the model as `from_pretrained` reads it, into a folder of the main process."""
         state = get_model_state_dict(self.model, options=WHOLE) if self.sharded else None
         if self.accelerator.is_main_process:
             for name in self.model.all_tied_weights_keys if state else ():

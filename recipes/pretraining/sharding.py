@@ -21,9 +21,9 @@ def check_plugin(environ, accelerator, recipe):
     """
     if is_on(environ.get("ACCELERATE_USE_FSDP")) and not accelerator.is_fsdp2:
         raise UsageError(
-            f"the launcher asks for FSDP, which accelerate ignores on {accelerator.num_processes} "
-            f"x {accelerator.device.type} (it needs several GPUs); launch without it: --config_file "
-            "recipes/accelerate/ddp.yaml, or --num_processes 1."
+            "the launcher asks for FSDP, which accelerate ignores on "
+            f"{accelerator.num_processes} x {accelerator.device.type} (it needs several GPUs); "
+            "launch with --config_file recipes/accelerate/ddp.yaml, or one process without a file."
         )
     if accelerator.is_fsdp2 and recipe.replay_segment_length:
         raise UsageError(

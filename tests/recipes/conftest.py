@@ -109,8 +109,8 @@ class Workshop:
         output, errors = process.communicate(timeout=240)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
-    def run(self, *arguments, processes=1, config=None):
-        """The same from processes that have imported everything, as torchrun would start them.
+    def start_ranks(self, *arguments, processes=1, config=None):
+        """Starts processes that have imported everything, as torchrun would start them.
 
         With a `config` of recipes/accelerate, accelerate takes the CPUs for GPUs.
         """
@@ -126,9 +126,14 @@ class Workshop:
             own |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             env = launch | {name: str(value) for name, value in own.items()} if launch else {}
             ranks.append(self._forks().start(*command, cwd=self.folder, env=env))
+        return ranks
+
+    def run(self, *arguments, **options):
+        """The same, waiting for the end."""
+        ranks = self.start_ranks(*arguments, **options)
         outputs, errors = zip(*[rank.communicate() for rank in ranks])
         code = max(abs(rank.returncode) for rank in ranks)
-        return subprocess.CompletedProcess(command, code, "".join(outputs), "".join(errors))
+        return subprocess.CompletedProcess(arguments, code, "".join(outputs), "".join(errors))
 
     def curve(self, name):
         """What a run measured, without what a clock measured."""

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 
+from accelerate import Accelerator
 from pretraining import training
 from pretraining.checkpointing import Checkpoint
 from pretraining.recipe import Recipe
@@ -39,7 +39,7 @@ class Group:
 class Rank:
     """What a `Run` asks of an accelerator, for one process of a group."""
 
-    device, native_amp = torch.device("cpu"), False
+    device, native_amp, is_fsdp2 = torch.device("cpu"), False, False
     state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=SimpleNamespace(value="NO")))
 
     def __init__(self, group, rank):

@@ -1,28 +1,154 @@
 """FSDP2 beside one process: the same losses, saved by all ranks, resumed by any number of them."""
 
-import json
+import shutil
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pretraining.checkpointing import SHARDS_INDEX, list_checkpoints
 from pretraining.launching import check_environment
 from pretraining.recipe import UsageError
+from pretraining.sharding import check_plugin
+from zoo.hub.export import export
+from zoo.hub.folder import read_tensors
 
-SHORT = ["--steps", "24", "--decay_steps", "4", "--checkpoint_every", "8", "--eval_every", "12"]
-SHORT += ["--model.dropout", "0"]
+# A rate at which rounding stays rounding; one of two batches of held-out text is of one process.
+SHORT = ["--learning_rate", "1e-3", "--steps", "20", "--decay_steps", "4", "--model.dropout", "0"]
+SHORT += [
+    "--keep_checkpoints",
+    "3",
+    "--checkpoint_every",
+    "8",
+    "--eval_every",
+    "10",
+    "--eval_batch_size",
+    "11",
+]
+SHORT += ["--sample_prompts", '["def "]', "--sample_tokens", "4"]
+SHARDED = {"processes": 2, "config": "fsdp2.yaml"}
 
 
-def losses(workshop, name):
-    lines = workshop.curve(name)
-    return torch.tensor([x["loss"] for x in lines if x["kind"] == "train"], dtype=torch.float64)
+@pytest.fixture
+def run(workshop):
+    def run(name, *arguments, **options):
+        result = workshop.run("--name", name, *SHORT, *arguments, **options)
+        assert result.returncode == 0, result.stderr
+        return result
+
+    return run
 
 
-def test_shards_train_as_one(workshop):
-    one = workshop.run("--name", "one", *SHORT)
-    assert one.returncode == 0, one.stderr
-    two = workshop.run("--name", "two", *SHORT, processes=2, config="fsdp2.yaml")
-    assert two.returncode == 0, two.stderr
-    print(two.stdout)
-    print(losses(workshop, "two") / losses(workshop, "one") - 1)
-    assert 0
+def figures(workshop, name):
+    """Losses and bits per byte, in the order of metrics.jsonl."""
+    lines = [line.get("loss", line["bits_per_byte"]) for line in workshop.curve(name)]
+    return torch.tensor(lines, dtype=torch.float64)
+
+
+def forget_after(workshop, name, step):
+    """Makes a run one that was killed after a step."""
+    for done, folder in list_checkpoints(workshop.folder / name):
+        if done > step:
+            shutil.rmtree(folder)
+    (workshop.folder / name / "model.safetensors").unlink()
+
+
+def test_shards_train_and_save_and_resume_as_one(workshop, run):
+    run("one")
+    run("two", *["--async_checkpoints", "true"], **SHARDED)
+    expected = figures(workshop, "one")
+    torch.testing.assert_close(figures(workshop, "two"), expected, rtol=1e-5, atol=0)
+    # The model is one safetensors file, each process wrote a shard, and export reads either.
+    one, two = (load_file(workshop.folder / x / "model.safetensors") for x in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+    (_, newest) = list_checkpoints(workshop.folder / "two")[-1]
+    assert len(list((newest / "shards").glob("*.distcp"))) == 2
+    shards = read_tensors(newest)
+    assert all(shards[name].equal(x) for name, x in two.items())
+    export(newest, workshop.folder / "exported")
+    exported = load_file(workshop.folder / "exported/model.safetensors")
+    assert all(exported[name].equal(x) for name, x in two.items())
+    # The same processes go on with the same numbers, others with the same but for rounding.
+    for name, tolerance, options in (
+        ("same", 0, SHARDED),
+        ("alone", 1e-6, {}),
+        ("data parallel", 1e-6, {"processes": 2}),
+    ):
+        shutil.copytree(workshop.folder / "two", workshop.folder / name)
+        forget_after(workshop, name, 8)
+        assert "after step 8" in run(name, "--resume", **options).stdout
+        found = figures(workshop, name)
+        torch.testing.assert_close(found, figures(workshop, "two"), rtol=tolerance, atol=0)
+    assert not list_checkpoints(workshop.folder / "alone")[-1][1].joinpath("shards").exists()
+    # And whole checkpoints are taken up in shards.
+    forget_after(workshop, "one", 8)
+    run("one", "--resume", **SHARDED)
+    torch.testing.assert_close(figures(workshop, "one"), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_recomputed_and_compiled(workshop, run):
+    run("one")
+    run("recomputed", "--gradient_checkpointing", "true", **SHARDED)
+    expected = figures(workshop, "one")
+    torch.testing.assert_close(figures(workshop, "recomputed"), expected, rtol=1e-5, atol=0)
+
+
+def test_bf16_is_that_of_whole_models(workshop, run):
+    """Weights stay in float32, what is computed is chosen by autocast."""
+    run("fp32")
+    run("one", "--precision", "bf16")
+    run("two", "--precision", "bf16", **SHARDED)
+    exact, one, two = (figures(workshop, name) for name in ("fp32", "one", "two"))
+    # Each is off by its own rounding: no more by shards than without.
+    assert (two - exact).abs().mean() <= 1.5 * (one - exact).abs().mean()
+    weights = load_file(workshop.folder / "two/model.safetensors")
+    assert {x.dtype for x in weights.values()} == {torch.float32}
+    assert any((x != x.bfloat16()).any() for x in weights.values())
+
+
+def test_killed_while_shards_are_written(workshop, run):
+    run("whole", **SHARDED)
+    ranks = workshop.start_ranks("--name", "killed", *SHORT, **SHARDED)
+    while not list(workshop.folder.glob("killed/checkpoint-16.unfinished/shards")):
+        time.sleep(0.001)
+        assert ranks[0].poll() is None
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.communicate()
+    done = [step for step, _ in list_checkpoints(workshop.folder / "killed")]
+    assert done and done[-1] in (8, 16)
+    run("killed", "--resume", **SHARDED)
+    assert figures(workshop, "killed").equal(figures(workshop, "whole"))
+
+
+def test_an_index_that_runs_code_is_not_opened(tmp_path):
+    """As pickles may; export opens checkpoints of other people."""
+
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    (tmp_path / "shards").mkdir()
+    torch.serialization.pickle.dump(Evil(), open(tmp_path / SHARDS_INDEX, "wb"))
+    with pytest.raises(ValueError, match=r"damaged or incomplete \(its index names builtins.print"):
+        read_tensors(tmp_path)
+
+
+def test_what_accelerate_would_ignore_is_said(in_process, workshop):
+    result = in_process(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    assert result.returncode == 2
+    assert "which accelerate ignores on 1 x cpu" in result.stderr
+    assert not (workshop.folder / "tiny").exists()
+    with pytest.raises(UsageError, match="the first version of FSDP"):
+        check_environment({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})
+
+
+def test_segments_are_not_replayed_in_shards():
+    accelerator = SimpleNamespace(is_fsdp2=True)
+    check_plugin({}, accelerator, SimpleNamespace(replay_segment_length=0))
+    with pytest.raises(UsageError, match="FSDP has taken their weights away"):
+        check_plugin({}, accelerator, SimpleNamespace(replay_segment_length=8))

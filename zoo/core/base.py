@@ -275,6 +275,12 @@ class ZooPreTrainedModel(PreTrainedModel):
         # What a model cannot compute, it refuses when it is asked for it.
         return True
 
+    def post_init(self):
+        """What transformers does when all modules are there."""
+        super().post_init()
+        # Sharding (FSDP) refuses a model without each of the blocks that its class may have.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
     def _initialize_weights(self, module, is_custom_code=False):
         # For code outside of it, transformers skips every module whose own parameters are all
         # loaded, and so each one that has none of its own: a mixer, whose children hold them. It

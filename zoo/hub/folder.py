@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from .. import MODELS
 from ..core.base import ZooConfig
+from .shards import has_shards, read_shards
 
 # Names of a training run's other files, which share a weight file's extension.
 NOT_WEIGHTS = ("training_args", "training_state", "optimizer", "scheduler", "scaler", "rng_state")
@@ -129,13 +130,15 @@ def read_tensors(src, others=None):
     """Every tensor of a checkpoint by name. Code in pickled files is never run.
 
     Args:
-        src: as `find_weights`.
+        src: as `find_weights`, or the folder of a run's checkpoint in shards.
         others: a dict to fill with what is not a tensor, by name; None refuses such things.
 
     Raises:
         ValueError: nothing to read, damaged files, something that is not a tensor, or tensors
             that are quantised, sparse, complex or without values.
     """
+    if has_shards(src):
+        return read_shards(src)
     tensors = {}
     for path in find_weights(src):
         if path.suffix == ".safetensors":

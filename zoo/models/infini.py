@@ -288,6 +288,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, ZooForCausalLM, GenerationMixin):
         if self.config.memory_update == "none":
             return {}
         gates = [layer.mixer.gate for layer in self.model.layers]
+        # Weights in shards (FSDP2) are gathered, from all processes.
+        gates = [getattr(gate, "full_tensor", lambda gate=gate: gate)() for gate in gates]
         return memory_figures(gates, past_key_values)
 
 
