@@ -33,6 +33,7 @@ from pretraining.launching import (
     check_launch,
     check_trackers,
     die_with_launcher,
+    is_on,
     precision_of,
     set_cpu_threads,
 )
@@ -187,10 +188,12 @@ def start(arguments):
 def train(plan, on_cpu, threads, options, environ):
     """Trains as planned; returns the exit status."""
     recipe = plan.recipe
+    zero = is_on(environ.get("ACCELERATE_USE_DEEPSPEED"))
     tf32 = torch.backends.cuda.matmul.allow_tf32
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision="bf16" if plan.precision == "bf16" else "no",
+        # DeepSpeed would keep the weights themselves in 16 bits.
+        mixed_precision="bf16" if plan.precision == "bf16" and not zero else "no",
         # accelerate would divide each gradient by what the launcher says here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=recipe.trackers or None,
@@ -198,7 +201,7 @@ def train(plan, on_cpu, threads, options, environ):
     )
     torch.backends.cuda.matmul.allow_tf32 = tf32  # accelerate allows it where it compiles
     check_plugin(environ, accelerator, recipe)
-    run = Run(recipe, accelerator, threads, plan.checkpoint, plan.changes)
+    run = Run(recipe, accelerator, threads, plan.checkpoint, plan.changes, plan.precision)
     if plan.checkpoint.folder:
         accelerator.print(f"Continuing from {plan.checkpoint.folder} after step {run.step}")
         for change in plan.changes:

@@ -14,7 +14,6 @@ from .recipe import UsageError, nearest
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # What `accelerate launch` or its config file may ask for and this recipe does not do.
 NOT_DONE = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
     "ACCELERATE_DOWNCAST_BF16": "downcast_bf16",

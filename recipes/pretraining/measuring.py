@@ -13,6 +13,7 @@ from zoo.core.state import state_bytes
 from .corpus import held_out_batches
 from .recipe import UsageError
 from .reporting import bits_per_byte
+from .zero import is_zero, small_parameters
 
 ROWS, PIECE = 2, 256  # streams at once, and tokens of each per forward pass: fastest on one core
 
@@ -59,13 +60,15 @@ def diagnostics(accelerator, model, tokens=None, recipe=None):
     if not hasattr(model, "diagnostics"):
         return {}
     if tokens is None:
-        return model.diagnostics()
+        with small_parameters(model):
+            return model.diagnostics()
     model.eval()
     batch = next(iter(held_out_batches(tokens, recipe.sequence_length, 1, recipe.packing, 0, 1)))
     inputs = {key: x.to(accelerator.device) for key, x in batch.items() if key != "shift_labels"}
     cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
     model.train()
-    return model.diagnostics(cache)
+    with small_parameters(model):
+        return model.diagnostics(cache)
 
 
 @torch.no_grad()
@@ -90,7 +93,7 @@ def sample(accelerator, model, tokenizer, prompt, num_tokens, seed):
             inputs,
             attention_mask=mask,
             generation_config=settings,
-            synced_gpus=accelerator.is_fsdp2,
+            synced_gpus=accelerator.is_fsdp2 or is_zero(accelerator),
         )
     model.train()
     return tokenizer.decode(output[0], skip_special_tokens=True)

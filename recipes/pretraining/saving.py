@@ -29,6 +29,7 @@ from .checkpointing import (
     unfinished_checkpoint,
     write_checkpoint,
 )
+from .recipe import UsageError
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -42,12 +43,13 @@ class Saver:
         model: the language model, in none of accelerate's or torch.compile's wrappers.
         optimizer: of torch.
         tokenizer: saved beside each model.
+        zero: a `Zero` if DeepSpeed trains the model.
     """
 
-    def __init__(self, recipe, accelerator, model, optimizer, tokenizer):
+    def __init__(self, recipe, accelerator, model, optimizer, tokenizer, zero=None):
         self.recipe, self.accelerator = recipe, accelerator
         self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
-        self.sharded = accelerator.is_fsdp2
+        self.sharded, self.zero = accelerator.is_fsdp2, zero
         self._thread, self._writing, self._group = ThreadPoolExecutor(1), None, None
 
     def load(self, folder):
@@ -55,7 +57,13 @@ class Saver:
 
         The weights of a whole one are in the model already: it was made from them.
         """
-        if (folder / SHARDS_INDEX).is_file():
+        in_shards = (folder / SHARDS_INDEX).is_file()
+        if in_shards and self.zero:
+            raise UsageError(
+                f"{folder} was saved in shards by FSDP2, which DeepSpeed does not take up; go on "
+                "with recipes/accelerate/fsdp2.yaml or ddp.yaml."
+            )
+        if in_shards:
             state = dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer)))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -68,6 +76,9 @@ class Saver:
             )
         else:
             state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+            if self.zero:
+                self.zero.load_optimizer_state(state["optimizer"])
+                return
             set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=WHOLE)
 
     def save(self, step, facts, say):
@@ -86,11 +97,14 @@ class Saver:
         self.accelerator.wait_for_everyone()
 
     def _save_whole(self, step, facts, say):
-        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
+        if self.zero:
+            optimizer = self.zero.optimizer_state()
+        else:
+            optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
+        weights = self._weights()
 
         def write_files(folder):
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            self._write_model(folder, weights)
             torch.save({"optimizer": optimizer}, folder / TRAINING_STATE)
             return facts
 
@@ -132,9 +146,18 @@ class Saver:
 
     def write_model(self, folder):
         """Writes the model as `from_pretrained` reads it, into a folder of the main process."""
-        state = get_model_state_dict(self.model, options=WHOLE) if self.sharded else None
+        weights = self._weights()
         if self.accelerator.is_main_process:
-            for name in self.model.all_tied_weights_keys if state else ():
-                del state[name]  # gathered, it is a copy of what it is tied to
-            self.model.save_pretrained(folder, state_dict=state)
-            self.tokenizer.save_pretrained(folder)
+            self._write_model(folder, weights)
+
+    def _weights(self):
+        """The whole weights by name, if they are not in the model itself."""
+        if self.zero:
+            return self.accelerator.get_state_dict(self.zero.engine)
+        return get_model_state_dict(self.model, options=WHOLE) if self.sharded else None
+
+    def _write_model(self, folder, weights):
+        for name in self.model.all_tied_weights_keys if weights else ():
+            weights.pop(name, None)  # gathered, it is a copy of what it is tied to
+        self.model.save_pretrained(folder, state_dict=weights)
+        self.tokenizer.save_pretrained(folder)

@@ -6,6 +6,7 @@ import torch
 
 from .launching import is_on
 from .recipe import UsageError
+from .zero import is_zero
 
 
 def check_plugin(environ, accelerator, recipe):
@@ -25,6 +26,12 @@ def check_plugin(environ, accelerator, recipe):
             f"{accelerator.num_processes} x {accelerator.device.type} (it needs several GPUs); "
             "launch with --config_file recipes/accelerate/ddp.yaml, or one process without a file."
         )
+    if is_on(environ.get("ACCELERATE_USE_DEEPSPEED")) and not is_zero(accelerator):
+        raise UsageError(
+            "the launcher asks for DeepSpeed, which accelerate ignores on "
+            f"{accelerator.num_processes} x {accelerator.device.type} (it needs GPUs); launch with "
+            "--config_file recipes/accelerate/ddp.yaml, or one process without a file."
+        )
     if accelerator.is_fsdp2 and recipe.replay_segment_length:
         raise UsageError(
             "replay_segment_length runs layers again in backward, where FSDP has taken their "
@@ -32,7 +39,7 @@ def check_plugin(environ, accelerator, recipe):
         )
 
 
-def prepare(accelerator, model, optimizer):
+def prepare(accelerator, model, optimizer, bf16):
     """accelerate's `prepare`, with the same arithmetic in shards as in whole models.
 
     FSDP2's own mixed precision rounds every weight to 16 bits, decays and norms among them, and the
@@ -43,8 +50,12 @@ def prepare(accelerator, model, optimizer):
         return accelerator.prepare(model, optimizer)
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
     model, optimizer = accelerator.prepare(model, optimizer)
-    if accelerator.native_amp:
-        bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
-        bare.forward = types.MethodType(autocast(type(bare).forward), bare)
+    if bf16:
+        run_in_bf16(accelerator.unwrap_model(model, keep_torch_compile=False))
     return model, optimizer
+
+
+def run_in_bf16(model):
+    """Makes a model's forward pass choose what is computed in bf16."""
+    autocast = torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
+    model.forward = types.MethodType(autocast(type(model).forward), model)

@@ -20,14 +20,17 @@ def step_seed(seed, step, rank):
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
-def accumulate_gradients(accelerator, model, batches):
+def accumulate_gradients(accelerator, model, batches, backward=None):
     """The gradient of the mean loss over all scored tokens of all micro-batches and processes.
 
     The mean is over tokens and not over micro-batches, so that a token counts the same wherever
     it falls.
 
     Args:
+        accelerator: of accelerate.
+        model: as it prepared it.
         batches: this process's micro-batches, with `shift_labels` of which -100 are not scored.
+        backward: (loss, whether it is the last) instead of accelerate's.
 
     Returns:
         The loss in nats per token, a scalar tensor, the same on all processes.
@@ -40,9 +43,10 @@ def accumulate_gradients(accelerator, model, batches):
         # Only a model that sees `labels` computes a loss; `shift_labels` is what it scores.
         labels = {"labels": batch["shift_labels"], "num_items_in_batch": num_targets}
         last = i == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        with contextlib.nullcontext() if last or backward else accelerator.no_sync(model):
             loss = model(**batch, **labels, use_cache=False).loss
             # Data parallelism averages gradients over processes, and their sum is wanted.
-            accelerator.backward(loss * accelerator.num_processes)
+            summed = loss * accelerator.num_processes
+            backward(summed, last) if backward else accelerator.backward(summed)
         total += loss.detach()
     return accelerator.reduce(total, "sum")

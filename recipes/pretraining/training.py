@@ -19,8 +19,9 @@ from .recording import Records
 from .reporting import Progress, bits_per_byte, duration
 from .run_folder import TRACKED
 from .saving import Saver
-from .sharding import prepare
+from .sharding import prepare, run_in_bf16
 from .stepping import accumulate_gradients, step_seed
+from .zero import Zero, is_zero
 
 
 class Diverged(Exception):
@@ -50,11 +51,12 @@ class Run:
         threads: of this process, unless the checkpoint says how many it had.
         checkpoint: what to continue.
         changes: what the recipe changes of the run from there on, for the record.
+        precision: "fp32", or "bf16" for what autocast computes in it.
     """
 
-    def __init__(self, recipe, accelerator, threads, checkpoint, changes=()):
+    def __init__(self, recipe, accelerator, threads, checkpoint, changes=(), precision="fp32"):
         self.recipe, self.accelerator = recipe, accelerator
-        self.is_main = accelerator.is_main_process
+        self.is_main, self.precision = accelerator.is_main_process, precision
         self.checkpoint, self.changes = checkpoint, changes
         self.size, self.accumulation = recipe.windows_per_process(accelerator.num_processes)
         self.tokenizer, config, self.corpus = together(load_text, recipe)
@@ -84,21 +86,36 @@ class Run:
             eps=recipe.epsilon,
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
-        self.model, self.optimizer = prepare(accelerator, model, self.optimizer)
+        self._prepare(model)
         self.saver = Saver(
-            recipe, accelerator, self._bare_model(), self.optimizer.optimizer, self.tokenizer
+            recipe,
+            accelerator,
+            self._bare_model(),
+            self.optimizer.optimizer,
+            self.tokenizer,
+            self.zero,
         )
         if folder:
             self.saver.load(folder)
         compiled = f", compiled by {self._compiler()}" if self._compiler() else ""
         accelerator.print(
             f"{self.title()}, {accelerator.num_processes} x {accelerator.device.type}, "
-            f"{self.threads} threads, {self._precision()}{compiled}\n"
+            f"{self.threads} threads, {self.precision}{compiled}\n"
             f"{self.corpus.record['train']['bytes']:,} bytes of text to train on, "
             f"{self.corpus.record['held_out']['bytes']:,} held out; "
             f"{self.windows.num_windows:,} windows of {recipe.sequence_length} tokens; "
             f"{self._tokens(recipe.steps):,} tokens to train"
         )
+
+    def _prepare(self, model):
+        accelerator, bf16, self.zero = self.accelerator, self.precision == "bf16", None
+        if is_zero(accelerator):
+            if bf16:
+                run_in_bf16(model)
+            self.zero = Zero(accelerator, model, self.optimizer, self.recipe)
+            self.model, self.optimizer = self.zero.engine, self.zero.wrapped
+        else:
+            self.model, self.optimizer = prepare(accelerator, model, self.optimizer, bf16)
 
     def _check_same_text(self):
         changed = [
@@ -120,9 +137,6 @@ class Run:
     def _compiler(self):
         backend = self.accelerator.state.dynamo_plugin.backend.value.lower()
         return None if backend == "no" else backend
-
-    def _precision(self):
-        return "bf16" if self.accelerator.native_amp else "fp32"
 
     def _tokens(self, steps):
         return steps * self.recipe.batch_size * self.recipe.sequence_length
@@ -159,7 +173,7 @@ class Run:
             "parameters": self.num_parameters,
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
-            "precision": self._precision(),
+            "precision": self.precision,
             "compiler": self._compiler(),
             "cpu_threads": self.threads,
         }
@@ -205,9 +219,13 @@ class Run:
             self.windows.batch(self.step, rank, micro, world, self.size)
             for micro in range(self.accumulation)
         ]
-        loss = accumulate_gradients(accelerator, self.model, batches).item()
-        largest = recipe.gradient_clip or math.inf
-        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), largest))
+        backward = self.zero and self.zero.backward
+        loss = accumulate_gradients(accelerator, self.model, batches, backward).item()
+        if self.zero:  # whose norm comes with the update
+            norm = self.zero.step() if math.isfinite(loss) else math.nan
+        else:
+            largest = recipe.gradient_clip or math.inf
+            norm = float(accelerator.clip_grad_norm_(self.model.parameters(), largest))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             where = "there is no checkpoint yet, so begin again with --overwrite"
             for _, folder in list_checkpoints(recipe.run_dir)[-1:]:

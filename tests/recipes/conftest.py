@@ -13,10 +13,11 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from forks import Forks
 
 ROOT = Path(__file__).resolve().parents[2]
+DEEPSPEED = ROOT / ".venv/deepspeed"
 sys.path.insert(0, str(ROOT / "recipes"))
 
 TINY = """
@@ -60,8 +61,13 @@ def launched_with(config, processes):
     """The environment variables that `accelerate launch` sets for a file of recipes/accelerate."""
     options = ["--config_file", str(ROOT / "recipes/accelerate" / config)]
     options += ["--num_processes", str(processes), "pretrain.py"]
-    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(options))
-    found = prepare_multi_gpu_env(arguments)
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(options))
+    if arguments.use_deepspeed:
+        fields = ",".join(defaults.deepspeed_config)
+        arguments.deepspeed_fields_from_accelerate_config = fields
+        _, found = prepare_deepspeed_cmd_env(arguments)
+    else:
+        found = prepare_multi_gpu_env(arguments)
     return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
 
@@ -119,13 +125,14 @@ class Workshop:
             launch = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
             launch |= {"MASTER_PORT": free_port()}
         if config:
-            launch |= launched_with(config, processes)
+            launch |= {"ACCELERATE_USE_CPU": "false", **launched_with(config, processes)}
             command[0] = str(ROOT / "tests/recipes/sharded_on_cpu.py")
         for rank in range(processes):
             own = {"RANK": rank, "LOCAL_RANK": rank}
             own |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             env = launch | {name: str(value) for name, value in own.items()} if launch else {}
-            ranks.append(self._forks().start(*command, cwd=self.folder, env=env))
+            forks = self._forks(deepspeed="ACCELERATE_USE_DEEPSPEED" in env)
+            ranks.append(forks.start(*command, cwd=self.folder, env=env))
         return ranks
 
     def run(self, *arguments, **options):
@@ -150,17 +157,25 @@ def cache_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def forks():
-    """Gives the `Forks` that have imported what pretrain.py does, begun when first asked for."""
-    started = []
+    """Gives the `Forks` that have imported what pretrain.py does, begun when first asked for.
 
-    def get():
-        if not started:
-            path, one = (ROOT, ROOT / "recipes"), {"OMP_NUM_THREADS": "1"}
-            started.append(Forks(["pretrain", "pretraining.plotting"], path, one))
-        return started[0]
+    With `deepspeed`, those that have it too: whoever imports transformers before it is there, never
+    has it.
+    """
+    started = {}
+
+    def get(deepspeed=False):
+        if deepspeed not in started:
+            path, env = [ROOT, ROOT / "recipes"], {"OMP_NUM_THREADS": "1"}
+            modules = ["pretrain", "pretraining.plotting"]
+            if deepspeed:
+                path, modules = [*path, DEEPSPEED], [*modules, "deepspeed"]
+                env["DS_ACCELERATOR"] = "cpu"
+            started[deepspeed] = Forks(modules, path, env)
+        return started[deepspeed]
 
     yield get
-    for server in started:
+    for server in started.values():
         server.close()
 
 

@@ -152,3 +152,21 @@ def test_segments_are_not_replayed_in_shards():
     check_plugin({}, accelerator, SimpleNamespace(replay_segment_length=0))
     with pytest.raises(UsageError, match="FSDP has taken their weights away"):
         check_plugin({}, accelerator, SimpleNamespace(replay_segment_length=8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero2.yaml", "zero3_offload.yaml"])
+def test_deepspeed(workshop, run, config):
+    """Its checkpoints are those of any run: taken up by one process, and of one process by it."""
+    zero = {"processes": 2, "config": config}
+    run("one")
+    run("two", "--micro_batch_size", "1", **zero)
+    expected = figures(workshop, "one")
+    torch.testing.assert_close(figures(workshop, "two"), expected, rtol=1e-5, atol=0)
+    one, two = (load_file(workshop.folder / x / "model.safetensors") for x in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+    shutil.copytree(workshop.folder / "two", workshop.folder / "alone")
+    for name, options in (("two", zero), ("alone", {}), ("one", zero)):
+        forget_after(workshop, name, 8)
+        assert "after step 8" in run(name, "--resume", **options).stdout
+        torch.testing.assert_close(figures(workshop, name), expected, rtol=1e-5, atol=0)
