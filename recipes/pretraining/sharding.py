@@ -3,6 +3,7 @@
 import types
 
 import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .launching import is_on
 from .recipe import UsageError
@@ -32,6 +33,9 @@ def check_plugin(environ, accelerator, recipe):
             f"{accelerator.num_processes} x {accelerator.device.type} (it needs GPUs); launch with "
             "--config_file recipes/accelerate/ddp.yaml, or one process without a file."
         )
+    if is_zero(accelerator):
+        # Else from_pretrained hands out weights in parts, which have no shape to decay them by.
+        unset_hf_deepspeed_config()
     if accelerator.is_fsdp2 and recipe.replay_segment_length:
         raise UsageError(
             "replay_segment_length runs layers again in backward, where FSDP has taken their "

@@ -45,6 +45,8 @@ class Zero:
         size, _ = recipe.windows_per_process(accelerator.num_processes)
         config["train_micro_batch_size_per_gpu"] = size
         config["gradient_clipping"] = recipe.gradient_clip
+        # torch's own Adam runs on a CPU too: DeepSpeed's would be compiled first, and rounds apart.
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
         self.stage = config["zero_optimization"]["stage"]
         if self.stage == 3 and recipe.replay_segment_length:
             raise UsageError(
@@ -91,7 +93,11 @@ class Zero:
 
     def load_optimizer_state(self, saved):
         """Takes up what `optimizer_state` returned in any run."""
-        from deepspeed.utils import safe_get_local_optimizer_state, safe_set_full_optimizer_state
+        from deepspeed.utils import (
+            safe_get_local_optimizer_state,
+            safe_set_full_optimizer_state,
+            safe_set_local_optimizer_state,
+        )
 
         states = saved["state"]
         step = next(iter(states.values()))["step"]
@@ -107,9 +113,10 @@ class Zero:
                 if self.stage < 3:
                     safe_set_full_optimizer_state(parameter, value, key)
                     continue
-                own = safe_get_local_optimizer_state(parameter, key)
-                part = value.flatten()[rank * own.numel() :][: own.numel()]
+                own = torch.zeros_like(safe_get_local_optimizer_state(parameter, key))
+                part = value.flatten()[rank * own.numel() :][: own.numel()]  # the last is padded
                 own.flatten()[: part.numel()].copy_(part)
+                safe_set_local_optimizer_state(parameter, own, key)
 
     def _flat_states(self):
         parts = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else None
