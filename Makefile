@@ -69,7 +69,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		--no-build-isolation -e '.[train,test]'
-# Apart, for one test: where it is installed, it writes to the terminal of whoever imports transformers.
+# Apart, each for a few tests: where they are installed, whoever imports transformers imports them.
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		--no-deps --target .venv/torchao torchao
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		--no-deps --target .venv/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
 	@echo "$(CURDIR)" > $(STAMP)

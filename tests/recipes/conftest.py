@@ -82,6 +82,7 @@ class Workshop:
 
     root = ROOT
     launcher = staticmethod(launcher)
+    launched_with = staticmethod(launched_with)
 
     def __init__(self, folder, cache_dir, forks):
         self.folder = folder

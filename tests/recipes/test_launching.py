@@ -136,8 +136,7 @@ def test_the_launchers_bf16_needs_a_device_with_it(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("ACCELERATE_USE_FSDP", "true", "asks for FSDP"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "true", "asks for the first version of FSDP"),
         ("ACCELERATE_USE_MEGATRON_LM", "True", "asks for Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "asks for a parallelism config"),
         ("ACCELERATE_DOWNCAST_BF16", "1", "asks for downcast_bf16"),
@@ -213,3 +212,13 @@ def test_trackers():
         check_trackers(["tensorbord"])
     with pytest.raises(UsageError, match="clearml is not installed; run: pip install clearml"):
         check_trackers(["clearml"])
+
+
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml", "zero2.yaml", "zero3_offload.yaml"])
+def test_what_our_own_files_ask_for_is_done(workshop, config):
+    """accelerate reads them, and the recipe refuses nothing of what it makes of them."""
+    asked = workshop.launched_with(config, 2)
+    check_environment(asked)
+    assert asked["ACCELERATE_MIXED_PRECISION"] == "no"  # the recipe's precision decides
+    plugins = {name for name in ("FSDP", "DEEPSPEED") if f"ACCELERATE_USE_{name}" in asked}
+    assert plugins == {"d": set(), "f": {"FSDP"}, "z": {"DEEPSPEED"}}[config[0]]
