@@ -20,9 +20,9 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, str_to_bool
 
-from accelerate import Accelerator, PartialState
 from pretraining.agreeing import together
 from pretraining.building import REPOSITORY, build_config, build_model, load_tokenizer
 from pretraining.checkpointing import MANIFEST, Checkpoint, file_hash, newest_checkpoint

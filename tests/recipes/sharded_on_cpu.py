@@ -3,10 +3,10 @@
 import os
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 import pretrain
-from accelerate import PartialState
 
 PartialState(cpu=True)
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from accelerate import Accelerator
+
 from pretraining import training
 from pretraining.checkpointing import Checkpoint
 from pretraining.recipe import Recipe
