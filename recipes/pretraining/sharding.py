@@ -53,13 +53,12 @@ def prepare(accelerator, model, optimizer, bf16):
     if not accelerator.is_fsdp2:
         return accelerator.prepare(model, optimizer)
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
-    model, optimizer = accelerator.prepare(model, optimizer)
     if bf16:
-        run_in_bf16(accelerator.unwrap_model(model, keep_torch_compile=False))
-    return model, optimizer
+        run_in_bf16(model, accelerator.device)
+    return accelerator.prepare(model, optimizer)
 
 
-def run_in_bf16(model):
+def run_in_bf16(model, device):
     """Makes a model's forward pass choose what is computed in bf16."""
-    autocast = torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
+    autocast = torch.autocast(device.type, torch.bfloat16)
     model.forward = types.MethodType(autocast(type(model).forward), model)

@@ -111,7 +111,7 @@ class Run:
         accelerator, bf16, self.zero = self.accelerator, self.precision == "bf16", None
         if is_zero(accelerator):
             if bf16:
-                run_in_bf16(model)
+                run_in_bf16(model, accelerator.device)
             self.zero = Zero(accelerator, model, self.optimizer, self.recipe)
             self.model, self.optimizer = self.zero.engine, self.zero.wrapped
         else:
