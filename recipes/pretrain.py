@@ -10,6 +10,7 @@ gives the numbers of an uninterrupted one.
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import shlex
@@ -37,7 +38,7 @@ from pretraining.launching import (
     precision_of,
     set_cpu_threads,
 )
-from pretraining.recipe import Recipe, UsageError, read_recipe
+from pretraining.recipe import Recipe, UsageError, describe_keys, read_recipe
 from pretraining.reporting import Lasting, environment
 from pretraining.run_folder import check_run_dir, locked, read_record, remove_run
 from pretraining.sharding import check_plugin
@@ -48,7 +49,7 @@ EPILOG = """\
 exit status: 0 done; 1 crashed; 2 something to put right, said in one line; 3 diverged;
 128 + n: stopped by signal n (HUP, INT, USR1, USR2, TERM) after saving, so --resume goes on
 
-any key of the recipe is also --key value, and --model.key value:
+Every key of the recipe is an option too: --KEY VALUE, with its default and what it means.
 """
 
 
@@ -64,7 +65,7 @@ def parse(arguments):
     """The options of this script, and the words that change the recipe."""
     parser = Parser(
         description=__doc__.split("\n")[0],
-        epilog=EPILOG + ", ".join(field.name for field in dataclasses.fields(Recipe)),
+        epilog=EPILOG + describe_keys(inspect.getsource(Recipe)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +19,19 @@ class UsageError(Exception):
 
 @dataclass
 class Recipe:
-    """One pretraining run. A token is one id of the tokenizer, a window sequence_length tokens."""
+    """One pretraining run. A token is one id of the tokenizer, a window sequence_length tokens.
 
+    The lines below are also what --help shows, under their headings.
+    """
+
+    # The model
     name: str  # the run is written to output_dir/name
     architecture: str  # a key of zoo.MODELS
     model: dict = field(default_factory=dict)  # the fields of that architecture's config
     tokenizer: str = "tokenizers/byte"  # folder (also relative to the repository) or Hub id
 
-    data: str = "stdlib"  # "stdlib", a file (kinds: readers.py beside this), a folder, a Hub id
+    # Text
+    data: str = "stdlib"  # or a file, a folder of files of one kind (readers.py), a Hub id
     data_config: str = ""  # the configuration of a Hub data set; files have none
     data_split: str = "train"  # the split of it that is divided into train and held-out documents
     text_column: str = "text"
@@ -33,12 +39,14 @@ class Recipe:
     packing: str = "concat"  # or "documents": the state is reset where a document begins
     cache_dir: str = ""  # tokenised corpora; empty: output_dir/.corpus
 
+    # Steps
     sequence_length: int = 1024  # tokens
     batch_size: int = 32  # windows per step, over all processes
     micro_batch_size: int = 0  # windows a process runs at once; 0: its whole share of the batch
     steps: int = 1000
     seed: int = 0
 
+    # Optimizer
     learning_rate: float = 1e-3  # peak
     schedule: str = "wsd"  # or "cosine", "constant"; all of them warm up
     warmup_steps: int = 100
@@ -51,20 +59,22 @@ class Recipe:
     weight_decay: float = 0.1  # per unit of learning rate; matrices alone decay
     gradient_clip: float = 1.0  # l2 norm over all parameters; 0: not clipped
 
+    # Computing
     precision: str = "auto"  # "bf16" autocast, "fp32", or bf16 where the device computes in it
     cpu_threads: int = 0  # per process; 0: every physical core, shared by this machine's processes
     gradient_checkpointing: bool = False
-    replay_segment_length: int = (
-        0  # tokens whose activations exist at once; 0: all. zoo/core/replay.py
-    )
+    replay_segment_length: int = 0  # tokens whose activations exist at once; 0: all (exact)
     loss_chunk_size: int = 1024  # tokens whose logits exist at once; 0: all of them
 
+    # Measuring
     eval_every: int = 200  # steps; 0: at the end alone
     eval_bytes: int = 1_000_000  # held out at most, the rest is trained on; 0: no limit
     eval_batch_size: int = 8  # windows a process runs at once
     sample_prompts: list[str] = field(default_factory=list)  # continued at every evaluation
     sample_tokens: int = 120
     log_every: int = 10  # steps between lines in metrics.jsonl
+
+    # Saving
     checkpoint_every: int = 200  # steps; 0: at the end alone
     keep_checkpoints: int = 2  # the newest so many
     async_checkpoints: bool = False  # FSDP2: shards are written while training goes on
@@ -170,6 +180,24 @@ def nearest(name, known):
     """' Did you mean ...?', or the known names if none is near."""
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else f"known are {', '.join(sorted(known))}."
+
+
+def describe_keys(source):
+    """The keys of a recipe under their headings, with defaults, for --help.
+
+    Args:
+        source: text of the dataclass, whose comments say what a key is.
+    """
+    lines = []
+    for line in source.splitlines():
+        if heading := re.fullmatch(r"    # (.+)", line):
+            lines.append(f"\n{heading[1]}:")
+        elif key := re.fullmatch(r"    (\w+): ([^=#]+?)(?: = (.+?))?(?:  # (.+))?", line):
+            name, kind, default, meaning = key.groups()
+            name += ".KEY" if kind == "dict" else ""
+            default = "" if not default or default.startswith("field(") else default
+            lines.append(f"  --{name:24} {default:12} {meaning or ''}".rstrip())
+    return "\n".join(lines)
 
 
 def read_recipe(path, overrides=()):

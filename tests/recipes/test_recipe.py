@@ -1,11 +1,12 @@
 """Recipes: what they refuse, and what the schedules say."""
 
 import dataclasses
+import inspect
 
 import pytest
 
 from pretraining.continuing import changes_history
-from pretraining.recipe import Recipe, UsageError, read_recipe
+from pretraining.recipe import Recipe, UsageError, describe_keys, read_recipe
 
 
 @pytest.fixture
@@ -125,3 +126,11 @@ def test_what_a_continuation_may_change():
     assert changes(80, steps=200) == []
     assert changes(82, steps=200) == ["steps: 100 -> 200"]
     assert changes(50, learning_rate=0.5) == ["learning_rate: 0.001 -> 0.5"]
+
+
+def test_help_names_every_key_once_under_a_heading():
+    said = describe_keys(inspect.getsource(Recipe))
+    headings = said.strip().split("\n\n")
+    assert all(group.splitlines()[0].endswith(":") for group in headings) and len(headings) > 5
+    keys = [word[2:].split(".")[0] for word in said.split() if word.startswith("--")]
+    assert sorted(keys) == sorted(field.name for field in dataclasses.fields(Recipe))
