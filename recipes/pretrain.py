@@ -155,7 +155,7 @@ def make_plan(options, overrides, environ, held):
         changes = check_changes(checkpoint, recipe, diverged, options.change_schedule)
         found = f"step {checkpoint.step}, {file_hash(checkpoint.folder / MANIFEST)[:8]}"
     # Where files are may differ from machine to machine; what is in them may not.
-    places = ("output_dir", "cache_dir", "data", "tokenizer")
+    places = ("output_dir", "cache_dir", "data", "sources", "tokenizer")
     values = {**dataclasses.asdict(recipe), "precision": precision}
     versions = environment(REPOSITORY)["versions"]
     facts = {

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 
 from pretraining.building import REPOSITORY, load_tokenizer
 from pretraining.continuing import FREE_KEYS
-from pretraining.corpus import load_corpus
 from pretraining.measuring import attention_on_sinks, generate_stream, nats_by_position
+from pretraining.mixing import load_mixture
 from pretraining.plotting import plot_streaming
 from pretraining.recipe import Recipe, UsageError
 from pretraining.reporting import bits_per_byte, environment, write_json
@@ -115,11 +115,12 @@ def measure(options):
     recipe, _, text = trained["sinks"]
     models = load_models(options.run, options.beside)
     config, tokenizer = models["sinks"].config, load_tokenizer(options.run)
-    corpus = load_corpus(recipe, tokenizer, options.cache_dir or f"{recipe.output_dir}/.corpus")
+    corpus = load_mixture(recipe, tokenizer, options.cache_dir)
     if any(corpus.record["sha256"] != run[2] for run in trained.values()):
         raise UsageError(
-            f"{recipe.data} is not the text that the runs were trained on, so what they held out "
-            "is not known; measure with the Python or the files of the training."
+            f"{recipe.data or 'what the sources name'} is not the text that the runs were trained "
+            "on, so what they held out is not known; measure with the Python or the files of the "
+            "training."
         )
     held_out = corpus.held_out
     ids = torch.from_numpy(held_out.ids[: options.text].astype("int64"))

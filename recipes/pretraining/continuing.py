@@ -13,7 +13,7 @@ FREE_KEYS = frozenset(
 )
 # What the hashes of text and tokenizer in a checkpoint say better than a name.
 IDENTIFIED_KEYS = frozenset(
-    "data data_config data_split text_column held_out eval_bytes tokenizer".split()
+    "data data_config data_split text_column sources held_out eval_bytes tokenizer".split()
 )
 SCHEDULE_KEYS = frozenset(
     "learning_rate schedule warmup_steps decay_steps min_learning_rate steps".split()
@@ -40,6 +40,10 @@ def changes_history(old, new, step):
     old = {**dataclasses.asdict(Recipe("a name", new.architecture)), **old}
     free = FREE_KEYS | IDENTIFIED_KEYS
     changed = {key for key in current if key not in free and current[key] != old[key]}
+    weights = [{s["name"]: s.get("weight", 1) for s in each["sources"]} for each in (old, current)]
+    if weights[0] != weights[1]:
+        old, current = {**old, "sources": weights[0]}, {**current, "sources": weights[1]}
+        changed.add("sources")
     if changed & SCHEDULE_KEYS and new.steps >= step:
         before = Recipe(**{**current, **{key: old[key] for key in SCHEDULE_KEYS}})
         if all(before.learning_rate_at(s) == new.learning_rate_at(s) for s in range(step)):

@@ -56,23 +56,31 @@ class Corpus:
 
 
 class Windows:
-    """The training batches, as a pure function of (seed, step, rank, micro-batch).
+    """The windows of one text, as a pure function of the sample's number.
 
     Each epoch is a new permutation of windows of `length` tokens that begin at a new offset, so
-    documents are cut at different places. Step s uses samples [s, s + 1) * batch_size of the
-    epochs in a row, however many processes share them.
+    documents are cut at different places. Each token is read once in an epoch but for those at the
+    two ends, so a document is read in proportion to its tokens, however long it is.
+
+    Args:
+        tokens: of the text.
+        length: tokens per window.
+        seed: of the permutations.
+        source: number of the text among those of the run.
+        name: of the text, for messages.
     """
 
-    def __init__(self, tokens, length, batch_size, seed, packing):
+    def __init__(self, tokens, length, seed, source=0, name=""):
         # One window less than fits leaves room for the offset.
         self.num_windows = (len(tokens.ids) - 1) // length - 1
         if self.num_windows < 1:
             raise UsageError(
-                f"the training text has {len(tokens.ids)} tokens, two windows of sequence_length = "
-                f"{length} need {2 * length + 1}; use more data or a shorter sequence_length."
+                f"the training text{' of ' * bool(name)}{name} has {len(tokens.ids)} tokens, two "
+                f"windows of sequence_length = {length} need {2 * length + 1}; use more data or a "
+                "shorter sequence_length."
             )
-        self.tokens, self.length, self.batch_size = tokens, length, batch_size
-        self.seed, self.packing = seed, packing
+        self.tokens, self.length = tokens, length
+        self.seed, self.source = seed, source
         self._epoch = (None, None, None)
 
     def start(self, sample):
@@ -80,26 +88,16 @@ class Windows:
         epoch, position = divmod(sample, self.num_windows)
         if self._epoch[0] != epoch:
             # numpy promises that RandomState's numbers stay the same from version to version.
-            random = np.random.RandomState([self.seed, epoch])
+            key = [self.seed, epoch] + [self.source] * bool(self.source)
+            random = np.random.RandomState(key)
             offset = random.randint(self.length)
             self._epoch = (epoch, offset, random.permutation(self.num_windows))
         _, offset, order = self._epoch
         return int(offset + order[position] * self.length)
 
-    def batch(self, step, rank, micro, num_processes, size):
-        """One process's micro-batch.
 
-        Returns:
-            input_ids, shift_labels [size, length], and position_ids if documents are kept apart.
-        """
-        first = step * self.batch_size + (micro * num_processes + rank) * size
-        starts = [self.start(sample) for sample in range(first, first + size)]
-        return collate(self.tokens, starts, self.length, self.packing)
-
-
-def collate(tokens, starts, length, packing):
-    """Windows at `starts` as the arguments of a causal language model."""
-    windows = [tokens.window(start, length, packing) for start in starts]
+def collate(windows, packing):
+    """Windows as the arguments of a causal language model."""
     ids, targets, positions = (torch.stack(tensors) for tensors in zip(*windows))
     batch = {"input_ids": ids, "shift_labels": targets}
     return {**batch, "position_ids": positions} if packing == "documents" else batch
@@ -118,7 +116,8 @@ def held_out_batches(tokens, length, size, packing, rank=0, num_processes=1):
         groups.append(([num_targets - num_targets % length], num_targets % length))
     for index in range(rank, -(-len(groups) // num_processes) * num_processes, num_processes):
         group, window_length = groups[min(index, len(groups) - 1)]
-        batch = collate(tokens, group, window_length, packing)
+        windows = [tokens.window(start, window_length, packing) for start in group]
+        batch = collate(windows, packing)
         if index >= len(groups):
             batch["shift_labels"].fill_(-100)
         yield batch

@@ -46,6 +46,21 @@ def held_out_bits_per_byte(accelerator, model, tokens, recipe):
     return bits_per_byte(accelerator.reduce(nats, "sum").item(), tokens.num_bytes)
 
 
+def held_out_figures(accelerator, model, parts, recipe):
+    """Bits per byte of all held-out text, and of each source where there are several, by name."""
+    texts = {part.name: part.corpus.held_out for part in parts}
+    values = {
+        name: held_out_bits_per_byte(accelerator, model, tokens, recipe)
+        for name, tokens in texts.items()
+    }
+    if len(texts) == 1:
+        return {"bits_per_byte": next(iter(values.values()))}
+    bits = sum(values[name] * tokens.num_bytes for name, tokens in texts.items())
+    num_bytes = sum(tokens.num_bytes for tokens in texts.values())
+    by_source = {f"bits_per_byte/{name}": value for name, value in values.items()}
+    return {"bits_per_byte": bits / num_bytes, **by_source}
+
+
 @torch.no_grad()
 def diagnostics(accelerator, model, tokens=None, recipe=None):
     """What an architecture wants watched (its `diagnostics`), by name; {} if there is nothing.

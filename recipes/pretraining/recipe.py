@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import re
 import typing
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
+
+from .source_tables import check_sources
 
 
 class UsageError(Exception):
@@ -35,6 +38,7 @@ class Recipe:
     data_config: str = ""  # the configuration of a Hub data set; files have none
     data_split: str = "train"  # the split of it that is divided into train and held-out documents
     text_column: str = "text"
+    sources: list[dict] = field(default_factory=list)  # name, data, weight ...: in place of `data`
     held_out: float = 0.05  # fraction of the documents; of each one's bytes if fewer than 20
     packing: str = "concat"  # or "documents": the state is reset where a document begins
     cache_dir: str = ""  # tokenised corpora; empty: output_dir/.corpus
@@ -87,6 +91,10 @@ class Recipe:
         Raises:
             UsageError: a value that no run could use.
         """
+        try:
+            check_sources(self.sources, self.data)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         choices = {
             "packing": ("concat", "documents"),
             "schedule": ("wsd", "cosine", "constant"),
@@ -136,6 +144,11 @@ class Recipe:
     def run_dir(self):
         """The folder that the run is written to."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def corpus_dir(self):
+        """The folder of tokenised corpora."""
+        return self.cache_dir or os.path.join(self.output_dir, ".corpus")
 
     def windows_per_process(self, num_processes):
         """Windows one process runs at once, and how many times per step.
@@ -224,6 +237,8 @@ def read_recipe(path, overrides=()):
             values.setdefault(table, {})[entry] = _parse(text)
         else:
             values[key] = text if types.get(key) is str else _parse(text)
+    if "sources" in values:
+        values.setdefault("data", "")
     for key, value in values.items():
         if key not in types:
             raise UsageError(f"unknown recipe key {key!r}: {nearest(key, types)}")
@@ -260,9 +275,10 @@ def _typed(key, value, expected):
     if expected is float and type(value) is int:
         return float(value)
     if typing.get_origin(expected) is list:
-        value = [value] if isinstance(value, str) else value
-        good = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        described = "a list of strings"
+        (kind,) = typing.get_args(expected)
+        value = [value] if isinstance(value, kind) else value
+        good = isinstance(value, list) and all(isinstance(item, kind) for item in value)
+        described = {str: "a list of strings", dict: "a list of tables"}[kind]
     else:
         good = type(value) is expected
         described = {int: "a whole number", float: "a number", bool: "true or false"}.get(

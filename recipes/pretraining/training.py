@@ -12,8 +12,8 @@ from accelerate.utils import set_seed
 from .agreeing import together
 from .building import build_config, build_model, load_tokenizer, parameter_groups
 from .checkpointing import SHARDS_INDEX, UNFINISHED, list_checkpoints, move_into
-from .corpus import Windows, load_corpus
-from .measuring import diagnostics, held_out_bits_per_byte, sample
+from .measuring import diagnostics, held_out_figures, sample
+from .mixing import Batches, load_mixture
 from .recipe import UsageError
 from .recording import Records
 from .reporting import Progress, bits_per_byte, duration
@@ -32,8 +32,7 @@ def load_text(recipe):
     """Tokenizer, config and corpus of a recipe, and what identifies the text."""
     tokenizer = load_tokenizer(recipe.tokenizer)
     config = build_config(recipe, tokenizer)
-    cache_dir = recipe.cache_dir or os.path.join(recipe.output_dir, ".corpus")
-    corpus = load_corpus(recipe, tokenizer, cache_dir)
+    corpus = load_mixture(recipe, tokenizer)
     return (tokenizer, config, corpus), identity(corpus)
 
 
@@ -60,13 +59,7 @@ class Run:
         self.checkpoint, self.changes = checkpoint, changes
         self.size, self.accumulation = recipe.windows_per_process(accelerator.num_processes)
         self.tokenizer, config, self.corpus = together(load_text, recipe)
-        self.windows = Windows(
-            self.corpus.train,
-            recipe.sequence_length,
-            recipe.batch_size,
-            recipe.seed,
-            recipe.packing,
-        )
+        self.windows = Batches(recipe, self.corpus.parts)
         folder, manifest = checkpoint.folder, checkpoint.manifest
         if folder:
             self._check_same_text()
@@ -101,10 +94,7 @@ class Run:
         accelerator.print(
             f"{self.title()}, {accelerator.num_processes} x {accelerator.device.type}, "
             f"{self.threads} threads, {self.precision}{compiled}\n"
-            f"{self.corpus.record['train']['bytes']:,} bytes of text to train on, "
-            f"{self.corpus.record['held_out']['bytes']:,} held out; "
-            f"{self.windows.num_windows:,} windows of {recipe.sequence_length} tokens; "
-            f"{self._tokens(recipe.steps):,} tokens to train"
+            f"{self.windows.described(self._tokens(recipe.steps))}"
         )
 
     def _prepare(self, model):
@@ -244,11 +234,11 @@ class Run:
         watched = diagnostics(self.accelerator, self.model)
         if not self.is_main:
             return
-        train = self.corpus.train
+        num_tokens, num_bytes = self.corpus.tokens_and_bytes()
         figures = {
             "loss": loss,
             # Over the corpus's mean length of a token.
-            "bits_per_byte": bits_per_byte(loss * len(train.ids), train.num_bytes),
+            "bits_per_byte": bits_per_byte(loss * num_tokens, num_bytes),
             "gradient_norm": norm,
             "learning_rate": rate,
             "tokens_per_second": speed,
@@ -269,7 +259,7 @@ class Run:
         """Measures held-out bits per byte, draws the curve, prints samples."""
         recipe, accelerator = self.recipe, self.accelerator
         # In every process: where weights are in shards, each layer is gathered from all of them.
-        value = held_out_bits_per_byte(accelerator, self.model, self.corpus.held_out, recipe)
+        figures = held_out_figures(accelerator, self.model, self.corpus.parts, recipe)
         watched = diagnostics(accelerator, self.model, self.corpus.held_out, recipe)
         texts = [
             sample(accelerator, self.model, self.tokenizer, prompt, recipe.sample_tokens, self.step)
@@ -277,9 +267,12 @@ class Run:
         ]
         if self.is_main:
             gzip = self.corpus.record["held_out"]["gzip_bits_per_byte"]
-            self._record("held_out", {"bits_per_byte": value, **watched})
+            self._record("held_out", {**figures, **watched})
+            value, *others = figures.values()
+            names = [f"{part.name} {value:.4f}" for part, value in zip(self.corpus.parts, others)]
             self.progress.say(
-                f"step {self.step}: held-out {value:.4f} bits per byte (gzip -9: {gzip:.4f})"
+                f"step {self.step}: held-out {value:.4f} bits per byte "
+                f"({', '.join([*names, f'gzip -9: {gzip:.4f}'])})"
             )
             self.records.draw(self.title())
             for text in texts:

@@ -152,9 +152,9 @@ def test_seeds_differ_by_step_and_by_rank():
 def test_dropout_differs_by_rank(recipe, monkeypatch):
     """Both processes read the same windows here, so what differs is dropout alone."""
     recipe = dataclasses.replace(recipe, model={**MODEL, "dropout": 0.5})
-    batch = training.Windows.batch
+    batch = training.Batches.batch
     monkeypatch.setattr(
-        training.Windows,
+        training.Batches,
         "batch",
         lambda self, step, rank, micro, world, size: batch(self, 0, 0, 0, 1, size),
     )

@@ -131,7 +131,8 @@ def origin_of_checkpoint(folder):
         for line in held_out
         if _is_number(step) and _is_number(line.get("step")) and line["step"] <= step
     ]
-    _name_the_data(origin, recipe.get("data"), "files" in _part(run, "corpus"))
+    data = recipe.get("data") or ", ".join(_part(_part(run, "corpus"), "sources"))
+    _name_the_data(origin, data, "files" in _part(run, "corpus"))
     _describe(origin, recipe, run if is_of_this else {}, held_out[-1] if held_out else {})
     return origin
 

@@ -1,0 +1,55 @@
+"""What a recipe's [[sources]] may say."""
+
+import math
+
+TEXT_KEYS = ("data", "data_config", "data_split", "text_column")  # others are the recipe's own
+KEYS = ("name", *TEXT_KEYS, "weight")
+
+
+def check_sources(sources, data):
+    """Checks a recipe's [[sources]] against each other and against its `data`.
+
+    Args:
+        sources: tables with a name, data and a weight, and what else says how the data is read.
+        data: the recipe's own, '' where there are sources.
+
+    Raises:
+        ValueError: a table that no run could use.
+    """
+    if bool(sources) == bool(data):
+        raise ValueError(
+            "a recipe has either data or [[sources]], got "
+            + (f"data = {data!r} and {len(sources)} [[sources]]" if data else "neither")
+            + "; say what is read in one way."
+        )
+    for number, source in enumerate(sources, 1):
+        _check_source(source, f"[[sources]] number {number}")
+    names = [source["name"] for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"each of the [[sources]] has a name of its own, got {name!r} "
+                f"{names.count(name)} times; rename all but one."
+            )
+
+
+def _check_source(source, where):
+    for key, value in source.items():
+        if key not in KEYS:
+            raise ValueError(f"{where} has an unknown key {key!r}; known are {', '.join(KEYS)}.")
+        if key != "weight" and not isinstance(value, str):
+            raise ValueError(f"{where}: {key} is a string, got {value!r}.")
+    for key in ("name", "data"):
+        if not source.get(key):
+            raise ValueError(f"{where} has no {key}; add a line such as {key} = 'web'.")
+    if any(character.isspace() or character == "/" for character in source["name"]):
+        raise ValueError(
+            f"{where}: name becomes part of the names of figures, so it has neither spaces nor "
+            f"slashes, got {source['name']!r}."
+        )
+    weight = source.get("weight", 1)
+    if type(weight) not in (int, float) or not 0 < weight < math.inf:
+        raise ValueError(
+            f"{where}: weight is a number above 0, got {weight!r}; leave out a source that is not "
+            "wanted."
+        )
