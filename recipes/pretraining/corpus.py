@@ -152,7 +152,8 @@ def load_corpus(recipe, tokenizer, cache_dir):
                 split = plan_split(documents(), recipe.data, recipe.held_out, recipe.eval_bytes)
                 _announce(source, split)
                 record = {**source, "tokenizer_sha256": identity[2]}
-                fill_cache(folder, documents(), split, tokenizer, record)
+                workers = recipe.tokenising_workers
+                fill_cache(folder, documents(), split, tokenizer, record, workers)
     record = json.loads((folder / "corpus.json").read_text())
     record["source"] = source["source"]  # it may have been called otherwise
     return Corpus(*(_read_tokens(folder, name, record) for name in ("train", "held_out")), record)

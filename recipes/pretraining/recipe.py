@@ -42,6 +42,7 @@ class Recipe:
     held_out: float = 0.05  # fraction of the documents; of each one's bytes if fewer than 20
     packing: str = "concat"  # or "documents": the state is reset where a document begins
     cache_dir: str = ""  # tokenised corpora; empty: output_dir/.corpus
+    tokenising_workers: int = 0  # processes; 0: each physical core for 32 MB or more; 1: no others
 
     # Steps
     sequence_length: int = 1024  # tokens
@@ -110,7 +111,7 @@ class Recipe:
                 raise UsageError(f"{key} must be positive, got {getattr(self, key)}.")
         at_least_zero = "micro_batch_size seed warmup_steps decay_steps weight_decay gradient_clip"
         at_least_zero += " cpu_threads loss_chunk_size eval_every eval_bytes sample_tokens"
-        at_least_zero += " replay_segment_length"
+        at_least_zero += " replay_segment_length tokenising_workers"
         for key in (at_least_zero + " checkpoint_every").split():
             if not 0 <= getattr(self, key) < math.inf:
                 raise UsageError(f"{key} must not be negative, got {getattr(self, key)}.")

@@ -15,6 +15,7 @@ import numpy as np
 
 from .building import vocabulary_size
 from .caching import Pace, sha256
+from .encoding import died, encode, encoded, num_workers
 from .recipe import UsageError
 from .splitting import with_text
 
@@ -22,18 +23,6 @@ BATCH_BYTES, BATCH_TEXTS = 2**20, 1024  # handed to the tokenizer at once, at mo
 PIECE = BATCH_BYTES // 4  # characters, which take at most four bytes each
 AROUND = 2000  # characters on either side that show whether a cut changes the ids
 LINE_OR_WORD = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \w)")
-
-
-def encode(tokenizer, texts):
-    """The ids of each text."""
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        # Text that spells a special token is text: every byte is counted, none becomes a boundary.
-        split_special_tokens=True,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
 
 
 def pieces(tokenizer, text):
@@ -128,22 +117,25 @@ class _Writer:
         if begins:
             self.starts.append(self.num_tokens)
             self.hash.update(b"\xff")  # no byte of UTF-8
-            ids = [self.boundary, *ids]
-        np.asarray(ids, dtype=self.dtype).tofile(self.file)
+            self._write([self.boundary])
+        self._write(ids)
         self.hash.update(content)
-        self.num_tokens += len(ids)
         self.num_bytes += len(content)
         if self.name == "held_out":
             self.gzip_bytes += len(self.gzip.compress(content))
         return len(content)
 
+    def _write(self, ids):
+        self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
+        self.num_tokens += len(ids)
+
     def close(self):
-        np.asarray([self.boundary], dtype=self.dtype).tofile(self.file)
+        self._write([self.boundary])
         self.file.close()
         np.save(self.folder / f"{self.name}_starts.npy", np.asarray(self.starts, dtype=np.int64))
         record = {
             "documents": len(self.starts),
-            "tokens": self.num_tokens + 1,
+            "tokens": self.num_tokens,
             "bytes": self.num_bytes,
             "dtype": np.dtype(self.dtype).name,
         }
@@ -153,8 +145,10 @@ class _Writer:
         return record
 
 
-def fill_cache(folder, documents, split, tokenizer, record):
+def fill_cache(folder, documents, split, tokenizer, record, workers=1):
     """Tokenises a corpus into `folder`, which appears when it is complete.
+
+    Its bytes are the same with any number of workers.
 
     Args:
         folder: the cache. The caller holds its lock.
@@ -162,25 +156,35 @@ def fill_cache(folder, documents, split, tokenizer, record):
         split: says what is held out.
         tokenizer: a transformers tokenizer with an end-of-text token.
         record: what is known of the corpus; sizes and hash are added to it.
+        workers: processes that tokenise; 0: as many as the text is worth.
 
     Raises:
-        UsageError: no text on one side of the split, text that changed meanwhile, a full disk.
+        UsageError: no text on one side of the split, text that changed meanwhile, a full disk, a
+            worker that died.
     """
     building = folder.with_name(f"{folder.name}.unfinished")
     try:
+        shutil.rmtree(building, ignore_errors=True)  # of a process that was killed just now
         building.mkdir(parents=True)
-        _write_cache(building, documents, split, tokenizer, record)
+        _write_cache(building, documents, split, tokenizer, record, workers)
         os.replace(building, folder)
     except OSError as error:
         raise UsageError(
             f"cannot write to {folder.parent}: {error.strerror or error}; make room, or choose "
             "another --cache_dir."
         ) from None
+    except RuntimeError as error:
+        if not died(error):
+            raise
+        raise UsageError(
+            f"a process that tokenised {record['source']} died ({str(error).split('. ')[0]}), "
+            "perhaps for want of memory; start again, with fewer --tokenising_workers."
+        ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _write_cache(folder, documents, split, tokenizer, record):
+def _write_cache(folder, documents, split, tokenizer, record, workers):
     dtype = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
     splits = [
         _Writer(folder, name, tokenizer.eos_token_id, dtype) for name in ("train", "held_out")
@@ -192,8 +196,8 @@ def _write_cache(folder, documents, split, tokenizer, record):
         if part
     )
     pace = Pace(f"tokenising {record['source']}", split.num_bytes)
-    for batch in batches(tokenizer, parts):
-        ids = encode(tokenizer, [text for _, _, text in batch])
+    workers = num_workers(workers, split.num_bytes)
+    for batch, ids in encoded(tokenizer, batches(tokenizer, parts), workers, dtype):
         for (is_held_out, begins, text), text_ids in zip(batch, ids):
             pace.add(splits[is_held_out].add(begins, text, text_ids))
     for part in splits:
