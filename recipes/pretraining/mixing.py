@@ -123,7 +123,9 @@ class Mixture:
 class Batches:
     """The training batches, a pure function of (seed, step, rank, micro-batch).
 
-    Step s uses samples [s, s + 1) * batch_size, however many processes share them.
+    Step s uses samples [s, s + 1) * batch_size, however many processes share them. Where the
+    recipe's schedule has shorter windows, each sample is cut into as many as it holds: a step has
+    the same tokens.
 
     Args:
         recipe: its sizes, packing and seed.
@@ -133,6 +135,7 @@ class Batches:
     def __init__(self, recipe, parts):
         self.batch_size, self.length = recipe.batch_size, recipe.sequence_length
         self.packing, self.parts = recipe.packing, parts
+        self.length_at = recipe.sequence_length_at
         self.readers = [
             Windows(part.corpus.train, self.length, recipe.seed, number, part.name)
             for number, part in enumerate(parts)
@@ -157,14 +160,18 @@ class Batches:
         """One process's micro-batch.
 
         Returns:
-            input_ids, shift_labels [size, length], and position_ids if documents are kept apart.
+            input_ids, shift_labels [windows, length], and position_ids if documents are kept
+            apart; `size` windows of sequence_length, or more that are shorter.
         """
+        length = self.length_at(step)
         first = step * self.batch_size + (micro * num_processes + rank) * size
         windows = []
         for sample in range(first, first + size):
             source, number = self.shares.place(sample)
             reader = self.readers[source]
-            windows.append(reader.tokens.window(reader.start(number), self.length, self.packing))
+            start = reader.start(number)
+            for begin in range(start, start + self.length, length):
+                windows.append(reader.tokens.window(begin, length, self.packing))
         return collate(windows, self.packing)
 
 

@@ -13,7 +13,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-from .source_tables import check_sources
+from .source_tables import check_schedule, check_sources
 
 
 class UsageError(Exception):
@@ -46,6 +46,7 @@ class Recipe:
 
     # Steps
     sequence_length: int = 1024  # tokens
+    context_schedule: list[list] = field(default_factory=list)  # [step, shorter windows from it on]
     batch_size: int = 32  # windows per step, over all processes
     micro_batch_size: int = 0  # windows a process runs at once; 0: its whole share of the batch
     steps: int = 1000
@@ -94,6 +95,7 @@ class Recipe:
         """
         try:
             check_sources(self.sources, self.data)
+            check_schedule(self.context_schedule, self.sequence_length, self.steps)
         except ValueError as error:
             raise UsageError(str(error)) from None
         choices = {
@@ -165,6 +167,11 @@ class Recipe:
                 f"{self.batch_size} and {size} x {num_processes}; change one of them."
             )
         return size, accumulation
+
+    def sequence_length_at(self, step):
+        """Tokens of the windows that a step trains on, `batch_size` x `sequence_length` in all."""
+        lengths = [length for first, length in self.context_schedule if first <= step]
+        return lengths[-1] if lengths else self.sequence_length
 
     def learning_rate_at(self, step):
         """The learning rate of a step, counted from 0.
@@ -277,9 +284,10 @@ def _typed(key, value, expected):
         return float(value)
     if typing.get_origin(expected) is list:
         (kind,) = typing.get_args(expected)
-        value = [value] if isinstance(value, kind) else value
+        value = [value] if isinstance(value, str) else value
         good = isinstance(value, list) and all(isinstance(item, kind) for item in value)
-        described = {str: "a list of strings", dict: "a list of tables"}[kind]
+        described = {str: "a list of strings", dict: "a list of tables", list: "a list of lists"}
+        described = described[kind]
     else:
         good = type(value) is expected
         described = {int: "a whole number", float: "a number", bool: "true or false"}.get(

@@ -1,4 +1,4 @@
-"""What a recipe's [[sources]] may say."""
+"""What a recipe's [[sources]] and its context_schedule may say."""
 
 import math
 
@@ -52,4 +52,34 @@ def _check_source(source, where):
         raise ValueError(
             f"{where}: weight is a number above 0, got {weight!r}; leave out a source that is not "
             "wanted."
+        )
+
+
+def check_schedule(schedule, sequence_length, steps):
+    """Checks a recipe's context_schedule.
+
+    Args:
+        schedule: pairs of a step and the tokens of a window from that step on.
+        sequence_length: tokens of the longest windows, which are cut into the shorter.
+        steps: of the run.
+
+    Raises:
+        ValueError: a schedule that no run could follow.
+    """
+    for pair in schedule:
+        if len(pair) != 2 or any(type(number) is not int or number < 0 for number in pair):
+            raise ValueError(
+                f"context_schedule is a list such as [[0, 256], [500, 1024]], of steps and tokens "
+                f"per window, got {pair!r} in it."
+            )
+        if not pair[1] or sequence_length % pair[1]:
+            raise ValueError(
+                f"context_schedule: each length divides sequence_length = {sequence_length}, so "
+                f"that every step has as many tokens, got {pair[1]}."
+            )
+    begins = [step for step, _ in schedule]
+    if schedule and (begins[0] != 0 or begins != sorted(set(begins)) or begins[-1] >= steps):
+        raise ValueError(
+            f"context_schedule begins at step 0 and goes on to later ones before the last of "
+            f"{steps}, got steps {', '.join(map(str, begins))}."
         )

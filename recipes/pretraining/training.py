@@ -242,10 +242,16 @@ class Run:
             "gradient_norm": norm,
             "learning_rate": rate,
             "tokens_per_second": speed,
+            **self._window_length(),
             **watched,
         }
         self._record("train", figures)
         self.progress.update(self.step, loss, speed)
+
+    def _window_length(self):
+        if not self.recipe.context_schedule:
+            return {}
+        return {"sequence_length": self.recipe.sequence_length_at(self.step - 1)}
 
     def _now(self):
         return {"step": self.step, "tokens": self._tokens(self.step), "seconds": self.seconds}
