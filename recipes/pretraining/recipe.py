@@ -41,6 +41,7 @@ class Recipe:
     sources: list[dict] = field(default_factory=list)  # name, data, weight ...: in place of `data`
     held_out: float = 0.05  # fraction of the documents; of each one's bytes if fewer than 20
     packing: str = "concat"  # or "documents": the state is reset where a document begins
+    carry_state: bool = False  # a batch's rows go on where they stopped, states and all
     cache_dir: str = ""  # tokenised corpora; empty: output_dir/.corpus
     tokenising_workers: int = 0  # processes; 0: each physical core for 32 MB or more; 1: no others
 
@@ -129,6 +130,7 @@ class Recipe:
             raise UsageError(
                 "held_out is a fraction above 0: without such text nothing is measured."
             )
+        self._check_carrying()
         decay = self.decay_steps if self.schedule == "wsd" else 0
         if self.warmup_steps + decay > self.steps:
             raise UsageError(
@@ -142,6 +144,19 @@ class Recipe:
                 "name is the name of a folder, without slashes and without a dot in front, got "
                 f"{self.name!r}."
             )
+
+    def _check_carrying(self):
+        needs = {
+            'packing = "documents"': self.packing == "documents",
+            "gradient_checkpointing = false (replay_segment_length saves memory)": (
+                not self.gradient_checkpointing
+            ),
+            "no context_schedule": not self.context_schedule,
+            "one text, no sources": not self.sources,
+        }
+        for need, met in needs.items():
+            if self.carry_state and not met:
+                raise UsageError(f"carry_state needs {need}; change it, or leave carry_state out.")
 
     @property
     def run_dir(self):

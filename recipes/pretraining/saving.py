@@ -81,22 +81,23 @@ class Saver:
                 return
             set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=WHOLE)
 
-    def save(self, step, facts, say):
+    def save(self, step, facts, say, files=()):
         """Writes a checkpoint; with `async_checkpoints`, shards are written while training goes on.
 
         Args:
             step: steps done.
             facts: what its manifest also says.
             say: prints a line; the main process calls it.
+            files: name -> what `torch.load` reads from it, to lie beside.
         """
         self.wait()
         if self.sharded:
-            self._save_shards(step, facts, say)
+            self._save_shards(step, facts, say, dict(files))
         else:
-            self._save_whole(step, facts, say)
+            self._save_whole(step, facts, say, dict(files))
         self.accelerator.wait_for_everyone()
 
-    def _save_whole(self, step, facts, say):
+    def _save_whole(self, step, facts, say, files):
         if self.zero:
             optimizer = self.zero.optimizer_state()
         else:
@@ -105,14 +106,15 @@ class Saver:
 
         def write_files(folder):
             self._write_model(folder, weights)
-            torch.save({"optimizer": optimizer}, folder / TRAINING_STATE)
+            for name, content in {TRAINING_STATE: {"optimizer": optimizer}, **files}.items():
+                torch.save(content, folder / name)
             return facts
 
         if self.accelerator.is_main_process:
             keep = self.recipe.keep_checkpoints
             write_checkpoint(self.recipe.run_dir, step, write_files, keep, say)
 
-    def _save_shards(self, step, facts, say):
+    def _save_shards(self, step, facts, say, files):
         recipe, is_main = self.recipe, self.accelerator.is_main_process
         folder = unfinished_checkpoint(recipe.run_dir, step)
         if is_main:
@@ -120,6 +122,8 @@ class Saver:
             self.model.config.save_pretrained(folder)
             self.model.generation_config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+            for name, content in files.items():
+                torch.save(content, folder / name)
         self.accelerator.wait_for_everyone()  # for the folder
         state = dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer)))
         shards = {"state_dict": state, "checkpoint_id": folder / SHARDS}

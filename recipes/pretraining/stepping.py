@@ -20,7 +20,7 @@ def step_seed(seed, step, rank):
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
-def accumulate_gradients(accelerator, model, batches, backward=None):
+def accumulate_gradients(accelerator, model, batches, backward=None, carried=None):
     """The gradient of the mean loss over all scored tokens of all micro-batches and processes.
 
     The mean is over tokens and not over micro-batches, so that a token counts the same wherever
@@ -31,6 +31,7 @@ def accumulate_gradients(accelerator, model, batches, backward=None):
         model: as it prepared it.
         batches: this process's micro-batches, with `shift_labels` of which -100 are not scored.
         backward: (loss, whether it is the last) instead of accelerate's.
+        carried: a `Carried` with the states that the rows go on from.
 
     Returns:
         The loss in nats per token, a scalar tensor, the same on all processes.
@@ -42,11 +43,15 @@ def accumulate_gradients(accelerator, model, batches, backward=None):
         batch = {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
         # Only a model that sees `labels` computes a loss; `shift_labels` is what it scores.
         labels = {"labels": batch["shift_labels"], "num_items_in_batch": num_targets}
+        state = carried.arguments(i) if carried else {"use_cache": False}
         last = i == len(batches) - 1
         with contextlib.nullcontext() if last or backward else accelerator.no_sync(model):
-            loss = model(**batch, **labels, use_cache=False).loss
+            output = model(**batch, **labels, **state)
+            loss = output.loss
             # Data parallelism averages gradients over processes, and their sum is wanted.
             summed = loss * accelerator.num_processes
             backward(summed, last) if backward else accelerator.backward(summed)
         total += loss.detach()
+        if carried:
+            carried.keep(i, output.past_key_values)
     return accelerator.reduce(total, "sum")

@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 
 from .agreeing import together
 from .building import build_config, build_model, load_tokenizer, parameter_groups
+from .carrying import CARRIED, Carried, Lanes
 from .checkpointing import SHARDS_INDEX, UNFINISHED, list_checkpoints, move_into
 from .measuring import diagnostics, held_out_figures, sample
 from .mixing import Batches, load_mixture
@@ -59,7 +60,8 @@ class Run:
         self.checkpoint, self.changes = checkpoint, changes
         self.size, self.accumulation = recipe.windows_per_process(accelerator.num_processes)
         self.tokenizer, config, self.corpus = together(load_text, recipe)
-        self.windows = Batches(recipe, self.corpus.parts)
+        reading = Lanes if recipe.carry_state else Batches
+        self.windows = reading(recipe, self.corpus.parts)
         folder, manifest = checkpoint.folder, checkpoint.manifest
         if folder:
             self._check_same_text()
@@ -88,6 +90,9 @@ class Run:
             self.tokenizer,
             self.zero,
         )
+        self.carried = None
+        if recipe.carry_state:
+            self._prepare_carrying()
         if folder:
             self.saver.load(folder)
         compiled = f", compiled by {self._compiler()}" if self._compiler() else ""
@@ -106,6 +111,20 @@ class Run:
             self.model, self.optimizer = self.zero.engine, self.zero.wrapped
         else:
             self.model, self.optimizer = prepare(accelerator, model, self.optimizer, bf16)
+
+    def _prepare_carrying(self):
+        accelerator, model = self.accelerator, self._bare_model()
+        if not model.has_constant_state:
+            raise UsageError(
+                "carry_state hands a state of constant size from step to step, and that of this "
+                f"{self.recipe.architecture} grows with the text; give it a window, or leave "
+                "carry_state out."
+            )
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.carried = Carried(model.config, rank, world, self.size, self.accumulation)
+        if self.checkpoint.folder:
+            path = self.checkpoint.folder / CARRIED
+            self.carried.take_up(torch.load(path, weights_only=True), accelerator.device)
 
     def _check_same_text(self):
         changed = [
@@ -210,7 +229,9 @@ class Run:
             for micro in range(self.accumulation)
         ]
         backward = self.zero and self.zero.backward
-        loss = accumulate_gradients(accelerator, self.model, batches, backward).item()
+        if self.carried and self.windows.begins(self.step):
+            self.carried.empty()
+        loss = accumulate_gradients(accelerator, self.model, batches, backward, self.carried).item()
         if self.zero:  # whose norm comes with the update
             norm = self.zero.step() if math.isfinite(loss) else math.nan
         else:
@@ -294,7 +315,8 @@ class Run:
         recipe = dataclasses.asdict(self.recipe)
         facts = {"seconds": self.seconds, "cpu_threads": self.threads, "recipe": recipe}
         facts |= identity(self.corpus)
-        self.saver.save(self.step, facts, self.progress.say if self.is_main else None)
+        files = {CARRIED: self.carried.gathered()} if self.carried else {}
+        self.saver.save(self.step, facts, self.progress.say if self.is_main else None, files)
 
     def finish(self):
         """Puts the final model into the run's folder and completes run.json."""

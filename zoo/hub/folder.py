@@ -16,7 +16,15 @@ from ..core.base import ZooConfig
 from .shards import has_shards, read_shards
 
 # Names of a training run's other files, which share a weight file's extension.
-NOT_WEIGHTS = ("training_args", "training_state", "optimizer", "scheduler", "scaler", "rng_state")
+NOT_WEIGHTS = (
+    "training_args",
+    "training_state",
+    "carried_state",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng_state",
+)
 PICKLES = (".bin", ".pt", ".pth")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 # What can be computed with, or is none of the model's own weights, as a counter is.
