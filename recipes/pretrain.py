@@ -42,6 +42,7 @@ from pretraining.recipe import Recipe, UsageError, describe_keys, read_recipe
 from pretraining.reporting import Lasting, environment
 from pretraining.run_folder import check_run_dir, locked, read_record, remove_run
 from pretraining.sharding import check_plugin
+from pretraining.starting import config_of_source
 from pretraining.training import Diverged, Run
 
 USAGE, DIVERGED = 2, 3  # exit statuses; Python's is 1 after a crash
@@ -100,8 +101,13 @@ def parse(arguments):
 
 def dry_run(recipe):
     """Prints the resolved recipe and what it would train, without data or memory for a model."""
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    if recipe.init_from:
+        config, _, _ = config_of_source(recipe, tokenizer)
+    else:
+        config = build_config(recipe, tokenizer)
     with torch.device("meta"):
-        model = build_model(recipe, build_config(recipe, load_tokenizer(recipe.tokenizer)))
+        model = build_model(recipe, config)
     parameters = sum(p.numel() for p in model.parameters())
     tokens = recipe.steps * recipe.batch_size * recipe.sequence_length
     print(json.dumps(dataclasses.asdict(recipe), indent=1))
@@ -155,7 +161,7 @@ def make_plan(options, overrides, environ, held):
         changes = check_changes(checkpoint, recipe, diverged, options.change_schedule)
         found = f"step {checkpoint.step}, {file_hash(checkpoint.folder / MANIFEST)[:8]}"
     # Where files are may differ from machine to machine; what is in them may not.
-    places = ("output_dir", "cache_dir", "data", "sources", "tokenizer")
+    places = ("output_dir", "cache_dir", "data", "sources", "tokenizer", "init_from")
     values = {**dataclasses.asdict(recipe), "precision": precision}
     versions = environment(REPOSITORY)["versions"]
     facts = {

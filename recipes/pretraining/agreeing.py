@@ -13,6 +13,7 @@ REMEDIES = {
     "checkpoint": "put output_dir on a disk that all of them share, or copy the run to each",
     "corpus": "give all of them the same data (data = 'stdlib' reads each one's own Python)",
     "tokenizer": "give all of them the same one",
+    "weights": "give all of them the same init_from",
     "versions": "install the same ones for all of them",
 }
 _groups = []

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import zoo
+from zoo.hub.folder import settings
 
 from .finding import did_you_mean, hub_answers, is_path
 from .recipe import UsageError, nearest
@@ -49,8 +51,13 @@ def vocabulary_size(tokenizer):
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
-def build_config(recipe, tokenizer):
+def build_config(recipe, tokenizer, base=None):
     """The config of the recipe's model; vocabulary and special tokens default to the tokenizer's.
+
+    Args:
+        recipe: its model table says what is not a default.
+        tokenizer: of the run.
+        base: a config whose fields stand where the recipe has none; None: the architecture's.
 
     Raises:
         UsageError: no such architecture, a field it does not have, a vocabulary too small.
@@ -70,41 +77,53 @@ def build_config(recipe, tokenizer):
             )
         if types[key] is float and type(value) is int:  # TOML's 0 is not its 0.0
             model[key] = float(value)
+    inherited = settings(base) if base else {}
+    for key, value in model.items():
+        if isinstance(value, dict) and inherited.get(key):  # such as the base of a rotation
+            model[key] = {**inherited[key], **value}
     needed = vocabulary_size(tokenizer)
-    vocab_size = model.setdefault("vocab_size", needed)
+    vocab_size = model.setdefault("vocab_size", inherited.get("vocab_size", needed))
     if type(vocab_size) is int and vocab_size < needed:
+        remedy = "leave it out to take the tokenizer's."
+        if base:
+            remedy = f"say --tokenizer with the one of the weights in {recipe.init_from}."
         raise UsageError(
             f"model.vocab_size must be at least {needed}, the size of the tokenizer "
-            f"{recipe.tokenizer}, got {vocab_size}; leave it out to take the tokenizer's."
+            f"{recipe.tokenizer}, got {vocab_size}; {remedy}"
         )
     special = {
         f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in SPECIAL_TOKENS
     }
     try:
-        return architecture.config(**{**special, **model})
+        return architecture.config(**{**inherited, **special, **model})
     except Exception as error:  # a strict config raises errors of huggingface_hub and of its own
         reason = " ".join(str(error.__cause__ or error).split())
         raise UsageError(f"the model table does not fit {recipe.architecture}: {reason}") from error
 
 
-def build_model(recipe, config, checkpoint=None):
-    """The recipe's model with fresh weights, the same for the same seed, or with a checkpoint's.
+def build_model(recipe, config, folder=None):
+    """The recipe's model with fresh weights, the same for the same seed, or with a folder's.
 
     Raises:
-        UsageError: the checkpoint's weights are not those of the model.
+        UsageError: the folder's weights are not those of the model.
     """
     set_seed(recipe.seed)
     model_class = zoo.MODELS[recipe.architecture].causal_lm
-    if checkpoint is None:
+    if folder is None:
         model = model_class(config)
     else:
-        model, loaded = model_class.from_pretrained(
-            checkpoint,
+        model, loaded = _load(
+            model_class,
+            folder,
+            config=config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # they are refused below, with the others
             output_loading_info=True,
         )
-        _check_loaded(checkpoint, loaded)
+        _check_loaded(folder, loaded)
+        for role in SPECIAL_TOKENS:  # those of the tokenizer that it is trained with
+            name = f"{role}_token_id"
+            setattr(model.generation_config, name, getattr(config, name))
     model.train()
     if hasattr(model, "loss_chunk_size"):
         model.loss_chunk_size = recipe.loss_chunk_size or None
@@ -114,8 +133,16 @@ def build_model(recipe, config, checkpoint=None):
     return model
 
 
-def _check_loaded(checkpoint, loaded):
-    """Refuses a checkpoint from which a weight was not loaded, or not all of it."""
+def _load(model_class, folder, **options):
+    try:
+        return model_class.from_pretrained(folder, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the weights in {folder} cannot be read: {reason}") from None
+
+
+def _check_loaded(folder, loaded):
+    """Refuses a folder from which a weight was not loaded, or not all of it."""
     wrong = {
         "missing": sorted(loaded["missing_keys"]),
         "unknown": sorted(loaded["unexpected_keys"]),
@@ -124,8 +151,8 @@ def _check_loaded(checkpoint, loaded):
     said = [f"{len(names)} {what}, as {names[0]}" for what, names in wrong.items() if names]
     if said or loaded["error_msgs"]:
         raise UsageError(
-            f"the weights in {checkpoint} are not those of its model "
-            f"({'; '.join(said or loaded['error_msgs'])}); take another checkpoint, or begin again."
+            f"the weights in {folder} are not those of its model "
+            f"({'; '.join(said or loaded['error_msgs'])}); take others, or begin again without."
         )
 
 

@@ -31,6 +31,7 @@ class Recipe:
     name: str  # the run is written to output_dir/name
     architecture: str  # a key of zoo.MODELS
     model: dict = field(default_factory=dict)  # the fields of that architecture's config
+    init_from: str = ""  # weights and config to begin with: a model's folder or Hub id
     tokenizer: str = "tokenizers/byte"  # folder (also relative to the repository) or Hub id
 
     # Text

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import set_seed
 
 from .agreeing import together
-from .building import build_config, build_model, load_tokenizer, parameter_groups
+from .building import build_model, load_tokenizer, parameter_groups
 from .carrying import CARRIED, Carried, Lanes
 from .checkpointing import SHARDS_INDEX, UNFINISHED, list_checkpoints, move_into
 from .measuring import diagnostics, held_out_figures, sample
@@ -21,6 +21,7 @@ from .reporting import Progress, bits_per_byte, duration
 from .run_folder import TRACKED
 from .saving import Saver
 from .sharding import prepare, run_in_bf16
+from .starting import beginning
 from .stepping import accumulate_gradients, step_seed
 from .zero import Zero, is_zero
 
@@ -29,12 +30,13 @@ class Diverged(Exception):
     """The loss or its gradient is no longer a finite number."""
 
 
-def load_text(recipe):
-    """Tokenizer, config and corpus of a recipe, and what identifies the text."""
+def load_text(recipe, checkpoint):
+    """Tokenizer, beginning and corpus of a recipe, and what identifies text and weights."""
     tokenizer = load_tokenizer(recipe.tokenizer)
-    config = build_config(recipe, tokenizer)
+    begin = beginning(recipe, tokenizer, checkpoint, recipe.corpus_dir)
     corpus = load_mixture(recipe, tokenizer)
-    return (tokenizer, config, corpus), identity(corpus)
+    weights = begin.record["sha256"] if begin.record else {}
+    return (tokenizer, begin, corpus), {**identity(corpus), "weights": weights}
 
 
 def identity(corpus):
@@ -59,7 +61,8 @@ class Run:
         self.is_main, self.precision = accelerator.is_main_process, precision
         self.checkpoint, self.changes = checkpoint, changes
         self.size, self.accumulation = recipe.windows_per_process(accelerator.num_processes)
-        self.tokenizer, config, self.corpus = together(load_text, recipe)
+        self.tokenizer, begin, self.corpus = together(load_text, recipe, checkpoint)
+        self.init_from = {"init_from": begin.record} if begin.record else {}
         reading = Lanes if recipe.carry_state else Batches
         self.windows = reading(recipe, self.corpus.parts)
         folder, manifest = checkpoint.folder, checkpoint.manifest
@@ -71,8 +74,8 @@ class Run:
         torch.set_num_threads(self.threads)
 
         # Shards are loaded into the model when it is itself in shards.
-        whole = folder and not (folder / SHARDS_INDEX).is_file()
-        model = build_model(recipe, config, folder if whole else None)
+        is_sharded = folder and (folder / SHARDS_INDEX).is_file()
+        model = build_model(recipe, begin.config, None if is_sharded else begin.folder)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe),
@@ -101,6 +104,11 @@ class Run:
             f"{self.threads} threads, {self.precision}{compiled}\n"
             f"{self.windows.described(self._tokens(recipe.steps))}"
         )
+        if begin.record and not folder:
+            changed = "; ".join(begin.record["changed"])
+            accelerator.print(
+                f"It begins with the weights in {recipe.init_from}{changed and ', but '}{changed}"
+            )
 
     def _prepare(self, model):
         accelerator, bf16, self.zero = self.accelerator, self.precision == "bf16", None
@@ -185,6 +193,7 @@ class Run:
             "precision": self.precision,
             "compiler": self._compiler(),
             "cpu_threads": self.threads,
+            **self.init_from,
         }
 
     def _run_steps(self, signals):
@@ -314,7 +323,7 @@ class Run:
         """Writes everything that `--resume` needs."""
         recipe = dataclasses.asdict(self.recipe)
         facts = {"seconds": self.seconds, "cpu_threads": self.threads, "recipe": recipe}
-        facts |= identity(self.corpus)
+        facts |= identity(self.corpus) | self.init_from
         files = {CARRIED: self.carried.gathered()} if self.carried else {}
         self.saver.save(self.step, facts, self.progress.say if self.is_main else None, files)
 

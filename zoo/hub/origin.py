@@ -114,7 +114,12 @@ def origin_of_checkpoint(folder):
     run = read_fields(place / "run.json")
     if not run and not checkpoint:
         return origin
-    origin.license = origin.license or LICENSE_OF_RUNS
+    begun = _part(checkpoint, "init_from") or _part(run, "init_from")
+    if begun:  # with the weights of others, whose license it is
+        for name in ("license", "license_name", "license_link", "base_model"):
+            setattr(origin, name, getattr(origin, name) or begun.get(name))
+    else:
+        origin.license = origin.license or LICENSE_OF_RUNS
     recipe = _part(checkpoint, "recipe") or _part(run, "recipe")
     step = checkpoint.get("step", int(match[1]) if match else _part(run, "results").get("step"))
     if not match and not checkpoint and step != recipe.get("steps"):
