@@ -127,6 +127,7 @@ def build_model(recipe, config, folder=None):
     model.train()
     if hasattr(model, "loss_chunk_size"):
         model.loss_chunk_size = recipe.loss_chunk_size or None
+    model.z_loss = recipe.z_loss
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.base_model.replay_segment_length = recipe.replay_segment_length or None

@@ -52,17 +52,24 @@ class Lanes:
         """Whether the rows of a step begin anew, with empty states."""
         return step % self.num_steps == 0
 
-    def batch(self, step, rank, micro, num_processes, size):
-        """One process's micro-batch: input_ids, shift_labels and position_ids [size, length]."""
+    def position(self, step):
+        """Where the text of a step is: the first token of each row."""
+        return {"first_tokens": [start for _, start in self._starts(step)]}
+
+    def _starts(self, step):
+        """The first token of each row's region, and of its window in a step."""
         epoch, index = divmod(step, self.num_steps)
         # numpy promises that RandomState's numbers stay the same from version to version.
         random = np.random.RandomState([self.seed, epoch])
-        offset, regions = random.randint(self.length), random.permutation(self.rows)
+        offset, order = random.randint(self.length), random.permutation(self.rows)
+        regions = (offset + order * self.num_steps * self.length).tolist()
+        return [(region, region + index * self.length) for region in regions]
+
+    def batch(self, step, rank, micro, num_processes, size):
+        """One process's micro-batch: input_ids, shift_labels and position_ids [size, length]."""
         first = (micro * num_processes + rank) * size
         windows = []
-        for row in range(first, first + size):
-            region = int(offset + regions[row] * self.num_steps * self.length)
-            start = region + index * self.length
+        for region, start in self._starts(step)[first : first + size]:
             ids, targets, positions = self.tokens.window(start, self.length, "documents")
             document = self.tokens.starts[np.searchsorted(self.tokens.starts, start, "right") - 1]
             # Of the document that the window begins in, so much was read before.

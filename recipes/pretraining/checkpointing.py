@@ -234,8 +234,18 @@ def move_aside(path, why):
 def move_into(source, target):
     """Moves each file of a folder into another, replacing files one at a time."""
     for path in Path(source).iterdir():
-        os.replace(path, Path(target) / path.name)
+        if path.is_dir():
+            (Path(target) / path.name).mkdir(exist_ok=True)
+            move_into(path, Path(target) / path.name)
+        else:
+            os.replace(path, Path(target) / path.name)
     Path(source).rmdir()
+
+
+def files_in(folder):
+    """The names of all files in a folder and those within, relative to it."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def file_hash(path):
@@ -247,11 +257,15 @@ def file_hash(path):
     return digest.hexdigest()
 
 
-def _is_entry(name, entry):
+def is_inside(name):
+    """Whether a name is that of something within a folder."""
     path = PurePosixPath(name)
-    inside = path.parts and not path.is_absolute() and ".." not in path.parts
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _is_entry(name, entry):
     typed = isinstance(entry, dict) and type(entry.get("bytes")) is int
-    return inside and typed and isinstance(entry.get("sha256"), str)
+    return is_inside(name) and typed and isinstance(entry.get("sha256"), str)
 
 
 def _check_files(folder, manifest, content=True):

@@ -19,7 +19,7 @@ SCHEDULE_KEYS = frozenset(
     "learning_rate schedule warmup_steps decay_steps min_learning_rate steps".split()
 )
 # What a run can be rescued with from divergence: each step reads them afresh from the recipe.
-RESCUE_KEYS = SCHEDULE_KEYS | {"gradient_clip"}
+RESCUE_KEYS = SCHEDULE_KEYS | {"gradient_clip", "skip_spikes", "max_skipped", "z_loss"}
 
 
 def changes_history(old, new, step):

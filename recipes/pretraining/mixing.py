@@ -156,6 +156,16 @@ class Batches:
         separator = "\n" if len(lines) > 1 else "; "
         return "\n".join(lines) + f"{separator}{num_tokens:,} tokens to train"
 
+    def position(self, step):
+        """Where the text of a step is: its samples, and the source and first token of each."""
+        samples = range(step * self.batch_size, (step + 1) * self.batch_size)
+        places = [self.shares.place(sample) for sample in samples]
+        return {
+            "samples": [samples.start, samples.stop - 1],
+            "sources": [self.parts[source].name for source, _ in places],
+            "first_tokens": [self.readers[source].start(number) for source, number in places],
+        }
+
     def batch(self, step, rank, micro, num_processes, size):
         """One process's micro-batch.
 

@@ -66,6 +66,10 @@ class Recipe:
     learning_rate_scales: dict = field(default_factory=dict)  # parameters' names (*) -> factor
     weight_decay: float = 0.1  # per unit of learning rate; matrices alone decay
     gradient_clip: float = 1.0  # l2 norm over all parameters; 0: not clipped
+    z_loss: float = 0.0  # factor of the mean log^2 Z in the loss, Z the softmax's denominator
+    skip_spikes: float = 0.0  # leave steps out with so many times the usual loss or gradient; 0: no
+    max_skipped: int = 10  # steps left out in a row that end the run as diverged
+    ema_decay: float = 0.0  # of an average of the weights, evaluated and saved beside them; 0: none
 
     # Computing
     precision: str = "auto"  # "bf16" autocast, "fp32", or bf16 where the device computes in it
@@ -110,12 +114,12 @@ class Recipe:
                 known = ", ".join(repr(choice) for choice in allowed)
                 raise UsageError(f"{key} is one of {known}, got {getattr(self, key)!r}.")
         positive = "sequence_length batch_size steps learning_rate log_every keep_checkpoints"
-        for key in (positive + " epsilon eval_batch_size").split():
+        for key in (positive + " epsilon eval_batch_size max_skipped").split():
             if not 0 < getattr(self, key) < math.inf:
                 raise UsageError(f"{key} must be positive, got {getattr(self, key)}.")
         at_least_zero = "micro_batch_size seed warmup_steps decay_steps weight_decay gradient_clip"
         at_least_zero += " cpu_threads loss_chunk_size eval_every eval_bytes sample_tokens"
-        at_least_zero += " replay_segment_length tokenising_workers"
+        at_least_zero += " replay_segment_length tokenising_workers z_loss"
         for key in (at_least_zero + " checkpoint_every").split():
             if not 0 <= getattr(self, key) < math.inf:
                 raise UsageError(f"{key} must not be negative, got {getattr(self, key)}.")
@@ -124,7 +128,7 @@ class Recipe:
                 raise UsageError(
                     f"learning_rate_scales.{name} is a factor of at least 0, got {factor!r}."
                 )
-        for key in ("beta1", "beta2", "min_learning_rate", "held_out"):
+        for key in ("beta1", "beta2", "min_learning_rate", "held_out", "ema_decay"):
             if not 0 <= getattr(self, key) < 1:
                 raise UsageError(f"{key} is a fraction in [0, 1), got {getattr(self, key)}.")
         if self.held_out == 0:
@@ -132,6 +136,11 @@ class Recipe:
                 "held_out is a fraction above 0: without such text nothing is measured."
             )
         self._check_carrying()
+        if self.skip_spikes and not 1 < self.skip_spikes < math.inf:
+            raise UsageError(
+                "skip_spikes is a factor above 1 on the median, or 0 to leave no step out, got "
+                f"{self.skip_spikes}."
+            )
         decay = self.decay_steps if self.schedule == "wsd" else 0
         if self.warmup_steps + decay > self.steps:
             raise UsageError(

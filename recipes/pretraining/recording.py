@@ -60,13 +60,24 @@ class Records:
         if not measured:
             return {}
         last = measured[-1]
+        average = {k: last[k] for k in ("ema_bits_per_byte",) if k in last}
         return {
             "held_out_bits_per_byte": last["bits_per_byte"],
+            **average,
             "gzip_bits_per_byte": self.corpus["held_out"]["gzip_bits_per_byte"],
             "step": last["step"],
             "tokens": last["tokens"],
             "training_seconds": last["seconds"],
         }
+
+    def num_skipped(self):
+        """How many steps were skipped."""
+        return sum(line["kind"] == "skipped" for line in self.metrics.lines)
+
+    def said_of_skipped(self):
+        """What the last line on the terminal adds."""
+        count = self.num_skipped()
+        return f"; {count} steps skipped" if count else ""
 
     def save(self):
         """Writes run.json."""
@@ -79,6 +90,7 @@ class Records:
             "results": self.results(),
             "changes": [line for line in self.metrics.lines if line["kind"] == "change"],
             "diverged": self.diverged,
+            "skipped": self.num_skipped(),
             "files": self.files,
         }
         write_json(self.recipe.run_dir / RECORD, record)

@@ -17,7 +17,8 @@ from tqdm import tqdm
 class Metrics:
     """metrics.jsonl: one JSON object per line, with "kind" and "step".
 
-    The kinds are "train", "held_out", and "change" where a continuation has another schedule.
+    The kinds are "train", "held_out", "skipped" for a step that was left out, and "change" where a
+    continuation has another schedule.
 
     Attributes:
         lines: what the file holds.

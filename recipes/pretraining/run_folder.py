@@ -13,6 +13,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from .checkpointing import (
     MANIFEST,
+    is_inside,
     list_checkpoints,
     move_aside,
     remove_checkpoint,
@@ -184,5 +185,5 @@ def remove_run(run_dir, say=print):
         for path in (run_dir / TRACKED).rglob("*")
         if path.name.startswith("events.out.tfevents.") or path.name == "hparams.yml"
     ]
-    names = [name for name in files if isinstance(name, str) and Path(name).name == name]
+    names = [name for name in files if isinstance(name, str) and is_inside(name)]
     remove_files(run_dir, [*events, *names, *WRITTEN - {RECORD}, RECORD])

@@ -16,10 +16,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
     set_state_dict,
 )
 
+from .averaging import EMA
+from .building import build_model
 from .checkpointing import (
     SHARDS,
     SHARDS_INDEX,
@@ -40,15 +43,16 @@ class Saver:
     Args:
         recipe: of the run.
         accelerator: of accelerate.
-        model: the language model, in none of accelerate's or torch.compile's wrappers.
+        average: an `Average`, of the language model in no wrappers.
         optimizer: of torch.
         tokenizer: saved beside each model.
         zero: a `Zero` if DeepSpeed trains the model.
     """
 
-    def __init__(self, recipe, accelerator, model, optimizer, tokenizer, zero=None):
+    def __init__(self, recipe, accelerator, average, optimizer, tokenizer, zero=None):
         self.recipe, self.accelerator = recipe, accelerator
-        self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
+        self.average, self.model = average, average.model
+        self.optimizer, self.tokenizer = optimizer, tokenizer
         self.sharded, self.zero = accelerator.is_fsdp2, zero
         self._thread, self._writing, self._group = ThreadPoolExecutor(1), None, None
 
@@ -64,7 +68,7 @@ class Saver:
                 "with recipes/accelerate/fsdp2.yaml or ddp.yaml."
             )
         if in_shards:
-            state = dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer)))
+            state = self._sharded_state()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 dcp.load(state, checkpoint_id=folder / SHARDS)
@@ -80,6 +84,10 @@ class Saver:
                 self.zero.load_optimizer_state(state["optimizer"])
                 return
             set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=WHOLE)
+            if self.average.decay:
+                saved = build_model(self.recipe, self.model.config, folder / EMA).state_dict()
+                with self.average.in_place():
+                    set_model_state_dict(self.model, saved, options=WHOLE)
 
     def save(self, step, facts, say, files=()):
         """Writes a checkpoint; with `async_checkpoints`, shards are written while training goes on.
@@ -106,6 +114,9 @@ class Saver:
 
         def write_files(folder):
             self._write_model(folder, weights)
+            if self.average.decay:
+                with self.average.in_place():
+                    self._write_model(folder / EMA, None)
             for name, content in {TRAINING_STATE: {"optimizer": optimizer}, **files}.items():
                 torch.save(content, folder / name)
             return facts
@@ -125,7 +136,7 @@ class Saver:
             for name, content in files.items():
                 torch.save(content, folder / name)
         self.accelerator.wait_for_everyone()  # for the folder
-        state = dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer)))
+        state = self._sharded_state()
         shards = {"state_dict": state, "checkpoint_id": folder / SHARDS}
 
         def finish(writing=None):
@@ -142,6 +153,11 @@ class Saver:
             dcp.save(**shards)
             finish()
 
+    def _sharded_state(self):
+        """What shards hold, as it is in memory."""
+        state = dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer)))
+        return state | ({"average": self.average.named()} if self.average.decay else {})
+
     def wait(self):
         """Returns when what is being written is there."""
         if self._writing:
@@ -150,6 +166,12 @@ class Saver:
 
     def write_model(self, folder):
         """Writes the model as `from_pretrained` reads it, into a folder of the main process."""
+        self._gather_and_write(folder)
+        if self.average.decay:
+            with self.average.in_place():
+                self._gather_and_write(folder / EMA)
+
+    def _gather_and_write(self, folder):
         weights = self._weights()
         if self.accelerator.is_main_process:
             self._write_model(folder, weights)

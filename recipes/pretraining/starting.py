@@ -7,7 +7,6 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
-import zoo
 from zoo.hub.folder import find_weights, read_config, settings
 from zoo.hub.origin import origin_of_checkpoint
 

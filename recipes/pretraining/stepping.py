@@ -34,7 +34,7 @@ def accumulate_gradients(accelerator, model, batches, backward=None, carried=Non
         carried: a `Carried` with the states that the rows go on from.
 
     Returns:
-        The loss in nats per token, a scalar tensor, the same on all processes.
+        The cross entropy in nats per token, a scalar tensor, the same on all processes.
     """
     num_targets = sum((batch["shift_labels"] != -100).sum() for batch in batches)
     num_targets = accelerator.reduce(num_targets.to(accelerator.device), "sum")
@@ -54,4 +54,6 @@ def accumulate_gradients(accelerator, model, batches, backward=None, carried=Non
         total += loss.detach()
         if carried:
             carried.keep(i, output.past_key_values)
+        if output.get("z_loss") is not None:
+            total -= output.z_loss
     return accelerator.reduce(total, "sum")

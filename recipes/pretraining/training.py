@@ -10,9 +10,10 @@ import torch
 from accelerate.utils import set_seed
 
 from .agreeing import together
+from .averaging import Average
 from .building import build_model, load_tokenizer, parameter_groups
 from .carrying import CARRIED, Carried, Lanes
-from .checkpointing import SHARDS_INDEX, UNFINISHED, list_checkpoints, move_into
+from .checkpointing import SHARDS_INDEX, UNFINISHED, files_in, list_checkpoints, move_into
 from .measuring import diagnostics, held_out_figures, sample
 from .mixing import Batches, load_mixture
 from .recipe import UsageError
@@ -21,6 +22,7 @@ from .reporting import Progress, bits_per_byte, duration
 from .run_folder import TRACKED
 from .saving import Saver
 from .sharding import prepare, run_in_bf16
+from .skipping import Spikes
 from .starting import beginning
 from .stepping import accumulate_gradients, step_seed
 from .zero import Zero, is_zero
@@ -85,10 +87,12 @@ class Run:
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
         self._prepare(model)
+        self.spikes = Spikes(recipe.skip_spikes, manifest.get("spikes"))
+        self.average = Average(self._bare_model(), recipe.ema_decay)
         self.saver = Saver(
             recipe,
             accelerator,
-            self._bare_model(),
+            self.average,
             self.optimizer.optimizer,
             self.tokenizer,
             self.zero,
@@ -208,7 +212,8 @@ class Run:
             if self.step % recipe.log_every == 0 or last:
                 speed = self._tokens(self.step - logged) / (self.seconds - logged_seconds)
                 logged, logged_seconds = self.step, self.seconds
-                self._log_step(loss, norm, rate, speed)
+                if not self.spikes.in_a_row:  # of one that was skipped there is a line already
+                    self._log_step(loss, norm, rate, speed)
             if last or (recipe.eval_every and self.step % recipe.eval_every == 0):
                 self.evaluate()
             due = recipe.checkpoint_every and self.step % recipe.checkpoint_every == 0
@@ -246,19 +251,31 @@ class Run:
         else:
             largest = recipe.gradient_clip or math.inf
             norm = float(accelerator.clip_grad_norm_(self.model.parameters(), largest))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        skipped = self.spikes.reason(accelerator, loss, norm)
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        if not (is_finite or skipped) or self.spikes.in_a_row >= recipe.max_skipped:
             where = "there is no checkpoint yet, so begin again with --overwrite"
             for _, folder in list_checkpoints(recipe.run_dir)[-1:]:
                 where = f"{folder} is kept, continue from it with --resume"
             raise Diverged(
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm}; stopped before the "
-                f"update; {where} and a lower --learning_rate (it is {recipe.learning_rate:g}), "
-                "more --warmup_steps or a smaller --gradient_clip."
+                f"update{self.spikes.said()}; {where} and a lower --learning_rate (it is "
+                f"{recipe.learning_rate:g}), more --warmup_steps or a smaller --gradient_clip."
             )
-        self.optimizer.step()
+        if not skipped:
+            self.optimizer.step()
+            self.average.update()
         self.optimizer.zero_grad()
         self.step += 1
+        if skipped:
+            self._note_skipped(skipped)
         return loss, norm, rate
+
+    def _note_skipped(self, reason):
+        if self.is_main:
+            where = self.windows.position(self.step - 1)
+            self.records.write("skipped", self._now(), {"reason": reason, **where})
+            self.progress.say(f"step {self.step} skipped: {reason}")
 
     def _log_step(self, loss, norm, rate, speed):
         watched = diagnostics(self.accelerator, self.model)
@@ -295,7 +312,13 @@ class Run:
         """Measures held-out bits per byte, draws the curve, prints samples."""
         recipe, accelerator = self.recipe, self.accelerator
         # In every process: where weights are in shards, each layer is gathered from all of them.
-        figures = held_out_figures(accelerator, self.model, self.corpus.parts, recipe)
+        measure = accelerator, self.model, self.corpus.parts, recipe
+        figures, average = held_out_figures(*measure), ""
+        value, *others = figures.values()
+        if self.average.decay:
+            with self.average.in_place():
+                figures["ema_bits_per_byte"] = held_out_figures(*measure)["bits_per_byte"]
+            average = f", average {figures['ema_bits_per_byte']:.4f}"
         watched = diagnostics(accelerator, self.model, self.corpus.held_out, recipe)
         texts = [
             sample(accelerator, self.model, self.tokenizer, prompt, recipe.sample_tokens, self.step)
@@ -304,10 +327,9 @@ class Run:
         if self.is_main:
             gzip = self.corpus.record["held_out"]["gzip_bits_per_byte"]
             self._record("held_out", {**figures, **watched})
-            value, *others = figures.values()
             names = [f"{part.name} {value:.4f}" for part, value in zip(self.corpus.parts, others)]
             self.progress.say(
-                f"step {self.step}: held-out {value:.4f} bits per byte "
+                f"step {self.step}: held-out {value:.4f}{average} bits per byte "
                 f"({', '.join([*names, f'gzip -9: {gzip:.4f}'])})"
             )
             self.records.draw(self.title())
@@ -323,7 +345,7 @@ class Run:
         """Writes everything that `--resume` needs."""
         recipe = dataclasses.asdict(self.recipe)
         facts = {"seconds": self.seconds, "cpu_threads": self.threads, "recipe": recipe}
-        facts |= identity(self.corpus) | self.init_from
+        facts |= identity(self.corpus) | self.init_from | self.spikes.state()
         files = {CARRIED: self.carried.gathered()} if self.carried else {}
         self.saver.save(self.step, facts, self.progress.say if self.is_main else None, files)
 
@@ -337,7 +359,7 @@ class Run:
             folder.mkdir()
         self.saver.write_model(folder)
         if self.is_main:
-            self.records.files = sorted({*self.records.files, *os.listdir(folder)})
+            self.records.files = sorted({*self.records.files, *files_in(folder)})
             self.records.save()  # it names the files before they come
             move_into(folder, run_dir)
             self.progress.close()
@@ -345,7 +367,7 @@ class Run:
             print(
                 f"{run_dir}: held-out {result['held_out_bits_per_byte']:.4f} bits per byte, "
                 f"gzip -9 {result['gzip_bits_per_byte']:.4f}; {result['tokens']:,} tokens in "
-                f"{duration(self.seconds)}"
+                f"{duration(self.seconds)}{self.records.said_of_skipped()}"
             )
         # All leave together: one that took its connections down while another is at work has been
         # seen to abort.

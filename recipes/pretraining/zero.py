@@ -53,6 +53,12 @@ class Zero:
                 "replay_segment_length runs layers again in backward, where ZeRO-3 has taken their "
                 "weights away; use --gradient_checkpointing true, or replay under DDP."
             )
+        for key in ("skip_spikes", "ema_decay"):
+            if getattr(recipe, key):
+                raise UsageError(
+                    f"{key} needs the gradient before the update and the weights after it, which "
+                    "DeepSpeed keeps to itself; set it to 0, or launch with FSDP or DDP."
+                )
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._groups = [
             {**group, "params": [names[id(parameter)] for parameter in group["params"]]}

@@ -13,7 +13,7 @@ layers.
 import difflib
 import fnmatch
 import itertools
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -677,7 +677,18 @@ def _unpack(sequence, x_BTD, num_pending):
     return x_BTD[:, num_pending:] if num_pending else x_BTD
 
 
-def _fused_linear_cross_entropy(head, hidden_TD):
+def cross_entropy_and_square(logits_TV, target_T):
+    """Sums over scored tokens, [2]: cross entropy, and log^2 of Z, the sum of exp(logits).
+
+    Both from one pass over the logits.
+    """
+    log_z_T = logits_TV.logsumexp(-1)
+    logit_T = logits_TV.gather(-1, target_T.clamp(min=0)[:, None])[:, 0]
+    sums_2T = torch.stack([log_z_T - logit_T, log_z_T.square()])
+    return torch.where(target_T != LOSS_IGNORES, sums_2T, 0.0).sum(-1)
+
+
+def _fused_linear_cross_entropy(head, hidden_TD, z_loss):
     """Liger's projection and cross entropy in one, where it is installed, else None.
 
     On a CUDA device only, and only for a plain linear head with its whole weight at hand: it goes
@@ -695,7 +706,11 @@ def _fused_linear_cross_entropy(head, hidden_TD):
     except ImportError:
         return None
     return LigerFusedLinearCrossEntropyLoss(
-        ignore_index=LOSS_IGNORES, reduction="sum", accum_dtype=torch.float32
+        ignore_index=LOSS_IGNORES,
+        reduction="sum",
+        accum_dtype=torch.float32,
+        lse_square_scale=z_loss,
+        return_z_loss=bool(z_loss),
     )
 
 
@@ -704,10 +719,25 @@ def in_range(x):
     return x.float() if x.dtype == torch.float16 else x
 
 
+@dataclass
+class OutputWithZLoss(CausalLMOutputWithPast):
+    """What a training step with z-loss returns.
+
+    Attributes:
+        z_loss: what of `loss` is not cross entropy, without a gradient.
+    """
+
+    z_loss: torch.FloatTensor | None = None
+
+
 class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
     """The decoder with a projection onto the vocabulary.
 
     Attributes:
+        z_loss: if above 0, the loss of a training step is cross entropy plus z_loss times the mean
+            of log^2 Z over scored tokens, where Z is the sum of exp(logits), which keeps logits
+            from drifting (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, section 5). How
+            to train, not part of the model: set it on the instance.
         loss_chunk_size: if set, a training step computes its loss over that many tokens at a time
             and returns no logits, so that [B, T, vocab_size] never exists (on CUDA with
             liger-kernel installed, in that library's own chunks). How to run, not part of the
@@ -717,6 +747,7 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
     model_class: type[ZooModel]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     loss_chunk_size: int | None = None
+    z_loss: float = 0.0
 
     def __init__(self, config):
         super().__init__(config)
@@ -764,14 +795,17 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
         )
         hidden_BTD = output.last_hidden_state
         has_labels = labels is not None or shift_labels is not None
-        logits, loss = None, None
-        if has_labels and self.training and self.loss_chunk_size is not None:
-            loss = self._chunked_loss(hidden_BTD, labels, shift_labels, num_items_in_batch)
-        else:
+        logits, loss, z_loss = None, None, None
+        is_training = has_labels and self.training
+        if not (is_training and self.loss_chunk_size is not None):
             if isinstance(logits_to_keep, int):
                 logits_to_keep = slice(-logits_to_keep, None)
             logits = self.lm_head(hidden_BTD[:, logits_to_keep])
-        if has_labels and loss is None:
+        if is_training and (logits is None or self.z_loss):
+            loss, z_loss = self._training_loss(
+                hidden_BTD, logits, labels, shift_labels, num_items_in_batch
+            )
+        elif has_labels:
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -779,35 +813,51 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
                 shift_labels=None if shift_labels is None else shift_labels.contiguous(),
                 num_items_in_batch=num_items_in_batch,
             )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-        )
+        outputs = {
+            "loss": loss,
+            "logits": logits,
+            "past_key_values": output.past_key_values,
+            "hidden_states": output.hidden_states,
+        }
+        if z_loss is not None:
+            return OutputWithZLoss(**outputs, z_loss=z_loss)
+        return CausalLMOutputWithPast(**outputs)
 
-    def _chunked_loss(self, hidden_BTD, labels, shift_labels, num_items_in_batch):
+    def _training_loss(self, hidden_BTD, logits, labels, shift_labels, num_items_in_batch):
+        """The mean loss, in chunks unless there are logits, and what of it is z-loss, or None."""
         if shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=LOSS_IGNORES)
         target_T = shift_labels.flatten().to(hidden_BTD.device)
         hidden_TD = hidden_BTD.flatten(0, 1)
-        fused = _fused_linear_cross_entropy(self.lm_head, hidden_TD)
-        if fused is not None:
-            total = fused(self.lm_head.weight, hidden_TD, target_T, self.lm_head.bias)
+        fused = None
+        if logits is None:
+            fused = _fused_linear_cross_entropy(self.lm_head, hidden_TD, self.z_loss)
+        if logits is not None:
+            sums = cross_entropy_and_square(logits.flatten(0, 1).float(), target_T)
+        elif fused is not None:
+            sums = fused(self.lm_head.weight, hidden_TD, target_T, self.lm_head.bias)
         else:
-            total = hidden_TD.new_zeros((), dtype=torch.float32)
+            sums = hidden_TD.new_zeros((2,) if self.z_loss else (), dtype=torch.float32)
             size = self.loss_chunk_size
             for chunk in zip(hidden_TD.split(size), target_T.split(size), strict=True):
                 # Recomputing a chunk's logits in backward is what keeps them from being stored.
-                total = total + checkpoint(self._summed_loss, *chunk, use_reentrant=False)
+                sums = sums + checkpoint(self._summed_loss, *chunk, use_reentrant=False)
         if num_items_in_batch is None:
             num_items_in_batch = (target_T != LOSS_IGNORES).sum()
         elif torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
+            num_items_in_batch = num_items_in_batch.to(hidden_TD.device)
+        if not self.z_loss:
+            return sums / num_items_in_batch, None
+        if fused is not None:
+            total, z_loss = sums  # the second is in the first, and has no gradient of its own
+            return total / num_items_in_batch, z_loss.detach() / num_items_in_batch
+        nats, z_loss = sums / num_items_in_batch
+        return nats + self.z_loss * z_loss, self.z_loss * z_loss.detach()
 
     def _summed_loss(self, hidden_TD, target_T):
         logits = self.lm_head(hidden_TD).float()
+        if self.z_loss:
+            return cross_entropy_and_square(logits, target_T)
         return F.cross_entropy(logits, target_T, ignore_index=LOSS_IGNORES, reduction="sum")
 
     def state_size(self, num_tokens=None):
