@@ -41,9 +41,9 @@ def batches(monkeypatch):
     """The batches of all steps."""
     seen, original = [], training.accumulate_gradients
 
-    def watched(accelerator, model, batches):
+    def watched(accelerator, model, batches, *others):
         seen.extend(batches)
-        return original(accelerator, model, batches)
+        return original(accelerator, model, batches, *others)
 
     monkeypatch.setattr(training, "accumulate_gradients", watched)
     return seen

@@ -26,8 +26,8 @@ def spoil(monkeypatch):
         def spoiled(run):
             factor = bad.get(run.step, 1.0)
 
-            def gradients(accelerator, model, batches):
-                loss = stepping.accumulate_gradients(accelerator, model, batches)
+            def gradients(accelerator, model, *batches):
+                loss = stepping.accumulate_gradients(accelerator, model, *batches)
                 for parameter in model.parameters():
                     parameter.grad.mul_(factor)
                 return loss * factor
