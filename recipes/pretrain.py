@@ -28,6 +28,7 @@ from pretraining.agreeing import together
 from pretraining.building import REPOSITORY, build_config, build_model, load_tokenizer
 from pretraining.checkpointing import MANIFEST, Checkpoint, file_hash, newest_checkpoint
 from pretraining.continuing import check_changes
+from pretraining.costs import describe
 from pretraining.launching import (
     StopSignals,
     check_environment,
@@ -108,10 +109,8 @@ def dry_run(recipe):
         config = build_config(recipe, tokenizer)
     with torch.device("meta"):
         model = build_model(recipe, config)
-    parameters = sum(p.numel() for p in model.parameters())
-    tokens = recipe.steps * recipe.batch_size * recipe.sequence_length
     print(json.dumps(dataclasses.asdict(recipe), indent=1))
-    print(f"{parameters:,} parameters, {tokens:,} tokens ({tokens / parameters:.1f} per parameter)")
+    print(*describe(recipe, model), sep="\n")
 
 
 @dataclasses.dataclass

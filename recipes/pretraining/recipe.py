@@ -82,9 +82,12 @@ class Recipe:
     eval_every: int = 200  # steps; 0: at the end alone
     eval_bytes: int = 1_000_000  # held out at most, the rest is trained on; 0: no limit
     eval_batch_size: int = 8  # windows a process runs at once
+    eval_positions: int = 0  # parts of a window of which each one's loss is measured too; 0: none
+    eval_lengths: list[int] = field(default_factory=list)  # other context lengths to measure at
     sample_prompts: list[str] = field(default_factory=list)  # continued at every evaluation
     sample_tokens: int = 120
     log_every: int = 10  # steps between lines in metrics.jsonl
+    peak_flops: float = 0.0  # of a device per second, for "mfu"; 0: as known for its name
 
     # Saving
     checkpoint_every: int = 200  # steps; 0: at the end alone
@@ -119,7 +122,7 @@ class Recipe:
                 raise UsageError(f"{key} must be positive, got {getattr(self, key)}.")
         at_least_zero = "micro_batch_size seed warmup_steps decay_steps weight_decay gradient_clip"
         at_least_zero += " cpu_threads loss_chunk_size eval_every eval_bytes sample_tokens"
-        at_least_zero += " replay_segment_length tokenising_workers z_loss"
+        at_least_zero += " replay_segment_length tokenising_workers z_loss eval_positions peak_flops"
         for key in (at_least_zero + " checkpoint_every").split():
             if not 0 <= getattr(self, key) < math.inf:
                 raise UsageError(f"{key} must not be negative, got {getattr(self, key)}.")
@@ -136,6 +139,13 @@ class Recipe:
                 "held_out is a fraction above 0: without such text nothing is measured."
             )
         self._check_carrying()
+        if self.eval_positions > self.sequence_length:
+            raise UsageError(
+                "eval_positions are parts of a window, sequence_length = "
+                f"{self.sequence_length} at most, got {self.eval_positions}."
+            )
+        if not all(length > 0 for length in self.eval_lengths):
+            raise UsageError(f"eval_lengths are numbers of tokens, got {self.eval_lengths}.")
         if self.skip_spikes and not 1 < self.skip_spikes < math.inf:
             raise UsageError(
                 "skip_spikes is a factor above 1 on the median, or 0 to leave no step out, got "
@@ -309,10 +319,10 @@ def _typed(key, value, expected):
         return float(value)
     if typing.get_origin(expected) is list:
         (kind,) = typing.get_args(expected)
-        value = [value] if isinstance(value, str) else value
-        good = isinstance(value, list) and all(isinstance(item, kind) for item in value)
+        value = value if isinstance(value, list) else [value]
+        good = all(type(item) is kind for item in value)
         described = {str: "a list of strings", dict: "a list of tables", list: "a list of lists"}
-        described = described[kind]
+        described = {**described, int: "a list of whole numbers"}[kind]
     else:
         good = type(value) is expected
         described = {int: "a whole number", float: "a number", bool: "true or false"}.get(

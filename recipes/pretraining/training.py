@@ -14,6 +14,8 @@ from .averaging import Average
 from .building import build_model, load_tokenizer, parameter_groups
 from .carrying import CARRIED, Carried, Lanes
 from .checkpointing import SHARDS_INDEX, UNFINISHED, files_in, list_checkpoints, move_into
+from .comparing import by_position_and_length, check_lengths
+from .costs import peak_flops, peak_memory, training_flops
 from .measuring import diagnostics, held_out_figures, sample
 from .mixing import Batches, load_mixture
 from .recipe import UsageError
@@ -78,7 +80,10 @@ class Run:
         # Shards are loaded into the model when it is itself in shards.
         is_sharded = folder and (folder / SHARDS_INDEX).is_file()
         model = build_model(recipe, begin.config, None if is_sharded else begin.folder)
+        check_lengths(recipe, model)
         self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.flops = training_flops(model, recipe.sequence_length)
+        self.peak_flops = peak_flops(recipe, accelerator.device, precision)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe),
             lr=recipe.learning_rate,
@@ -192,6 +197,8 @@ class Run:
     def _about(self):
         return {
             "parameters": self.num_parameters,
+            "training_flops_per_token": self.flops,
+            "peak_memory_is": peak_memory(self.accelerator.device)[1],
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
             "precision": self.precision,
@@ -289,7 +296,9 @@ class Run:
             "gradient_norm": norm,
             "learning_rate": rate,
             "tokens_per_second": speed,
+            "peak_memory": peak_memory(self.accelerator.device)[0],
             **self._window_length(),
+            **self._utilisation(speed),
             **watched,
         }
         self._record("train", figures)
@@ -299,6 +308,12 @@ class Run:
         if not self.recipe.context_schedule:
             return {}
         return {"sequence_length": self.recipe.sequence_length_at(self.step - 1)}
+
+    def _utilisation(self, speed):
+        """The share of the devices' peak that the definition's operations take, where it is known."""
+        if not self.peak_flops:
+            return {}
+        return {"mfu": self.flops * speed / (self.peak_flops * self.accelerator.num_processes)}
 
     def _now(self):
         return {"step": self.step, "tokens": self._tokens(self.step), "seconds": self.seconds}
@@ -319,6 +334,9 @@ class Run:
             with self.average.in_place():
                 figures["ema_bits_per_byte"] = held_out_figures(*measure)["bits_per_byte"]
             average = f", average {figures['ema_bits_per_byte']:.4f}"
+        figures |= by_position_and_length(
+            accelerator, self.model, self.corpus.held_out, recipe
+        )
         watched = diagnostics(accelerator, self.model, self.corpus.held_out, recipe)
         texts = [
             sample(accelerator, self.model, self.tokenizer, prompt, recipe.sample_tokens, self.step)

@@ -144,8 +144,8 @@ class Workshop:
         return subprocess.CompletedProcess(arguments, code, "".join(outputs), "".join(errors))
 
     def curve(self, name):
-        """What a run measured, without what a clock measured."""
-        clocks = {"seconds", "tokens_per_second"}
+        """What a run measured, without what depends on the machine and what it did before."""
+        clocks = {"seconds", "tokens_per_second", "mfu", "peak_memory"}
         lines = [json.loads(line) for line in open(self.folder / name / "metrics.jsonl")]
         return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
 

@@ -38,6 +38,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .flops import linear_flops
 from .generation import StateGeneration
 from .replay import replay
 from .sequence import Sequence, restarting_positions
@@ -365,6 +366,10 @@ class ZooBlock(GradientCheckpointingLayer):
         """The `StateSpec`s of the block's state by name."""
         return self.mixer.state_specs()
 
+    def flops_per_token(self, length):
+        """As of `ZooModel`."""
+        return self.mixer.flops_per_token(length) + linear_flops(self.mlp)
+
     def forward(self, x_BTD, sequence, state, **inputs):
         """Returns (x_BTD, state); the state that came in is left as it was."""
         y_BTD, state = self.mixer(self.mixer_norm(x_BTD), sequence, state.copy(), **inputs)
@@ -414,6 +419,16 @@ class ZooModel(ZooPreTrainedModel):
     def state_specs(self):
         """The `StateSpec`s of each layer by name."""
         return [layer.state_specs() for layer in self.layers]
+
+    def flops_per_token(self, length):
+        """Floating-point operations of a forward pass per token, counted as in zoo/core/flops.py.
+
+        Each mixer declares its own.
+
+        Args:
+            length: tokens of a text, over which it is a mean.
+        """
+        return sum(layer.flops_per_token(length) for layer in self.layers)
 
     @can_return_tuple
     @merge_with_config_defaults
@@ -859,6 +874,10 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
         if self.z_loss:
             return cross_entropy_and_square(logits, target_T)
         return F.cross_entropy(logits, target_T, ignore_index=LOSS_IGNORES, reduction="sum")
+
+    def flops_per_token(self, length):
+        """As of `ZooModel`, with the projection onto the vocabulary."""
+        return self.model.flops_per_token(length) + linear_flops(self.lm_head)
 
     def state_size(self, num_tokens=None):
         """Bytes of state for one sequence.

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ..core.base import Constant
+from ..core.flops import linear_flops, mean_visible
 from ..core.segments import SegmentGrid
 from ..core.state import StateSpec, dtype_of
 from ..core.window import Past, ring_after
@@ -91,6 +92,21 @@ class WindowAttention(nn.Module):
             slots = 2 * self.window
         ring = StateSpec((slots, self.num_heads, self.config.head_dim), dtype=dtype)
         return specs | {"keys_BWHK": ring, "values_BWHV": ring}
+
+    def flops_per_token(self, length):
+        """Of its matrices, and of attention to the W tokens before and to states.
+
+        The cell's part is of a window, divided by its tokens.
+        """
+        per_key = 4 * self.num_heads * self.config.head_dim
+        keys = mean_visible(length, self.window + 1) - 1  # a token does not see itself
+        if not self.is_recurrent:
+            flops = linear_flops(self)
+        else:
+            flops = linear_flops(self) - linear_flops(self.cell)
+            flops += self.cell.flops_per_window() / self.window
+        keys += self.config.num_states if self.reads_states else 0
+        return flops + per_key * keys
 
     def forward(self, x_BTD, sequence, state, read=None):
         """Mixes a sequence [B, T, D]; returns it with the state after it.

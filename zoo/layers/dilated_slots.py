@@ -7,6 +7,7 @@ until they are overwritten.
 
 import torch
 
+from ..core.flops import mean_of_segments
 from ..core.state import StateSpec
 from ..core.window import document_spans, row_spans
 from ..kernels.dilated_attention import (
@@ -36,6 +37,20 @@ class DilatedSlots:
         (heads, head_dim), last = self.head_shape, branches_of(*self.branches)[-1]
         slots = StateSpec((heads, last.first + last.count, head_dim), dtype=dtype)
         return {"keys_BHMK": slots, "values_BHMV": slots}
+
+    def mean_keys(self, length):
+        """Keys that a token sees in all heads and branches together, a mean over such a text."""
+        num_heads, total = self.head_shape[0], 0.0
+        for branch in branches_of(*self.branches):
+
+            def count(tokens, branch=branch):
+                offsets = branch.offsets(num_heads, self.offsets["offsets"], "cpu").tolist()
+                # The selected tokens of a head see those before them and themselves.
+                selected = [len(range(offset, tokens, branch.rate)) for offset in offsets]
+                return sum(n * (n + 1) // 2 for n in selected)
+
+            total += mean_of_segments(length, branch.length, count)
+        return total
 
     def attend(self, q_BTHK, k_BTHK, v_BTHV, sequence, state, dtype, **how):
         """Dilated attention after what the state holds, which is brought up to date: [B, T, H, V].

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from ..core.flops import linear_flops
 from ..core.segments import SegmentGrid, documents_to_rows
 from ..core.window import document_spans
 from ..kernels.export_scan import scan
@@ -163,6 +164,13 @@ class RecurrentCell(nn.Module):
         """Of a state that is wider than what follows, rounded once it has a size."""
         normed_NMD = F.rms_norm(state_NMD, weight_D.shape, eps=self.config.rms_norm_eps)
         return normed_NMD.to(weight_D.dtype) * weight_D
+
+    def flops_per_window(self):
+        """Of reading the states once and of their update, which sees M states and 2 W tokens."""
+        config = self.config
+        keys = config.num_states + 2 * config.sliding_window
+        attention = 4 * config.num_attention_heads * config.head_dim * keys
+        return config.num_states * (linear_flops(self) + attention)
 
     def forward(self, sequence, state, tokens=None):
         """What there is to read of the states before a pass; with tokens, what these read of them.

@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core.base import ZooPreTrainedModel
+from ..core.flops import linear_flops, mean_visible
 from ..core.state import GrowingStateLayer, SlidingStateLayer, StateSpec, dtype_of
 from ..core.window import (
     Past,
@@ -229,6 +230,11 @@ class SoftmaxAttention(nn.Module):
             sizes |= {"sink_keys_BSHK": self.num_sinks, "sink_values_BSHV": self.num_sinks}
         shape = (self.num_groups, self.head_dim)
         return {name: StateSpec((size, *shape), dtype=dtype) for name, size in sizes.items()}
+
+    def flops_per_token(self, length):
+        """Of its matrices, and of attention to the keys a token sees."""
+        keys = mean_visible(length, self.window, self.num_sinks)
+        return linear_flops(self) + 4 * self.num_heads * self.head_dim * keys
 
     def forward(self, x_BTD, sequence, state, rotation, sink_rotation=None):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""

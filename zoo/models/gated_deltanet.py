@@ -38,6 +38,7 @@ from ..core.base import (
     check_activation,
     in_range,
 )
+from ..core.flops import linear_flops, product_flops
 from ..core.state import StateSpec
 from ..kernels.delta_recurrence import delta_recurrence
 from ..kernels.linear_recurrence import accumulator_dtype
@@ -145,6 +146,12 @@ class GatedDeltaRule(nn.Module):
         config = self.config
         memory = config.num_attention_heads, config.head_dim, config.value_head_dim
         return {"conv_NWD": self.convolution.state_spec(), "memory_NHKV": StateSpec(memory)}
+
+    def flops_per_token(self, length):
+        """Of its matrices, the convolution, and the memory: read at k, corrected, written, read."""
+        config = self.config
+        memory = 8 * config.num_attention_heads * config.head_dim * config.value_head_dim
+        return linear_flops(self) + product_flops(self.convolution.weight) + memory
 
     def forward(self, x_BTD, sequence, state):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""

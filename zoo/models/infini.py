@@ -37,6 +37,7 @@ from ..core.base import (
     check_activation,
     check_head_dim,
 )
+from ..core.flops import linear_flops, mean_of_segments, mean_visible
 from ..core.state import SlidingStateLayer, StateSpec, dtype_of
 from ..kernels.export_scan import without_autocast
 from ..layers.compressive_memory import memory_figures, recall, segments_of
@@ -182,6 +183,19 @@ class InfiniAttention(nn.Module):
             memory = StateSpec((self.num_groups, self.head_dim, self.head_dim + 1))
             specs |= {"memory_BHKV": memory, "partial_BHKV": memory}
         return specs
+
+    def flops_per_token(self, length):
+        """Of its matrices, attention inside a segment, and the memory.
+
+        A head's query reads that, a key writes it, and with equation 9 reads it before.
+        """
+        size, segment = self.head_dim, self.config.segment_length
+        keys = mean_of_segments(length, segment, lambda tokens: tokens * mean_visible(tokens))
+        attention = 4 * self.num_heads * size * keys
+        update = self.config.memory_update
+        times = {"none": 0, "linear": self.num_heads + self.num_groups}
+        times["delta"] = times["linear"] + self.num_groups
+        return linear_flops(self) + attention + 2 * times[update] * size * (size + 1)
 
     def forward(self, x_BTD, sequence, state, rotation):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""

@@ -40,6 +40,7 @@ from ..core.base import (
     check_activation,
     in_range,
 )
+from ..core.flops import linear_flops
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import linear_recurrence
 from ..layers.decay_slopes import check_slopes, log_decay
@@ -191,6 +192,11 @@ class LightningAttention(nn.Module):
         heads, head_dim = self.head_shape
         key_dim = head_dim * (2 if self.has_lrpe else 1)
         return {"memory_BHKV": StateSpec((heads, key_dim, head_dim))}
+
+    def flops_per_token(self, length):
+        """Of its matrices, and of the memory, which is written and read."""
+        heads, head_dim = self.head_shape
+        return linear_flops(self) + 4 * heads * head_dim * head_dim * (2 if self.has_lrpe else 1)
 
     def rotate(self, x_BTHK, positions_BT):
         """LRPE: [B, T, H, K] to [B, T, H, 2 K]; scores then see differences of positions only."""

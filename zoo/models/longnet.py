@@ -38,6 +38,7 @@ from ..core.base import (
     ZooModel,
     check_activation,
 )
+from ..core.flops import linear_flops
 from ..core.state import SlidingStateLayer, dtype_of
 from ..kernels.dilated_branches import branches_of
 from ..layers.dilated_slots import DilatedSlots, tokens_behind
@@ -189,6 +190,11 @@ class DilatedAttention(nn.Module):
     def state_specs(self):
         """Keys and values of selected tokens, in the dtype of the weights."""
         return self.slots.state_specs(dtype_of(self.k_proj))
+
+    def flops_per_token(self, length):
+        """Of its matrices, and of attention to the keys that heads select."""
+        keys = self.slots.mean_keys(length)
+        return linear_flops(self) + 4 * self.config.head_dim * keys
 
     def forward(self, x_BTD, sequence, state, rotation=None):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""

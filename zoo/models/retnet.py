@@ -37,6 +37,7 @@ from ..core.base import (
     check_activation,
     in_range,
 )
+from ..core.flops import linear_flops
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import linear_recurrence
 from ..layers.norms import WideRMSNorm
@@ -184,6 +185,10 @@ class Retention(nn.Module):
     def state_specs(self):
         """The memory S: one [K, V] matrix per head."""
         return {"memory_BHKV": StateSpec((self.num_heads, self.key_dim, self.value_dim))}
+
+    def flops_per_token(self, length):
+        """Of its matrices, and of the memory, which is written and read."""
+        return linear_flops(self) + 4 * self.num_heads * self.key_dim * self.value_dim
 
     def project(self, x_BTD, rotation):
         """Queries, keys (rotated), values and gates, one row of each per head."""

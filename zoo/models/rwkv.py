@@ -21,6 +21,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.base import ZooConfig, ZooModel, ZooPreTrainedModel
+from ..core.flops import linear_flops
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype
 
@@ -247,6 +248,10 @@ class RwkvBlock(GradientCheckpointingLayer):
     def state_specs(self):
         """The `StateSpec`s of both mixes by name."""
         return self.mixer.state_specs() | self.mlp.state_specs()
+
+    def flops_per_token(self, length):
+        """As of `ZooModel`."""
+        return self.mixer.flops_per_token(length) + linear_flops(self.mlp)
 
     def forward(self, x_BTD, sequence, state, *carried):
         """Returns (x_BTD, state, what goes on to the next block); the state given stays as it is.

@@ -26,6 +26,7 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 
 from ..core.base import ZooForCausalLM, ZooForSequenceClassification, scale_
+from ..core.flops import linear_flops
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.wkv4 import EMPTY_MAX, wkv4
@@ -116,6 +117,10 @@ class RWKV4TimeMix(TimeMix):
             "max_ND": StateSpec(size, fill=EMPTY_MAX),
         }
         return super().state_specs() | average
+
+    def flops_per_token(self, length):
+        """Of its matrices, and of numerators and denominators, which are written and read."""
+        return linear_flops(self) + 2 * 4 * self.config.attention_hidden_size
 
     def forward(self, x_BTD, sequence, state):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""

@@ -25,6 +25,7 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 
 from ..core.base import ZooForCausalLM, ZooForSequenceClassification, in_range
+from ..core.flops import linear_flops
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype, linear_recurrence
 from .rwkv import (
@@ -101,6 +102,10 @@ class RWKV5TimeMix(TimeMix):
         heads, key_dim = self.head_shape
         memory = StateSpec((heads, key_dim, self.config.value_size // heads))
         return super().state_specs() | {"memory_NHKV": memory}
+
+    def flops_per_token(self, length):
+        """Of its matrices, and of the memory, which is written and read."""
+        return linear_flops(self) + 4 * self.head_shape[1] * self.config.value_size
 
     def forward(self, x_BTD, sequence, state):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""

@@ -25,6 +25,7 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 
 from ..core.base import ZooForCausalLM, ZooForSequenceClassification, in_range
+from ..core.flops import linear_flops, product_flops
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype, linear_recurrence
 from .rwkv import (
@@ -128,6 +129,12 @@ class RWKV6TimeMix(TimeMix):
         heads, key_dim = self.head_shape
         memory = StateSpec((heads, key_dim, self.config.value_size // heads))
         return super().state_specs() | {"memory_NHKV": memory}
+
+    def flops_per_token(self, length):
+        """Of its matrices, those of low rank too, and of the memory, which is written and read."""
+        ranks = self.mix_lora_a, self.mix_lora_b, self.decay_lora_a, self.decay_lora_b
+        memory = 4 * self.head_shape[1] * self.config.value_size
+        return linear_flops(self) + product_flops(*ranks) + memory
 
     def mix(self, x_BTD, before_BTD):
         """Each token with as much of the one before as it asks for: w, k, v, r, g."""

@@ -32,6 +32,7 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 
 from ..core.base import ZooForCausalLM, ZooForSequenceClassification, in_range
+from ..core.flops import linear_flops, product_flops
 from ..core.state import StateSpec
 from ..kernels.delta_recurrence import delta_recurrence
 from ..kernels.linear_recurrence import accumulator_dtype
@@ -186,6 +187,15 @@ class RWKV7TimeMix(TimeMix):
         heads, key_dim = self.head_shape
         memory = StateSpec((heads, key_dim, self.config.value_size // heads))
         return super().state_specs() | {"memory_NHKV": memory}
+
+    def flops_per_token(self, length):
+        """Of its matrices, those of low rank too, and of the memory.
+
+        That is read at kk, corrected there, written and read.
+        """
+        parts = [part for part in self.children() if isinstance(part, LowRank)]
+        ranks = product_flops(*(x for part in parts for x in (part.a, part.b)))
+        return linear_flops(self) + ranks + 8 * self.head_shape[1] * self.config.value_size
 
     def forward(self, x_BTD, sequence, state, v_first_BTD=None):
         """Mixes a sequence [B, T, D]; returns it, the state after it and the first layer's v."""

@@ -1,0 +1,91 @@
+"""What a run costs: operations per token, memory, and the share of a device's peak that is used."""
+
+import re
+import sys
+
+import torch
+from torch import nn
+
+from zoo.core.flops import BACKWARD
+
+# Names of devices -> operations per second in bf16, dense, by NVIDIA's data sheets.
+PEAKS = {
+    r"NVIDIA A100[- ](SXM4|SXM|PCIE)[- ]\d+GB": 312e12,
+    r"NVIDIA H100 80GB HBM3": 989e12,
+    r"NVIDIA H100 PCIe": 756e12,
+    r"NVIDIA H100 NVL": 835e12,
+    r"NVIDIA H200": 989e12,
+    r"NVIDIA L4": 121e12,
+    r"NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+def training_flops(model, length):
+    """Operations per token of a training step: of the definition, forward and backward."""
+    return (1 + BACKWARD) * model.flops_per_token(length)
+
+
+def peak_flops(recipe, device, precision):
+    """Operations per second a device can do at most, or None where nobody said it.
+
+    Args:
+        recipe: its `peak_flops` comes first.
+        device: that is trained on.
+        precision: "bf16" or "fp32"; the table is of bf16.
+    """
+    if recipe.peak_flops:
+        return recipe.peak_flops
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for pattern, peak in PEAKS.items() if re.fullmatch(pattern, name)), None)
+
+
+def peak_memory(device):
+    """The most memory this process had so far, in bytes, and what that is a measure of."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "tensors on the device (CUDA)"
+    import resource  # not on every system
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return unit * peak, "resident memory of the process"
+
+
+def describe(recipe, model):
+    """Lines about a model and its training, before there is memory for either.
+
+    Args:
+        recipe: of the run.
+        model: the language model, on meta.
+    """
+    parameters = {id(p): p for p in model.parameters()}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    count = sum(p.numel() for p in parameters.values())
+    others = sum(p.numel() for p in parameters.values() if id(p) not in embeddings)
+    size = sum(p.nbytes for p in parameters.values())
+    length = recipe.sequence_length
+    tokens = recipe.steps * recipe.batch_size * length
+    forward, training = model.flops_per_token(length), training_flops(model, length)
+    parts = {"parameters": size, "gradients": size, "optimizer": 2 * size}
+    if recipe.ema_decay:
+        parts["average"] = size
+    listed = ", ".join(f"{name} {in_units(part, 'B')}" for name, part in parts.items())
+    total = in_units(sum(parts.values()), "B")
+    return [
+        f"{count:,} parameters, {others:,} without embeddings",
+        f"{tokens:,} tokens ({tokens / count:.1f} per parameter)",
+        f"{in_units(forward, 'FLOPs')} per token forward, {in_units(training, 'FLOPs')} in "
+        f"training; {in_units(training * tokens, 'FLOPs')} in all",
+        f"{model.state_size(length):,} bytes of state per sequence, after {length:,} tokens",
+        f"{total} per process: {listed}; activations come on top",
+    ]
+
+
+def in_units(value, unit):
+    """A number with a prefix: 1.23 MB."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if value < 1000:
+            break
+        value /= 1000
+    return f"{value:.3g} {prefix}{unit}"

@@ -1,0 +1,175 @@
+"""Declared operations per token: counted where PyTorch's counter sees them, and by definition."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import zoo
+from zoo.core.state import state_bytes
+from zoo.kernels.dilated_branches import branches_of
+from zoo.kernels.windowed_attention import visible_keys
+from zoo.layers.short_convolution import ShortConvolution
+from zoo.models.rwkv7 import LowRank
+
+SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LENGTH = 48  # whole windows and segments, all of them 16
+CASES = [(name, variant) for name, x in zoo.MODELS.items() for variant in x.config.variants]
+
+
+def counted(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter
+
+
+def memory(keys, values, is_delta=False):
+    """A state [K, V] that is written and read, or also read at a key and corrected there."""
+    row, column, state = torch.ones(1, keys), torch.ones(1, values), torch.ones(keys, values)
+
+    def step():
+        new = state + row.T @ (row @ state) if is_delta else state
+        return row @ (new + row.T @ column)
+
+    return counted(step).get_total_flops()
+
+
+def attention(visible_TS, size):
+    """Each query with the keys that it sees."""
+    total, one = 0, torch.ones(1, size)
+    for num_keys in visible_TS.sum(1).tolist():
+        keys = torch.ones(num_keys, size)
+        total += counted(lambda keys=keys: (one @ keys.T) @ keys).get_total_flops() * (num_keys > 0)
+    return total
+
+
+def band(window, sinks=0):
+    visible_TS = visible_keys(LENGTH, LENGTH, window, device="cpu")[0].clone()
+    visible_TS[:, :sinks] |= torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[:, :sinks]
+    return visible_TS
+
+
+def softmax(mixer):
+    return mixer.num_heads * attention(band(mixer.window, mixer.num_sinks), mixer.head_dim)
+
+
+def linear(keys, values, heads):
+    return LENGTH * heads * memory(keys, values)
+
+
+def rwkv6(mixer):
+    heads, size = mixer.head_shape
+    x_D, ranks = torch.ones(1, 32), (mixer.mix_lora_a, mixer.decay_lora_a)
+
+    def low_rank():
+        ask_BTR = (x_D @ ranks[0]).unflatten(-1, (5, -1))
+        for index in range(5):
+            ask_BTR[:, index] @ mixer.mix_lora_b[index]
+        x_D @ ranks[1] @ mixer.decay_lora_b
+
+    return LENGTH * counted(low_rank).get_total_flops() + linear(size, size_of_v(mixer), heads)
+
+
+def size_of_v(mixer):
+    return mixer.config.value_size // mixer.config.num_attention_heads
+
+
+def infini(mixer):
+    heads, groups, size = mixer.num_heads, mixer.num_groups, mixer.head_dim
+    segment = torch.arange(LENGTH) // mixer.config.segment_length
+    total = heads * attention(band(None) & (segment[:, None] == segment), size)
+    q_1K, memory_KV, v_1V = torch.ones(1, size), torch.ones(size, size + 1), torch.ones(1, size + 1)
+    read = counted(lambda: q_1K @ memory_KV).get_total_flops()
+    write = counted(lambda: q_1K.T @ v_1V).get_total_flops()
+    update = {"none": 0, "linear": write, "delta": read + write}[mixer.config.memory_update]
+    return total + LENGTH * ((read if update else 0) * heads + update * groups)
+
+
+def block_recurrent(mixer):
+    config, window = mixer.config, mixer.window
+    states, size = config.num_states, config.head_dim
+    visible = band(window + 1) & ~torch.eye(LENGTH, dtype=torch.bool)
+    total = attention(visible, size)
+    if mixer.reads_states:
+        total += attention(torch.ones(LENGTH, states, dtype=torch.bool), size)
+    if mixer.is_recurrent:
+        keys = torch.ones(states, states + 2 * window, dtype=torch.bool)
+        per_window = attention(keys, size)
+        total += LENGTH / window * per_window
+    return config.num_attention_heads * total
+
+
+def longnet(mixer):
+    config, total, index = mixer.config, 0, torch.arange(LENGTH)
+    for branch in branches_of(config.segment_lengths, config.dilation_rates):
+        same = index[:, None] // branch.length == index // branch.length
+        for offset in branch.offsets(config.num_attention_heads, config.head_offsets, "cpu"):
+            chosen = index % branch.length % branch.rate == offset
+            visible = band(None) & same & chosen[:, None] & chosen
+            total += attention(visible, config.head_dim)
+    return total
+
+
+def delta(mixer):
+    config = mixer.config
+    return LENGTH * config.num_attention_heads * memory(*sizes_of(mixer), is_delta=True)
+
+
+def sizes_of(mixer):
+    return mixer.state_specs()["memory_NHKV"].shape[1:]
+
+
+# What a mixer does beside its matrices, of all tokens, by its class.
+CORE = {
+    "Retention": lambda m: linear(m.key_dim, m.value_dim, m.num_heads),
+    "RWKV4TimeMix": lambda m: LENGTH * 8 * m.config.attention_hidden_size,
+    "RWKV5TimeMix": lambda m: linear(m.head_shape[1], size_of_v(m), m.head_shape[0]),
+    "RWKV6TimeMix": rwkv6,
+    "RWKV7TimeMix": delta,
+    "GatedDeltaRule": delta,
+    "LightningAttention": lambda m: linear(
+        m.head_shape[1] * (1 + m.has_lrpe), m.head_shape[1], m.head_shape[0]
+    ),
+    "SoftmaxAttention": softmax,
+    "SlidingWindowAttention": softmax,
+    "InfiniAttention": infini,
+    "WindowAttention": block_recurrent,
+    "DilatedAttention": longnet,
+}
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
+@torch.no_grad()
+def test_declared_is_counted(name, variant):
+    architecture = zoo.MODELS[name]
+    fields = SIZES | architecture.config.variants[variant]
+    if fields.get("sliding_window") == 13:
+        fields["sliding_window"] = 16
+    model = architecture.causal_lm(architecture.config(**fields)).eval()
+    counter = counted(lambda: model(torch.zeros(1, LENGTH, dtype=torch.long), use_cache=True))
+    counts = counter.get_flop_counts()
+    dense = sum(
+        sum(counts.get(f"{type(model).__name__}.{path}", {}).values())
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, LowRank, ShortConvolution))
+    )
+    if fields.get("feedback"):  # where keys and values of states are computed for readers again
+        dense -= LENGTH // 16 * 2 * 2 * fields["num_states"] * 32 * 32
+    core = sum(CORE[type(layer.mixer).__name__](layer.mixer) for layer in model.model.layers)
+    assert dense > core / 100
+    assert LENGTH * model.flops_per_token(LENGTH) == pytest.approx(dense + core, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_without_memory_for_a_model(name):
+    """On meta, at any length; longer texts cost no more per token where windows bound them."""
+    config = zoo.MODELS[name].config(**SIZES)
+    with torch.device("meta"):
+        model = zoo.MODELS[name].causal_lm(config)
+    live = zoo.MODELS[name].causal_lm(config).eval()
+    with torch.no_grad():
+        cache = live(torch.zeros(1, 3, dtype=torch.long), use_cache=True).past_key_values
+    assert model.state_size(3) == state_bytes(cache)
+    costs = [model.flops_per_token(length) for length in (1, 100, 2**20, 2**21)]
+    assert costs == [live.flops_per_token(length) for length in (1, 100, 2**20, 2**21)]
+    assert costs[0] <= costs[1] <= costs[2] <= costs[3] < 1.01 * costs[2]
