@@ -39,6 +39,7 @@ from pretraining.launching import (
     precision_of,
     set_cpu_threads,
 )
+from pretraining.lora import adapt
 from pretraining.recipe import Recipe, UsageError, describe_keys, read_recipe
 from pretraining.reporting import Lasting, environment
 from pretraining.run_folder import check_run_dir, locked, read_record, remove_run
@@ -108,7 +109,7 @@ def dry_run(recipe):
     else:
         config = build_config(recipe, tokenizer)
     with torch.device("meta"):
-        model = build_model(recipe, config)
+        model = adapt(build_model(recipe, config), recipe)
     print(json.dumps(dataclasses.asdict(recipe), indent=1))
     print(*describe(recipe, model), sep="\n")
 

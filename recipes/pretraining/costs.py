@@ -6,7 +6,7 @@ import sys
 import torch
 from torch import nn
 
-from zoo.core.flops import BACKWARD
+from zoo.core.flops import BACKWARD, product_flops
 
 # Names of devices -> operations per second in bf16, dense, by NVIDIA's data sheets.
 PEAKS = {
@@ -21,8 +21,16 @@ PEAKS = {
 
 
 def training_flops(model, length):
-    """Operations per token of a training step: of the definition, forward and backward."""
-    return (1 + BACKWARD) * model.flops_per_token(length)
+    """Operations per token of a training step: of the definition, forward and backward.
+
+    Matrices that are not trained get no gradient, but pass one on.
+    """
+    frozen = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad
+    ]
+    return (1 + BACKWARD) * model.flops_per_token(length) - product_flops(*frozen)
 
 
 def peak_flops(recipe, device, precision):
@@ -64,28 +72,31 @@ def describe(recipe, model):
     count = sum(p.numel() for p in parameters.values())
     others = sum(p.numel() for p in parameters.values() if id(p) not in embeddings)
     size = sum(p.nbytes for p in parameters.values())
+    trained = [p for p in parameters.values() if p.requires_grad]
+    number, moving = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
     length = recipe.sequence_length
     tokens = recipe.steps * recipe.batch_size * length
     forward, training = model.flops_per_token(length), training_flops(model, length)
-    parts = {"parameters": size, "gradients": size, "optimizer": 2 * size}
+    parts = {"parameters": size, "gradients": moving, "optimizer": 2 * moving}
     if recipe.ema_decay:
         parts["average"] = size
     listed = ", ".join(f"{name} {in_units(part, 'B')}" for name, part in parts.items())
     total = in_units(sum(parts.values()), "B")
     return [
-        f"{count:,} parameters, {others:,} without embeddings",
+        f"{count:,} parameters, {others:,} without embeddings"
+        + (f", {number:,} trained" if number < count else ""),
         f"{tokens:,} tokens ({tokens / count:.1f} per parameter)",
         f"{in_units(forward, 'FLOPs')} per token forward, {in_units(training, 'FLOPs')} in "
         f"training; {in_units(training * tokens, 'FLOPs')} in all",
         f"{model.state_size(length):,} bytes of state per sequence, after {length:,} tokens",
-        f"{total} per process: {listed}; activations come on top",
+        f"{total} per process, shared out by FSDP and ZeRO: {listed}; activations come on top",
     ]
 
 
 def in_units(value, unit):
     """A number with a prefix: 1.23 MB."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if value < 1000:
-            break
+    prefixes = ["", *"kMGTPE"]
+    while value >= 1000 and len(prefixes) > 1:
         value /= 1000
-    return f"{value:.3g} {prefix}{unit}"
+        del prefixes[0]
+    return f"{value:.3g} {prefixes[0]}{unit}"

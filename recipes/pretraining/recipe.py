@@ -32,6 +32,7 @@ class Recipe:
     architecture: str  # a key of zoo.MODELS
     model: dict = field(default_factory=dict)  # the fields of that architecture's config
     init_from: str = ""  # weights and config to begin with: a model's folder or Hub id
+    lora: dict = field(default_factory=dict)  # train adapters on these weights: keys in lora.py
     tokenizer: str = "tokenizers/byte"  # folder (also relative to the repository) or Hub id
 
     # Text

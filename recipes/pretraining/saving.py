@@ -32,6 +32,7 @@ from .checkpointing import (
     unfinished_checkpoint,
     write_checkpoint,
 )
+from .lora import save_adapter, save_merged
 from .recipe import UsageError
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -113,7 +114,11 @@ class Saver:
         weights = self._weights()
 
         def write_files(folder):
-            self._write_model(folder, weights)
+            if self.recipe.lora:
+                save_adapter(self.model, folder)
+                self.tokenizer.save_pretrained(folder)
+            else:
+                self._write_model(folder, weights)
             if self.average.decay:
                 with self.average.in_place():
                     self._write_model(folder / EMA, None)
@@ -173,7 +178,12 @@ class Saver:
 
     def _gather_and_write(self, folder):
         weights = self._weights()
-        if self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            return
+        if self.recipe.lora:
+            save_merged(self.model, folder)
+            self.tokenizer.save_pretrained(folder)
+        else:
             self._write_model(folder, weights)
 
     def _weights(self):

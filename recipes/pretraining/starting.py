@@ -14,6 +14,7 @@ from .building import build_config
 from .caching import file_hashes
 from .checkpointing import list_checkpoints
 from .finding import did_you_mean, hub_answers, is_path
+from .lora import check_lora
 from .recipe import UsageError
 
 # Weights of the same shapes are read otherwise with another number of heads.
@@ -41,7 +42,8 @@ def beginning(recipe, tokenizer, checkpoint, cache_dir):
     Args:
         recipe: of the run.
         tokenizer: of the run.
-        checkpoint: what is continued; it holds all that was taken from `init_from`.
+        checkpoint: what is continued; it holds all that was taken from `init_from`, unless there
+            are adapters, which lie on those weights.
         cache_dir: where hashes of large files are remembered.
 
     Returns:
@@ -50,25 +52,32 @@ def beginning(recipe, tokenizer, checkpoint, cache_dir):
     Raises:
         UsageError: there are no such weights, or they are not those of the recipe's model.
     """
-    if checkpoint.folder:
+    if checkpoint.folder and not recipe.lora:
         _, config = _read_config(checkpoint.folder)
         return Beginning(config, checkpoint.folder, checkpoint.manifest.get("init_from"))
+    check_lora(recipe)
     if not recipe.init_from:
         return Beginning(build_config(recipe, tokenizer))
     config, folder, changed = config_of_source(recipe, tokenizer)
     files = _weight_files(folder)
     hashes = file_hashes(files, cache_dir)
+    begun = checkpoint.manifest.get("init_from")
     record = {
         "source": recipe.init_from,
         "sha256": {file.name: value for file, value in zip(files, hashes)},
         "changed": changed,
     }
-    if folder.parent.name == "snapshots":
-        record["revision"] = folder.name
+    if not Path(recipe.init_from).expanduser().is_dir():  # of the Hub, whose cache names revisions
+        record |= {"base_model": recipe.init_from, "revision": folder.name}
     origin = origin_of_checkpoint(folder)
     for name in ("license", "license_name", "license_link", "base_model"):
         if getattr(origin, name):
-            record[name] = getattr(origin, name)
+            record.setdefault(name, getattr(origin, name))
+    if begun and begun["sha256"] != record["sha256"]:
+        raise UsageError(
+            f"init_from: the weights in {recipe.init_from} are others than those that the adapter "
+            f"in {checkpoint.folder} was trained on; put them back."
+        )
     return Beginning(config, folder, record)
 
 

@@ -16,6 +16,7 @@ from .carrying import CARRIED, Carried, Lanes
 from .checkpointing import SHARDS_INDEX, UNFINISHED, files_in, list_checkpoints, move_into
 from .comparing import by_position_and_length, check_lengths
 from .costs import peak_flops, peak_memory, training_flops
+from .lora import adapt
 from .measuring import diagnostics, held_out_figures, sample
 from .mixing import Batches, load_mixture
 from .recipe import UsageError
@@ -81,7 +82,9 @@ class Run:
         is_sharded = folder and (folder / SHARDS_INDEX).is_file()
         model = build_model(recipe, begin.config, None if is_sharded else begin.folder)
         check_lengths(recipe, model)
+        model = adapt(model, recipe, folder, accelerator)
         self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.flops = training_flops(model, recipe.sequence_length)
         self.peak_flops = peak_flops(recipe, accelerator.device, precision)
         self.optimizer = torch.optim.AdamW(
@@ -197,6 +200,7 @@ class Run:
     def _about(self):
         return {
             "parameters": self.num_parameters,
+            "trained_parameters": self.num_trained,
             "training_flops_per_token": self.flops,
             "peak_memory_is": peak_memory(self.accelerator.device)[1],
             "processes": self.accelerator.num_processes,
@@ -310,7 +314,7 @@ class Run:
         return {"sequence_length": self.recipe.sequence_length_at(self.step - 1)}
 
     def _utilisation(self, speed):
-        """The share of the devices' peak that the definition's operations take, where it is known."""
+        """The share of the devices' peak that the operations take, where that is known."""
         if not self.peak_flops:
             return {}
         return {"mfu": self.flops * speed / (self.peak_flops * self.accelerator.num_processes)}
@@ -357,7 +361,11 @@ class Run:
 
     def title(self):
         """One line that says what was trained."""
-        return f"{self.recipe.name}: {self.recipe.architecture}, {self.num_parameters:,} parameters"
+        trained = (
+            "" if self.num_trained == self.num_parameters else f", {self.num_trained:,} trained"
+        )
+        what = f"{self.recipe.name}: {self.recipe.architecture}"
+        return f"{what}, {self.num_parameters:,} parameters{trained}"
 
     def save_checkpoint(self):
         """Writes everything that `--resume` needs."""

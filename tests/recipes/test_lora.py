@@ -1,0 +1,121 @@
+"""Adapters on the weights of another model: what is trained, saved, continued and refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import zoo
+from pretraining import starting
+from pretraining.building import load_tokenizer
+from zoo.hub.origin import origin_of_checkpoint
+
+OPTIONS = ["--warmup_steps", "0", "--schedule", "constant", "--eval_every", "0", "--steps", "6"]
+OPTIONS += ["--checkpoint_every", "3", "--model.dropout", "0"]
+
+
+@pytest.fixture
+def source(workshop):
+    """A RetNet to adapt, as an export is: weights, config and tokenizer."""
+    torch.manual_seed(3)
+    config = zoo.RetNetConfig(
+        vocab_size=259, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    folder = workshop.folder / "source"
+    zoo.RetNetForCausalLM(config).save_pretrained(folder)
+    load_tokenizer("tokenizers/byte").save_pretrained(folder)
+    text = workshop.recipe.read_text().split("[model]")[0]
+    workshop.recipe.write_text(f'{text}\ninit_from = "{folder}"\n[lora]\nrank = 4\n')
+    return folder
+
+
+def state_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def error_line(result):
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_the_mixers_are_adapted_and_merged(in_process, workshop, source, monkeypatch):
+    """The weights are of the Hub here, as its cache has them."""
+    cached = workshop.folder / "models--me--retnet" / "snapshots" / "0123abc"
+    shutil.copytree(source, cached)
+    monkeypatch.setattr(starting, "hub_answers", lambda name, kind: True)
+    monkeypatch.setattr(starting, "snapshot_download", lambda name, **options: str(cached))
+    result = in_process(*OPTIONS, "--init_from", "me/retnet")
+    assert result.returncode == 0, result.stderr
+    run_dir = workshop.folder / "tiny"
+    before, after = state_of(source), state_of(run_dir)
+    linear = {n for n in before if ".mixer." in n and n.endswith("proj.weight")}
+    assert changed(before, after) == linear and len(linear) == 10
+    base = AutoModelForCausalLM.from_pretrained(source)
+    adapted = PeftModel.from_pretrained(base, run_dir / "adapter").eval()
+    ids = torch.arange(40)[None]
+    merged = AutoModelForCausalLM.from_pretrained(run_dir).eval()
+    # float32: products of two matrices in place of their sum.
+    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
+    trained = sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n)
+    assert f"{trained:,} trained" in result.stdout
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["trained_parameters"] == trained
+    assert "adapter/adapter_model.safetensors" in record["files"]
+    said = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == "me/retnet"
+    begun = record["init_from"]
+    assert (begun["revision"], begun["base_model"]) == ("0123abc", "me/retnet")
+    assert origin_of_checkpoint(run_dir).base_model == "me/retnet"
+    names = {path.name for path in (run_dir / "checkpoint-6").rglob("*")}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+
+
+def test_resumed_is_bit_identical(in_process, workshop, source):
+    options = [*OPTIONS, "--lora.dropout", "0.2", "--lora.train_embeddings_and_norms", "true"]
+    assert in_process(*options, "--name", "whole").returncode == 0
+    shutil.copytree(workshop.folder / "whole", workshop.folder / "tiny")
+    shutil.rmtree(workshop.folder / "tiny" / "checkpoint-6")
+    result = in_process(*options, "--resume")
+    assert "after step 3" in result.stdout and result.returncode == 0, result.stderr
+    assert workshop.curve("tiny") == workshop.curve("whole")
+    whole, resumed = state_of(workshop.folder / "whole"), state_of(workshop.folder / "tiny")
+    assert changed(whole, resumed) == set()
+    trained = changed(state_of(source), whole)
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= trained
+    assert "lm_head.weight" not in trained and not any(".mlp." in name for name in trained)
+    # The weights below are needed again, and the same ones.
+    shutil.rmtree(workshop.folder / "tiny" / "checkpoint-6")
+    zoo.RetNetForCausalLM.from_pretrained(workshop.folder / "whole").save_pretrained(source)
+    assert "are others than those that the adapter" in error_line(in_process(*options, "--resume"))
+    shutil.rmtree(source)
+    assert "no such folder" in error_line(in_process(*options, "--resume"))
+
+
+def test_what_is_refused(in_process, workshop, source):
+    for options, said in (
+        (["--lora.rnk", "4"], "unknown key 'lora.rnk': did you mean 'rank'?"),
+        (["--lora.rank", "0"], "lora.rank is at least 1"),
+        (["--lora.alpha", "'a'"], "lora.alpha is of type float"),
+        (["--lora.target_modules", "['nothing']"], "[lora]: Target modules"),
+        (["--init_from", ""], "say which with init_from"),
+        (["--ema_decay", "0.9"], "ema_decay averages whole models"),
+    ):
+        assert said in error_line(in_process(*OPTIONS, *options))
+
+
+def test_a_dry_run_counts_what_is_trained(in_process, source):
+    result = in_process(*OPTIONS, "--dry_run")
+    assert result.returncode == 0, result.stderr
+    parameters, *_, memory = result.stdout.splitlines()[-5:]
+    # Of 10 matrices, 5 per layer: rank 4 times inputs and outputs.
+    trained = 2 * 4 * (4 * 16 + 16 + 16 + 32 + 32 + 32 + 16)
+    assert parameters.endswith(f", {trained:,} trained")
+    assert f"gradients {4 * trained / 1000:.3g} kB" in memory
