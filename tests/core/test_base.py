@@ -264,10 +264,12 @@ def test_classifier(architecture, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @architectures
-def test_fused_loss_is_the_loss(architecture):
+def test_fused_loss_is_the_loss(architecture, z_loss):
     pytest.importorskip("liger_kernel")
     model = build(architecture).train().cuda()
+    model.z_loss = z_loss
     ids = IDS.cuda()
     expected = model(ids, labels=ids).loss
     expected.backward()

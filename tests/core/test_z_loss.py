@@ -1,10 +1,13 @@
 """z-loss: its definition, in chunks and at once, with gradients of autograd."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 import zoo
+from zoo.core import base
 
 CONFIG = zoo.RetNetConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 
@@ -55,6 +58,24 @@ def test_parts_of_a_batch_add_up(chunk):
     halves = step(0.1, chunk, num_items_in_batch=2 * 14)[3]
     assert 2 * halves.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
     assert 2 * halves.z_loss.item() == pytest.approx(whole.z_loss.item(), rel=1e-6)
+
+
+def test_of_a_fused_kernel(monkeypatch):
+    """Liger's loss has it in it, and says how much it is."""
+
+    def fused(head, hidden_TD, z_loss):
+        def sums(weight, hidden_TD, target_T, bias):
+            nats, square = base.cross_entropy_and_square(hidden_TD @ weight.T, target_T)
+            return SimpleNamespace(loss=nats + z_loss * square, z_loss=z_loss * square)
+
+        return sums
+
+    expected = step(0.1, 4)[3]
+    monkeypatch.setattr(base, "_fused_linear_cross_entropy", fused)
+    output = step(0.1, 4)[3]
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    assert output.z_loss.item() == pytest.approx(expected.z_loss.item(), rel=1e-6)
+    assert not output.z_loss.requires_grad
 
 
 def test_only_training_has_it():

@@ -864,8 +864,8 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
         if not self.z_loss:
             return sums / num_items_in_batch, None
         if fused is not None:
-            total, z_loss = sums  # the second is in the first, and has no gradient of its own
-            return total / num_items_in_batch, z_loss.detach() / num_items_in_batch
+            # Its z_loss is in its loss already, and has no gradient of its own.
+            return sums.loss / num_items_in_batch, sums.z_loss.detach() / num_items_in_batch
         nats, z_loss = sums / num_items_in_batch
         return nats + self.z_loss * z_loss, self.z_loss * z_loss.detach()
 
