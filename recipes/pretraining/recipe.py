@@ -123,8 +123,10 @@ class Recipe:
                 raise UsageError(f"{key} must be positive, got {getattr(self, key)}.")
         at_least_zero = "micro_batch_size seed warmup_steps decay_steps weight_decay gradient_clip"
         at_least_zero += " cpu_threads loss_chunk_size eval_every eval_bytes sample_tokens"
-        at_least_zero += " replay_segment_length tokenising_workers z_loss eval_positions peak_flops"
-        for key in (at_least_zero + " checkpoint_every").split():
+        at_least_zero += (
+            " replay_segment_length tokenising_workers z_loss eval_positions peak_flops"
+        )
+        for key in (at_least_zero + " peak_flops checkpoint_every").split():
             if not 0 <= getattr(self, key) < math.inf:
                 raise UsageError(f"{key} must not be negative, got {getattr(self, key)}.")
         for name, factor in self.learning_rate_scales.items():

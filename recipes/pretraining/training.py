@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import signal
 import time
 
@@ -338,9 +337,7 @@ class Run:
             with self.average.in_place():
                 figures["ema_bits_per_byte"] = held_out_figures(*measure)["bits_per_byte"]
             average = f", average {figures['ema_bits_per_byte']:.4f}"
-        figures |= by_position_and_length(
-            accelerator, self.model, self.corpus.held_out, recipe
-        )
+        figures |= by_position_and_length(accelerator, self.model, self.corpus.held_out, recipe)
         watched = diagnostics(accelerator, self.model, self.corpus.held_out, recipe)
         texts = [
             sample(accelerator, self.model, self.tokenizer, prompt, recipe.sample_tokens, self.step)
