@@ -13,14 +13,15 @@ from .averaging import Average
 from .building import build_model, load_tokenizer, parameter_groups
 from .carrying import CARRIED, Carried, Lanes
 from .checkpointing import SHARDS_INDEX, UNFINISHED, files_in, list_checkpoints, move_into
-from .comparing import by_position_and_length, check_lengths
+from .comparing import check_lengths
 from .costs import peak_flops, peak_memory, training_flops
+from .evaluating import held_out_report, step_figures
 from .lora import adapt
-from .measuring import diagnostics, held_out_figures, sample
+from .measuring import diagnostics
 from .mixing import Batches, load_mixture
 from .recipe import UsageError
 from .recording import Records
-from .reporting import Progress, bits_per_byte, duration
+from .reporting import Progress, duration
 from .run_folder import TRACKED
 from .saving import Saver
 from .sharding import prepare, run_in_bf16
@@ -142,8 +143,9 @@ class Run:
         rank, world = accelerator.process_index, accelerator.num_processes
         self.carried = Carried(model.config, rank, world, self.size, self.accumulation)
         if self.checkpoint.folder:
-            path = self.checkpoint.folder / CARRIED
-            self.carried.take_up(torch.load(path, weights_only=True), accelerator.device)
+            saved = torch.load(self.checkpoint.folder / CARRIED, weights_only=True)
+            if saved:
+                self.carried.take_up(saved, accelerator.device)
 
     def _check_same_text(self):
         changed = [
@@ -279,6 +281,8 @@ class Run:
         self.step += 1
         if skipped:
             self._note_skipped(skipped)
+            if self.carried:
+                self.carried.empty()  # what a spike leaves behind is not gone on from
         return loss, norm, rate
 
     def _note_skipped(self, reason):
@@ -289,34 +293,10 @@ class Run:
 
     def _log_step(self, loss, norm, rate, speed):
         watched = diagnostics(self.accelerator, self.model)
-        if not self.is_main:
-            return
-        num_tokens, num_bytes = self.corpus.tokens_and_bytes()
-        figures = {
-            "loss": loss,
-            # Over the corpus's mean length of a token.
-            "bits_per_byte": bits_per_byte(loss * num_tokens, num_bytes),
-            "gradient_norm": norm,
-            "learning_rate": rate,
-            "tokens_per_second": speed,
-            "peak_memory": peak_memory(self.accelerator.device)[0],
-            **self._window_length(),
-            **self._utilisation(speed),
-            **watched,
-        }
-        self._record("train", figures)
-        self.progress.update(self.step, loss, speed)
-
-    def _window_length(self):
-        if not self.recipe.context_schedule:
-            return {}
-        return {"sequence_length": self.recipe.sequence_length_at(self.step - 1)}
-
-    def _utilisation(self, speed):
-        """The share of the devices' peak that the operations take, where that is known."""
-        if not self.peak_flops:
-            return {}
-        return {"mfu": self.flops * speed / (self.peak_flops * self.accelerator.num_processes)}
+        if self.is_main:
+            figures = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+            self._record("train", {**step_figures(self, loss, speed), **figures, **watched})
+            self.progress.update(self.step, loss, speed)
 
     def _now(self):
         return {"step": self.step, "tokens": self._tokens(self.step), "seconds": self.seconds}
@@ -328,33 +308,14 @@ class Run:
 
     def evaluate(self):
         """Measures held-out bits per byte, draws the curve, prints samples."""
-        recipe, accelerator = self.recipe, self.accelerator
         # In every process: where weights are in shards, each layer is gathered from all of them.
-        measure = accelerator, self.model, self.corpus.parts, recipe
-        figures, average = held_out_figures(*measure), ""
-        value, *others = figures.values()
-        if self.average.decay:
-            with self.average.in_place():
-                figures["ema_bits_per_byte"] = held_out_figures(*measure)["bits_per_byte"]
-            average = f", average {figures['ema_bits_per_byte']:.4f}"
-        figures |= by_position_and_length(accelerator, self.model, self.corpus.held_out, recipe)
-        watched = diagnostics(accelerator, self.model, self.corpus.held_out, recipe)
-        texts = [
-            sample(accelerator, self.model, self.tokenizer, prompt, recipe.sample_tokens, self.step)
-            for prompt in recipe.sample_prompts
-        ]
+        figures, lines = held_out_report(self)
         if self.is_main:
-            gzip = self.corpus.record["held_out"]["gzip_bits_per_byte"]
-            self._record("held_out", {**figures, **watched})
-            names = [f"{part.name} {value:.4f}" for part, value in zip(self.corpus.parts, others)]
-            self.progress.say(
-                f"step {self.step}: held-out {value:.4f}{average} bits per byte "
-                f"({', '.join([*names, f'gzip -9: {gzip:.4f}'])})"
-            )
+            self._record("held_out", figures)
+            for line in lines:
+                self.progress.say(line)
             self.records.draw(self.title())
-            for text in texts:
-                self.progress.say("  | " + text.replace("\n", "\n  | "))
-        accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
     def title(self):
         """One line that says what was trained."""
