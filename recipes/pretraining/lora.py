@@ -7,6 +7,7 @@ weights below are those of `init_from`, which checkpoints do not repeat.
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass, field, fields
 
 from torch import nn
@@ -84,6 +85,8 @@ def adapt(model, recipe, folder=None, accelerator=None):
         raise UsageError(
             "[lora] needs peft; run: pip install 'longzoo[lora]', or peft itself"
         ) from None
+    # peft asks the model what transformers has renamed.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
     if folder:
         return PeftModel.from_pretrained(model, folder / ADAPTER, is_trainable=True).train()
     linear = [

@@ -130,6 +130,7 @@ def _find_folder(name):
     if path.is_file() or is_path(name):
         what = "a file, not a folder" if path.is_file() else "no such folder"
         raise UsageError(f"init_from: {name} is {what}; give a folder or a Hub id.{hint}")
+    online = True
     try:
         online = hub_answers(name, "model")
         # No code: the model is zoo's.
@@ -139,7 +140,9 @@ def _find_folder(name):
         raise UsageError(f"init_from: {error}{hint}") from None
     except Exception as error:  # of the Hub's client and of the network
         reason = " ".join(str(error).split())
-        raise UsageError(f"init_from: {name} cannot be fetched: {reason}{hint}") from None
+        if not online:
+            reason = "the Hub cannot be reached, and nothing of that name is in its cache here."
+        raise UsageError(f"init_from: no model {name}: {reason}{hint}") from None
 
 
 def _read_config(folder):

@@ -12,7 +12,7 @@ from rwkv_files import authors_shapes, random_weights
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from pretraining import training
+from pretraining import starting, training
 from zoo.hub.convert import convert
 from zoo.hub.origin import origin_of_checkpoint
 
@@ -177,7 +177,8 @@ def drop_weight(folder):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_what_is_refused(in_process, workshop, mistral):
+def test_what_is_refused(in_process, workshop, mistral, monkeypatch):
+    monkeypatch.setattr(starting, "hub_answers", lambda name, kind: False)
     source = workshop.folder / "source"
     line = error_line(in_process(*COMMON, "--init_from", str(source)))
     assert "architecture 'sliding_window', the recipe says 'retnet'" in line
@@ -189,6 +190,10 @@ def test_what_is_refused(in_process, workshop, mistral):
         (["--model.vocab_size", "300"], "vocab_size: 259 -> 300"),
         (["--model.window", "8"], "unknown key 'model.window'"),
         (["--init_from", str(workshop.folder / "sorce")], "Did you mean"),
+        (
+            ["--init_from", "me/nothing"],
+            "init_from: no model me/nothing: the Hub cannot be reached",
+        ),
         (["--init_from", str(workshop.folder / "mistral")], "goes through `zoo convert` first"),
     ):
         line = error_line(in_process(*COMMON, "--init_from", str(source), *options))
