@@ -110,7 +110,7 @@ class Carried:
         self.caches[micro] = put_together(self.config, frame, [x.detach() for x in tensors])
 
     def gathered(self):
-        """The states of all rows of all processes, to be saved; None before the first step."""
+        """The states of all rows of all processes, to be saved; None where they are empty."""
         own = {}
         for first, cache in zip(self.firsts, self.caches):
             if cache is not None:
@@ -129,6 +129,8 @@ class Carried:
 
     def take_up(self, saved, device):
         """Takes this process's rows of what `gathered` returned, on any number of processes."""
+        if saved is None:
+            return
         for micro, first in enumerate(self.firsts):
             rows = slice(first, first + self.size)
             frame = [

@@ -46,6 +46,7 @@ def by_position_and_length(accelerator, model, tokens, recipe):
     for other in recipe.eval_lengths:
         size = max(1, recipe.eval_batch_size * length // other)  # about as many tokens at once
         changed = {"sequence_length": other, "eval_batch_size": size, "eval_positions": 0}
+        changed["context_schedule"] = []  # of training
         figures[f"bits_per_byte_at/{other}"] = held_out_bits_per_byte(
             accelerator, model, tokens, dataclasses.replace(recipe, **changed)
         )

@@ -25,7 +25,8 @@ def step_figures(run, loss, speed):
         figures["sequence_length"] = run.recipe.sequence_length_at(run.step - 1)
     if run.peak_flops:
         # The share of the devices' peak that the operations of the definition take.
-        figures["mfu"] = run.flops * speed / (run.peak_flops * run.accelerator.num_processes)
+        flops = run.flops[run.recipe.sequence_length_at(run.step - 1)]
+        figures["mfu"] = flops * speed / (run.peak_flops * run.accelerator.num_processes)
     return figures
 
 

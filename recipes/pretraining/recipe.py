@@ -126,7 +126,7 @@ class Recipe:
         at_least_zero += (
             " replay_segment_length tokenising_workers z_loss eval_positions peak_flops"
         )
-        for key in (at_least_zero + " peak_flops checkpoint_every").split():
+        for key in (at_least_zero + " checkpoint_every").split():
             if not 0 <= getattr(self, key) < math.inf:
                 raise UsageError(f"{key} must not be negative, got {getattr(self, key)}.")
         for name, factor in self.learning_rate_scales.items():

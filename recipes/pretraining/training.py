@@ -85,7 +85,8 @@ class Run:
         model = adapt(model, recipe, folder, accelerator)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.flops = training_flops(model, recipe.sequence_length)
+        lengths = {recipe.sequence_length, *(length for _, length in recipe.context_schedule)}
+        self.flops = {length: training_flops(model, length) for length in lengths}
         self.peak_flops = peak_flops(recipe, accelerator.device, precision)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe),
@@ -202,7 +203,7 @@ class Run:
         return {
             "parameters": self.num_parameters,
             "trained_parameters": self.num_trained,
-            "training_flops_per_token": self.flops,
+            "training_flops_per_token": self.flops[self.recipe.sequence_length],
             "peak_memory_is": peak_memory(self.accelerator.device)[1],
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
@@ -281,8 +282,8 @@ class Run:
         self.step += 1
         if skipped:
             self._note_skipped(skipped)
-            if self.carried:
-                self.carried.empty()  # what a spike leaves behind is not gone on from
+            if self.carried and not is_finite:
+                self.carried.empty()  # nor are the states, and all after them would not be
         return loss, norm, rate
 
     def _note_skipped(self, reason):

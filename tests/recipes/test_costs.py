@@ -33,13 +33,22 @@ def test_a_dry_run_says_what_it_would_take(in_process):
 
 
 def test_lines_of_training_say_memory_and_use(in_process, workshop):
-    assert in_process(*OPTIONS, "--peak_flops", "1e12").returncode == 0
+    """Longer windows take more, where there is attention."""
+    text = workshop.recipe.read_text().replace('"retnet"', '"sliding_window"')
+    workshop.recipe.write_text(text.replace("dropout = 0.1", ""))
+    shorter = ["--context_schedule", "[[0, 16], [10, 32]]"]
+    assert in_process(*OPTIONS, *shorter, "--peak_flops", "1e12").returncode == 0
     lines = [json.loads(x) for x in open(workshop.folder / "tiny" / "metrics.jsonl")]
     record = json.loads((workshop.folder / "tiny" / "run.json").read_text())
     assert record["peak_memory_is"] == "resident memory of the process"
+    config = zoo.SlidingWindowConfig(
+        vocab_size=259, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = zoo.SlidingWindowForCausalLM(config)
+    assert record["training_flops_per_token"] == 3 * model.flops_per_token(32)
     for line in lines[:-1]:
-        used = record["training_flops_per_token"] * line["tokens_per_second"] / 1e12
-        assert line["mfu"] == pytest.approx(used)
+        flops = 3 * model.flops_per_token(16 if line["step"] <= 10 else 32)
+        assert line["mfu"] == pytest.approx(flops * line["tokens_per_second"] / 1e12)
         assert 10**8 < line["peak_memory"] < 10**12
 
 
@@ -61,6 +70,7 @@ def test_no_use_of_an_unknown_device(in_process, workshop, monkeypatch):
 
 def test_loss_by_position_and_length(in_process, workshop):
     options = [*OPTIONS, "--eval_positions", "4", "--eval_lengths", "[8, 32, 64]"]
+    options += ["--context_schedule", "[[0, 16]]"]
     result = in_process(*options)
     assert result.returncode == 0, result.stderr
     line = workshop.curve("tiny")[-1]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pretraining import stepping, training
+from pretraining.carrying import Carried
 from pretraining.skipping import FEWEST, WINDOW, Spikes
 
 ONE = SimpleNamespace(device="cpu", num_processes=1, reduce=lambda x, how: x)
@@ -127,3 +128,28 @@ def test_the_logged_loss_is_cross_entropy(in_process, workshop):
     (first, *_), (other, *_) = (lines_of(workshop, "train", n) for n in ("without", "with"))
     assert first["loss"] == pytest.approx(other["loss"], rel=1e-6)
     assert first["gradient_norm"] != pytest.approx(other["gradient_norm"], rel=1e-3)
+
+
+def test_a_carried_state_begins_anew(in_process, workshop, spoil, monkeypatch):
+    """After a step whose numbers are none, and in a run that was saved there."""
+    spoil({20: math.nan, 22: 60.0})
+    emptied, original = [], Carried.empty
+
+    def watched(carried):
+        emptied.append(steps[-1])
+        original(carried)
+
+    steps, seed = [0], training.step_seed
+    monkeypatch.setattr(training, "step_seed", lambda *of: steps.append(of[1]) or seed(*of))
+    monkeypatch.setattr(Carried, "empty", watched)
+    options = [*SHORT, "--carry_state", "true", "--packing", "documents", "--skip_spikes", "4"]
+    options += ["--checkpoint_every", "21", "--steps", "30"]
+    result = in_process(*options, "--name", "whole")
+    assert result.returncode == 0, result.stderr
+    assert "step 21 skipped" in result.stdout and "step 23 skipped" in result.stdout
+    assert emptied == [0, 0, 20]  # as it was made, at the beginning, after the step
+    shutil.copytree(workshop.folder / "whole", workshop.folder / "tiny")
+    shutil.rmtree(workshop.folder / "tiny" / "checkpoint-30")
+    result = in_process(*options, "--resume")
+    assert "after step 21" in result.stdout and result.returncode == 0, result.stderr
+    assert workshop.curve("tiny") == workshop.curve("whole")
