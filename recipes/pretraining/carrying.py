@@ -48,6 +48,12 @@ class Lanes:
             f"windows of {self.length} tokens, carried on; {num_tokens:,} tokens to train"
         )
 
+    def save(self, folder, step):
+        """Nothing: what is read follows from the step."""
+
+    def restore(self, folder):
+        """Nothing, too."""
+
     def begins(self, step):
         """Whether the rows of a step begin anew, with empty states."""
         return step % self.num_steps == 0

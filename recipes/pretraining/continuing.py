@@ -14,7 +14,8 @@ FREE_KEYS = frozenset(
 )
 # What the hashes of text and tokenizer in a checkpoint say better than a name.
 IDENTIFIED_KEYS = frozenset(
-    "data data_config data_split text_column sources held_out eval_bytes tokenizer".split()
+    "data data_config data_split text_column streaming sources held_out eval_bytes "
+    "tokenizer".split()
 )
 SCHEDULE_KEYS = frozenset(
     "learning_rate schedule warmup_steps decay_steps min_learning_rate steps".split()

@@ -83,6 +83,10 @@ class Windows:
         self.seed, self.source = seed, source
         self._epoch = (None, None, None)
 
+    def locate(self, sample):
+        """Tokens that hold a sample, and where it begins among them."""
+        return self.tokens, self.start(sample)
+
     def start(self, sample):
         """The first token of a sample; samples are numbered through all epochs."""
         epoch, position = divmod(sample, self.num_windows)

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+import torch
 
 from .caching import sha256
 from .corpus import Corpus, Tokens, Windows, collate, load_corpus
 from .source_tables import TEXT_KEYS
+from .streams import Stream, load_stream
 
 BLOCK = 256  # samples among which each source has its share
+STREAMS = "streams.pt"  # of a checkpoint: where the streams stand
 
 
 class Shares:
@@ -109,7 +112,11 @@ class Mixture:
 
     def tokens_and_bytes(self):
         """So many tokens of training text stand for so many bytes, in the mean over samples."""
-        texts = [part.corpus.train for part in self.parts]
+        # Of a stream what is held out is known.
+        texts = [
+            part.corpus.held_out if isinstance(part.corpus.train, Stream) else part.corpus.train
+            for part in self.parts
+        ]
         if len(texts) == 1:
             return len(texts[0].ids), texts[0].num_bytes
         total = sum(part.weight for part in self.parts)
@@ -137,7 +144,9 @@ class Batches:
         self.packing, self.parts = recipe.packing, parts
         self.length_at = recipe.sequence_length_at
         self.readers = [
-            Windows(part.corpus.train, self.length, recipe.seed, number, part.name)
+            part.corpus.train
+            if isinstance(part.corpus.train, Stream)
+            else Windows(part.corpus.train, self.length, recipe.seed, number, part.name)
             for number, part in enumerate(parts)
         ]
         self.shares = Shares([part.weight for part in parts], recipe.seed)
@@ -148,10 +157,13 @@ class Batches:
         for part, reader in zip(self.parts, self.readers):
             record, share = part.corpus.record, part.weight / sum(p.weight for p in self.parts)
             whose = f"{part.name}, {share:.2%} of the samples: " if len(self.parts) > 1 else ""
+            text = (
+                f"{record['train']['bytes']:,} bytes of text" if "train" in record else "a stream"
+            )
+            count = f"{reader.num_windows:,} " if "train" in record else ""
             lines.append(
-                f"{whose}{record['train']['bytes']:,} bytes of text to train on, "
-                f"{record['held_out']['bytes']:,} held out; "
-                f"{reader.num_windows:,} windows of {self.length} tokens"
+                f"{whose}{text} to train on, {record['held_out']['bytes']:,} held out; "
+                f"{count}windows of {self.length} tokens"
             )
         separator = "\n" if len(lines) > 1 else "; "
         return "\n".join(lines) + f"{separator}{num_tokens:,} tokens to train"
@@ -179,10 +191,28 @@ class Batches:
         for sample in range(first, first + size):
             source, number = self.shares.place(sample)
             reader = self.readers[source]
-            start = reader.start(number)
+            tokens, start = reader.locate(number)
             for begin in range(start, start + self.length, length):
-                windows.append(reader.tokens.window(begin, length, self.packing))
+                windows.append(tokens.window(begin, length, self.packing))
         return collate(windows, self.packing)
+
+    def save(self, folder, step):
+        """Writes where the streams stand before a step, the same in all processes."""
+        numbers = self.shares.before(step * self.batch_size).tolist()
+        states = {
+            index: reader.state(numbers[index])
+            for index, reader in enumerate(self.readers)
+            if isinstance(reader, Stream)
+        }
+        if states:
+            torch.save(states, folder / STREAMS)
+
+    def restore(self, folder):
+        """Goes on where the streams of a checkpoint stood."""
+        if (folder / STREAMS).is_file():
+            states = torch.load(folder / STREAMS, weights_only=True)
+            for index, state in states.items():
+                self.readers[index].restore(state)
 
 
 def sources_of(recipe):
@@ -208,10 +238,13 @@ def load_mixture(recipe, tokenizer, cache_dir=""):
     Raises:
         UsageError: a source that is missing, unreadable or empty.
     """
-    parts = [
-        Part(name, weight, load_corpus(single, tokenizer, cache_dir or recipe.corpus_dir))
-        for name, weight, single in sources_of(recipe)
-    ]
+    parts = []
+    for name, weight, single in sources_of(recipe):
+        if single.streaming:
+            corpus = load_stream(single, tokenizer)
+        else:
+            corpus = load_corpus(single, tokenizer, cache_dir or recipe.corpus_dir)
+        parts.append(Part(name, weight, corpus))
     return Mixture(parts, _record(parts))
 
 
@@ -224,6 +257,7 @@ def _record(parts):
     sums = {
         side: {key: sum(r[side][key] for r in records) for key in ("documents", "tokens", "bytes")}
         for side in ("train", "held_out")
+        if all(side in r for r in records)
     }
     gzip_bits = sum(r["held_out"]["gzip_bits_per_byte"] * r["held_out"]["bytes"] for r in records)
     sums["held_out"]["gzip_bits_per_byte"] = gzip_bits / sums["held_out"]["bytes"]

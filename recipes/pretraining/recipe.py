@@ -40,6 +40,7 @@ class Recipe:
     data_config: str = ""  # the configuration of a Hub data set; files have none
     data_split: str = "train"  # the split of it that is divided into train and held-out documents
     text_column: str = "text"
+    streaming: bool = False  # read and tokenised while it is trained on, not into a cache before
     sources: list[dict] = field(default_factory=list)  # name, data, weight ...: in place of `data`
     held_out: float = 0.05  # fraction of the documents; of each one's bytes if fewer than 20
     packing: str = "concat"  # or "documents": the state is reset where a document begins
@@ -137,6 +138,13 @@ class Recipe:
         for key in ("beta1", "beta2", "min_learning_rate", "held_out", "ema_decay"):
             if not 0 <= getattr(self, key) < 1:
                 raise UsageError(f"{key} is a fraction in [0, 1), got {getattr(self, key)}.")
+        if self.eval_bytes == 0 and (
+            self.streaming or any(s.get("streaming") for s in self.sources)
+        ):
+            raise UsageError(
+                "eval_bytes limits what is held out of a stream, whose end is not known; give one "
+                "above 0."
+            )
         if self.held_out == 0:
             raise UsageError(
                 "held_out is a fraction above 0: without such text nothing is measured."

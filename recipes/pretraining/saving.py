@@ -90,23 +90,23 @@ class Saver:
                 with self.average.in_place():
                     set_model_state_dict(self.model, saved, options=WHOLE)
 
-    def save(self, step, facts, say, files=()):
+    def save(self, step, facts, say, write_beside):
         """Writes a checkpoint; with `async_checkpoints`, shards are written while training goes on.
 
         Args:
             step: steps done.
             facts: what its manifest also says.
             say: prints a line; the main process calls it.
-            files: name -> what `torch.load` reads from it, to lie beside.
+            write_beside: writes into the folder what else there is; the main process calls it.
         """
         self.wait()
         if self.sharded:
-            self._save_shards(step, facts, say, dict(files))
+            self._save_shards(step, facts, say, write_beside)
         else:
-            self._save_whole(step, facts, say, dict(files))
+            self._save_whole(step, facts, say, write_beside)
         self.accelerator.wait_for_everyone()
 
-    def _save_whole(self, step, facts, say, files):
+    def _save_whole(self, step, facts, say, write_beside):
         if self.zero:
             optimizer = self.zero.optimizer_state()
         else:
@@ -122,15 +122,15 @@ class Saver:
             if self.average.decay:
                 with self.average.in_place():
                     self._write_model(folder / EMA, None)
-            for name, content in {TRAINING_STATE: {"optimizer": optimizer}, **files}.items():
-                torch.save(content, folder / name)
+            torch.save({"optimizer": optimizer}, folder / TRAINING_STATE)
+            write_beside(folder)
             return facts
 
         if self.accelerator.is_main_process:
             keep = self.recipe.keep_checkpoints
             write_checkpoint(self.recipe.run_dir, step, write_files, keep, say)
 
-    def _save_shards(self, step, facts, say, files):
+    def _save_shards(self, step, facts, say, write_beside):
         recipe, is_main = self.recipe, self.accelerator.is_main_process
         folder = unfinished_checkpoint(recipe.run_dir, step)
         if is_main:
@@ -138,8 +138,7 @@ class Saver:
             self.model.config.save_pretrained(folder)
             self.model.generation_config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-            for name, content in files.items():
-                torch.save(content, folder / name)
+            write_beside(folder)
         self.accelerator.wait_for_everyone()  # for the folder
         state = self._sharded_state()
         shards = {"state_dict": state, "checkpoint_id": folder / SHARDS}

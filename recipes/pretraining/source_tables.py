@@ -2,7 +2,8 @@
 
 import math
 
-TEXT_KEYS = ("data", "data_config", "data_split", "text_column")  # others are the recipe's own
+# Of these a source may have its own; else it has the recipe's.
+TEXT_KEYS = ("data", "data_config", "data_split", "text_column", "streaming")
 KEYS = ("name", *TEXT_KEYS, "weight")
 
 
@@ -37,8 +38,9 @@ def _check_source(source, where):
     for key, value in source.items():
         if key not in KEYS:
             raise ValueError(f"{where} has an unknown key {key!r}; known are {', '.join(KEYS)}.")
-        if key != "weight" and not isinstance(value, str):
-            raise ValueError(f"{where}: {key} is a string, got {value!r}.")
+        kind, called = (bool, "true or false") if key == "streaming" else (str, "a string")
+        if key != "weight" and type(value) is not kind:
+            raise ValueError(f"{where}: {key} is {called}, got {value!r}.")
     for key in ("name", "data"):
         if not source.get(key):
             raise ValueError(f"{where} has no {key}; add a line such as {key} = 'web'.")

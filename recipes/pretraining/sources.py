@@ -10,6 +10,8 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
+from huggingface_hub import HfApi
+
 from .caching import file_hashes, sha256
 from .finding import did_you_mean, hub_answers, is_path
 from .readers import READERS, BadRow, kind_of, read_file, text_of
@@ -31,15 +33,48 @@ def find_source(recipe, cache_dir):
     """
     if recipe.data == "stdlib":
         return standard_library()
+    if _is_here(recipe):
+        return local_files(recipe, cache_dir)
+    return hub_dataset(recipe)
+
+
+def find_stream(recipe):
+    """(`datasets.IterableDataset`, record) of what a recipe's `data` names, read in its order.
+
+    The record's hash is that of the files' names and sizes, or of the Hub's commit: what is in them
+    is not known before it is read.
+
+    Raises:
+        UsageError: nothing is there, or nothing that can be read.
+    """
+    import datasets
+
+    if recipe.data == "stdlib":
+        raise UsageError("data = 'stdlib' is always here and small; leave out streaming.")
+    if not _is_here(recipe):
+        return _hub_stream(recipe)
+    files, not_read = _find_files(recipe)
+    places = {"files": [str(file) for file in files], "column": recipe.text_column}
+    dataset = datasets.IterableDataset.from_generator(_rows, gen_kwargs=places)
+    content = [[file.name, file.stat().st_size] for file in files]
+    record = {"source": recipe.data, "files": len(files), "files_not_read": not_read}
+    return dataset, {**record, "sha256": sha256(json.dumps([recipe.text_column, *content]))}
+
+
+def _rows(files, column):
+    for file in files:
+        for text in read_file(Path(file), column):
+            yield {column: text}
+
+
+def _is_here(recipe):
     path = Path(recipe.data).expanduser()
-    if os.path.exists(path):
-        return local_files(path, recipe, cache_dir)
-    if is_path(recipe.data) or kind_of(path):
+    if not os.path.exists(path) and (is_path(recipe.data) or kind_of(path)):
         raise UsageError(
             f"no data at {recipe.data}; give a file, a folder, a Hub id or 'stdlib'."
             f"{did_you_mean(recipe.data)}"
         )
-    return hub_dataset(recipe)
+    return os.path.exists(path)
 
 
 def standard_library():
@@ -66,7 +101,7 @@ def standard_library():
     }
 
 
-def local_files(path, recipe, cache_dir):
+def local_files(recipe, cache_dir):
     """A file, a folder of files of one kind, or a folder that `datasets` saved.
 
     The files come in the order of their hashes: copied, moved or renamed, they are the same corpus.
@@ -74,14 +109,7 @@ def local_files(path, recipe, cache_dir):
     Raises:
         UsageError: files that cannot be read, or options that they do not have.
     """
-    if recipe.data_config:
-        raise UsageError(
-            f"data_config = {recipe.data_config!r} chooses among a Hub data set's configurations, "
-            f"and {recipe.data} is on this disk; leave it out."
-        )
-    files, not_read = _find_files(path, recipe)
-    if not any(file.stat().st_size for file in files):
-        raise UsageError(f"the corpus {recipe.data} is empty; give files with text in them.")
+    files, not_read = _find_files(recipe)
     hashed = sorted(zip(file_hashes(files, cache_dir), files))
 
     def documents():
@@ -96,8 +124,20 @@ def local_files(path, recipe, cache_dir):
     return documents, {**record, "sha256": sha256(json.dumps([recipe.text_column, *content]))}
 
 
-def _find_files(path, recipe):
+def _find_files(recipe):
     """The files to read, and how many others there are by suffix."""
+    if recipe.data_config:
+        raise UsageError(
+            f"data_config = {recipe.data_config!r} chooses among a Hub data set's configurations, "
+            f"and {recipe.data} is on this disk; leave it out."
+        )
+    files, not_read = _choose_files(Path(recipe.data).expanduser(), recipe)
+    if not any(file.stat().st_size for file in files):
+        raise UsageError(f"the corpus {recipe.data} is empty; give files with text in them.")
+    return files, not_read
+
+
+def _choose_files(path, recipe):
     split = recipe.data_split
     if (path / "dataset_dict.json").is_file():  # DatasetDict.save_to_disk
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
@@ -145,31 +185,7 @@ def hub_dataset(recipe):
     Raises:
         UsageError: it cannot be loaded.
     """
-    hint = did_you_mean(recipe.data, also=["stdlib"])
-    try:
-        online = hub_answers(recipe.data, "dataset")
-    except UsageError as error:
-        raise UsageError(f"no data at {recipe.data}: {error}{hint}") from None
-    import datasets
-
-    # The progress bars of each shard would drown the run's own lines.
-    datasets.disable_progress_bars()
-    if not online:
-        datasets.config.HF_HUB_OFFLINE = True  # what it has in its own cache, at once
-    try:
-        dataset = datasets.load_dataset(
-            recipe.data, name=recipe.data_config or None, split=recipe.data_split
-        )
-    except Exception as error:  # datasets raises what its readers and the network raise
-        reason = " ".join(str(error.__cause__ or error).split())
-        if not online:
-            reason = "the Hub cannot be reached, and the data set is not in the cache here."
-        raise UsageError(f"cannot load {recipe.data}: {reason}{hint}") from error
-    if recipe.text_column not in dataset.column_names:
-        raise UsageError(
-            f"{recipe.data} has no column {recipe.text_column!r}, only "
-            f"{', '.join(dataset.column_names)}; choose one with --text_column."
-        )
+    dataset = _load(recipe)
     column = dataset.select_columns(recipe.text_column)
 
     def documents():
@@ -183,3 +199,46 @@ def hub_dataset(recipe):
     # The fingerprint covers the data set's revision and the split.
     source = {"source": recipe.data, "sha256": sha256(dataset._fingerprint + recipe.text_column)}
     return documents, source
+
+
+def _hub_stream(recipe):
+    try:
+        # A commit, so that a run goes on with what it began with.
+        commit = HfApi().repo_info(recipe.data, repo_type="dataset", timeout=10).sha
+    except Exception:  # which `_load` asks again, and says in a line
+        commit = None
+    dataset = _load(recipe, streaming=True, revision=commit)
+    identity = [commit, recipe.data_config, recipe.data_split, recipe.text_column]
+    source = {"source": recipe.data, "sha256": sha256(json.dumps(identity))}
+    return dataset.select_columns(recipe.text_column), source
+
+
+def _load(recipe, **options):
+    """A data set of the Hub that has the recipe's column."""
+    hint = did_you_mean(recipe.data, also=["stdlib"])
+    try:
+        online = hub_answers(recipe.data, "dataset")
+    except UsageError as error:
+        raise UsageError(f"no data at {recipe.data}: {error}{hint}") from None
+    import datasets
+
+    # The progress bars of each shard would drown the run's own lines.
+    datasets.disable_progress_bars()
+    if not online:
+        datasets.config.HF_HUB_OFFLINE = True  # what it has in its own cache, at once
+    try:
+        dataset = datasets.load_dataset(
+            recipe.data, name=recipe.data_config or None, split=recipe.data_split, **options
+        )
+    except Exception as error:  # datasets raises what its readers and the network raise
+        reason = " ".join(str(error.__cause__ or error).split())
+        if not online:
+            reason = "the Hub cannot be reached, and the data set is not in the cache here."
+        raise UsageError(f"cannot load {recipe.data}: {reason}{hint}") from error
+    # A stream may not know its columns before it is read.
+    if recipe.text_column not in (dataset.column_names or [recipe.text_column]):
+        raise UsageError(
+            f"{recipe.data} has no column {recipe.text_column!r}, only "
+            f"{', '.join(dataset.column_names)}; choose one with --text_column."
+        )
+    return dataset

@@ -111,6 +111,7 @@ class Run:
             self._prepare_carrying()
         if folder:
             self.saver.load(folder)
+            self.windows.restore(folder)
         compiled = f", compiled by {self._compiler()}" if self._compiler() else ""
         accelerator.print(
             f"{self.title()}, {accelerator.num_processes} x {accelerator.device.type}, "
@@ -331,8 +332,14 @@ class Run:
         recipe = dataclasses.asdict(self.recipe)
         facts = {"seconds": self.seconds, "cpu_threads": self.threads, "recipe": recipe}
         facts |= identity(self.corpus) | self.init_from | self.spikes.state()
-        files = {CARRIED: self.carried.gathered()} if self.carried else {}
-        self.saver.save(self.step, facts, self.progress.say if self.is_main else None, files)
+        states = self.carried.gathered() if self.carried else None
+
+        def write_beside(folder):
+            self.windows.save(folder, self.step)
+            if self.carried:
+                torch.save(states, folder / CARRIED)
+
+        self.saver.save(self.step, facts, self.progress.say if self.is_main else None, write_beside)
 
     def finish(self):
         """Puts the final model into the run's folder and completes run.json."""
