@@ -184,6 +184,7 @@ class Recipe:
             ),
             "no context_schedule": not self.context_schedule,
             "one text, no sources": not self.sources,
+            "a text that is read whole, no streaming": not self.streaming,
         }
         for need, met in needs.items():
             if self.carry_state and not met:

@@ -51,6 +51,10 @@ class Stream:
         self._read(self.length + 1)
         return Tokens(self.ids, self.starts, 0), 0
 
+    def start(self, sample):
+        """How many tokens of the stream come before a sample."""
+        return sample * self.length
+
     def state(self, sample):
         """What `restore` needs to go on with a sample."""
         self._go_to(sample)

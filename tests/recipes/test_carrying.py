@@ -149,6 +149,7 @@ def test_states_are_saved(workshop, architecture):
         ),
         ({"packing": "documents", "context_schedule": [[0, 512]]}, "no context_schedule"),
         ({"packing": "documents", "data": "", "sources": SOURCES}, "one text, no sources"),
+        ({"packing": "documents", "streaming": True}, "a text that is read whole"),
     ],
 )
 def test_what_cannot_be_carried_is_refused(values, need):
