@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from pretraining import training
 from pretraining.averaging import Average
+from zoo.hub.origin import origin_of_checkpoint
 
 
 def test_it_is_the_definition_and_leaves_no_trace():
@@ -60,6 +61,9 @@ def test_a_run_with_an_average(in_process, workshop, monkeypatch):
     assert f"average {line['ema_bits_per_byte']:.4f}" in result.stdout
     results = json.loads((run_dir / "run.json").read_text())["results"]
     assert results["ema_bits_per_byte"] == line["ema_bits_per_byte"]
+    origin = origin_of_checkpoint(run_dir / "ema")
+    assert (origin.license, origin.bits_per_byte) == ("apache-2.0", line["ema_bits_per_byte"])
+    assert origin_of_checkpoint(run_dir).bits_per_byte == line["bits_per_byte"]
     assert in_process(*options, "--name", "plain").returncode == 0
     plain = [x for x in workshop.curve("plain") if x["kind"] == "train"]
     assert plain == [x for x in workshop.curve("tiny") if x["kind"] == "train"]

@@ -104,10 +104,14 @@ def origin_of_checkpoint(folder):
     """The origin of a checkpoint of ours: what the run that made it wrote down, or what came along.
 
     Args:
-        folder: of a final model or a checkpoint of a run, or a converted or exported one.
+        folder: of a final model or a checkpoint of a run, of the average of weights in either, or a
+            converted or exported one.
     """
-    folder = Path(folder).resolve()
+    folder, measured = Path(folder).resolve(), "bits_per_byte"
     origin = _recorded(folder)
+    made_by = ("run.json", "checkpoint.json")
+    if folder.name == "ema" and any((folder.parent / name).is_file() for name in made_by):
+        folder, measured = folder.parent, "ema_bits_per_byte"
     checkpoint = read_fields(folder / "checkpoint.json")
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     place = folder.parent if match and not (folder / "run.json").is_file() else folder
@@ -130,7 +134,8 @@ def origin_of_checkpoint(folder):
     is_of_this = recipe == _part(run, "recipe")
     lines = map(_fields_of, (read_text(place / "metrics.jsonl") or "").splitlines())
     held_out = [line for line in lines if line.get("kind") == "held_out"]
-    held_out = [line for line in held_out if _is_number(line.get("bits_per_byte"))]
+    held_out = [line | {"bits_per_byte": line.get(measured)} for line in held_out]
+    held_out = [line for line in held_out if _is_number(line["bits_per_byte"])]
     held_out = [
         line
         for line in held_out
