@@ -44,8 +44,9 @@ def run(workshop):
 
 
 def figures(workshop, name):
-    """Losses and bits per byte, in the order of metrics.jsonl."""
-    lines = [line.get("loss", line["bits_per_byte"]) for line in workshop.curve(name)]
+    """Losses, bits per byte and those of an average of the weights, as metrics.jsonl has them."""
+    names = ("loss", "bits_per_byte", "ema_bits_per_byte")
+    lines = [[line.get(name, 0) for name in names] for line in workshop.curve(name)]
     return torch.tensor(lines, dtype=torch.float64)
 
 
@@ -58,8 +59,9 @@ def forget_after(workshop, name, step):
 
 
 def test_shards_train_and_save_and_resume_as_one(workshop, run):
-    run("one")
-    run("two", *["--async_checkpoints", "true"], **SHARDED)
+    average = ["--ema_decay", "0.8"]
+    run("one", *average)
+    run("two", *average, *["--async_checkpoints", "true"], **SHARDED)
     expected = figures(workshop, "one")
     torch.testing.assert_close(figures(workshop, "two"), expected, rtol=1e-5, atol=0)
     # The model is one safetensors file, each process wrote a shard, and export reads either.
@@ -80,14 +82,15 @@ def test_shards_train_and_save_and_resume_as_one(workshop, run):
     ):
         shutil.copytree(workshop.folder / "two", workshop.folder / name)
         forget_after(workshop, name, 8)
-        assert "after step 8" in run(name, "--resume", **options).stdout
+        assert "after step 8" in run(name, "--resume", *average, **options).stdout
         found = figures(workshop, name)
         torch.testing.assert_close(found, figures(workshop, "two"), rtol=tolerance, atol=0)
     assert not list_checkpoints(workshop.folder / "alone")[-1][1].joinpath("shards").exists()
     # And whole checkpoints are taken up in shards.
     forget_after(workshop, "one", 8)
-    run("one", "--resume", **SHARDED)
+    run("one", "--resume", *average, **SHARDED)
     torch.testing.assert_close(figures(workshop, "one"), expected, rtol=1e-5, atol=0)
+    assert expected[-1, 2] not in (0, expected[-1, 1])
 
 
 @pytest.mark.slow
