@@ -331,7 +331,8 @@ def _typed(key, value, expected):
         return float(value)
     if typing.get_origin(expected) is list:
         (kind,) = typing.get_args(expected)
-        value = [value] if type(value) is kind else value  # one word or number stands for a list
+        if type(value) is kind is not list:
+            value = [value]  # one word or number stands for a list
         good = isinstance(value, list) and all(type(item) is kind for item in value)
         described = {str: "a list of strings", dict: "a list of tables", list: "a list of lists"}
         described = {**described, int: "a list of whole numbers"}[kind]
