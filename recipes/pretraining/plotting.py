@@ -116,6 +116,36 @@ def plot_streaming(path, result):
     figure.savefig(path, format="png")
 
 
+def plot_by_position(path, result):
+    """Draws bits per byte by position: each run thin, the mean of each kind thick."""
+    # Without pyplot there is no window system and no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = {
+        "windows": "each window begins anew",
+        "carried": "states carried from window to window",
+    }
+    for color, (name, label) in zip(("0.4", "C0"), names.items()):
+        curves = [curve["bits_per_byte"] for curve in result["curves"][name]]
+        middles = [(n + 0.5) * result["width"] for n in range(len(curves[0]))]
+        for curve in curves:
+            axes.plot(middles, curve, color=color, lw=0.8, alpha=0.5)
+        mean = [sum(values) / len(values) for values in zip(*curves)]
+        label += f": {mean[-1]:.4f} at the end"
+        axes.plot(middles, mean, color=color, lw=2.5, marker="o", ms=4, label=label)
+    axes.axvline(result["window"], color="black", lw=1, ls=":")
+    axes.annotate(" a window", (result["window"], 0.97), xycoords=("data", "axes fraction"))
+    axes.set(xlabel="position in the stream (tokens)", ylabel="bits per byte of held-out text")
+    axes.set_title(f"{result['architecture']}, trained in windows of {result['window']} tokens")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png")
+
+
 def _si(value):
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
