@@ -1,7 +1,10 @@
 """Batches of text to token ids: in this process, or in workers while this one reads and writes."""
 
 import collections
+import ctypes
 import os
+import signal
+import sys
 import warnings
 
 import numpy as np
@@ -124,3 +127,7 @@ def _as_it_is(item):
 def _begin_worker(number):
     # The threads of a tokenizer do not survive a fork, and it would wait for them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # One that waits for the rest of a text would wait forever: its siblings hold the pipe open too.
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

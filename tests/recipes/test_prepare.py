@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -174,8 +175,10 @@ def test_stopped_and_started_again(prepare, workshop, tmp_path):
         while not any(path.stat().st_size for path in tmp_path.glob("cache/*/train.bin")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
+        workers = psutil.Process(process.pid).children()
         process.send_signal(number)
         code, output, errors = ended(process)
+        assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=20)[1]
         if number == signal.SIGKILL:
             assert code == -number
             assert [path.suffix for path in tmp_path.glob("cache/*/")] == [".unfinished"]
