@@ -65,7 +65,9 @@ def measure(options):
         for folder in folders:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             nats = nats_by_position(model, ids, options.width, options.positions)
-            found = [bits_per_byte(x * len(held_out.ids), held_out.num_bytes) for x in nats.tolist()]
+            found = [
+                bits_per_byte(x * len(held_out.ids), held_out.num_bytes) for x in nats.tolist()
+            ]
             curves[name].append({"seed": recipes[folder].seed, "bits_per_byte": found})
             shown = ", ".join(f"{x:.4f}" for x in found)
             print(f"{folder}: {shown} bits per byte", flush=True)
