@@ -17,7 +17,7 @@ import time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pretraining.building import load_tokenizer
-from pretraining.mixing import load_mixture
+from pretraining.mixing import load_mixture, sources_of
 from pretraining.recipe import UsageError, read_recipe
 from pretraining.reporting import duration
 
@@ -54,6 +54,12 @@ def parse(arguments):
 def prepare(recipe):
     """Fills the caches of a recipe's text and says what is in them."""
     began = time.monotonic()
+    for name, _, source in sources_of(recipe):
+        if source.streaming:
+            raise UsageError(
+                f"{name or source.data} is streamed, which fills no cache; leave streaming out, or "
+                "train right away."
+            )
     mixture = load_mixture(recipe, load_tokenizer(recipe.tokenizer))
     for part in mixture.parts:
         record = part.corpus.record

@@ -364,6 +364,8 @@ class Run:
         # All leave together: one that took its connections down while another is at work has been
         # seen to abort.
         self.accelerator.wait_for_everyone()
+        # And after gloo's threads let go of that: one that still held it has been seen to hang.
+        time.sleep(0.1 if self.accelerator.num_processes > 1 else 0)
         self.accelerator.end_training()
 
     def _start_trackers(self):

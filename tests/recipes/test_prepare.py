@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import prepare
 from pretraining import encoding, tokenising
 from pretraining.building import load_tokenizer
 from pretraining.corpus import load_corpus
@@ -204,3 +205,8 @@ def test_mistakes_are_one_line(prepare):
     ):
         code, output, errors = ended(prepare("cache", *options))
         assert code == 2 and errors.count("\n") == 1 and said in errors
+
+
+def test_a_stream_is_not_prepared():
+    with pytest.raises(UsageError, match="stdlib is streamed, which fills no cache"):
+        prepare.prepare(Recipe("x", "retnet", streaming=True))
