@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import prepare
+from prepare import prepare as fill_caches
 from pretraining import encoding, tokenising
 from pretraining.building import load_tokenizer
 from pretraining.corpus import load_corpus
@@ -209,4 +209,4 @@ def test_mistakes_are_one_line(prepare):
 
 def test_a_stream_is_not_prepared():
     with pytest.raises(UsageError, match="stdlib is streamed, which fills no cache"):
-        prepare.prepare(Recipe("x", "retnet", streaming=True))
+        fill_caches(Recipe("x", "retnet", streaming=True))
