@@ -10,7 +10,6 @@ gives the numbers of an uninterrupted one.
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import json
 import os
 import shlex
@@ -68,7 +67,7 @@ def parse(arguments):
     """The options of this script, and the words that change the recipe."""
     parser = Parser(
         description=__doc__.split("\n")[0],
-        epilog=EPILOG + describe_keys(inspect.getsource(Recipe)),
+        epilog=EPILOG + describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -250,13 +250,10 @@ def nearest(name, known):
     return f"did you mean {match[0]!r}?" if match else f"known are {', '.join(sorted(known))}."
 
 
-def describe_keys(source):
-    """The keys of a recipe under their headings, with defaults, for --help.
-
-    Args:
-        source: text of the dataclass, whose comments say what a key is.
-    """
-    lines = []
+def describe_keys():
+    """The keys of a recipe under their headings, with defaults, for --help."""
+    text = Path(__file__).read_text(encoding="utf-8")
+    source, lines = text.partition("class Recipe:")[2].partition("    def ")[0], []
     for line in source.splitlines():
         if heading := re.fullmatch(r"    # (.+)", line):
             lines.append(f"\n{heading[1]}:")

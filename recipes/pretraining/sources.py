@@ -80,13 +80,13 @@ def _is_here(recipe):
 def standard_library():
     """The running Python's own library: always there, and its documents are long."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(
-        path.relative_to(root)
-        for path in root.rglob("*.py")
+    paths = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in NOT_SOURCE]
         # _sysconfigdata is a record of how one machine built Python.
-        if not NOT_SOURCE & set(path.relative_to(root).parts)
-        and not path.name.startswith("_sysconfigdata")
-    )
+        names = [x for x in files if x.endswith(".py") and not x.startswith("_sysconfigdata")]
+        paths += [Path(folder, name).relative_to(root) for name in names if name not in NOT_SOURCE]
+    paths.sort()
     names = sorted((sha256(path.as_posix()), path) for path in paths)  # mixes the packages
 
     def documents():

@@ -168,7 +168,7 @@ def forks():
     def get(deepspeed=False):
         if deepspeed not in started:
             path, env = [ROOT, ROOT / "recipes"], {"OMP_NUM_THREADS": "1"}
-            modules = ["pretrain", "pretraining.plotting"]
+            modules = ["pretrain", "matplotlib.figure", "matplotlib.backends.backend_agg"]
             if deepspeed:
                 path, modules = [*path, DEEPSPEED], [*modules, "deepspeed"]
                 env["DS_ACCELERATOR"] = "cpu"
