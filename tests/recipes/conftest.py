@@ -116,10 +116,11 @@ class Workshop:
         output, errors = process.communicate(timeout=240)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
-    def start_ranks(self, *arguments, processes=1, config=None):
+    def start_ranks(self, *arguments, processes=1, config=None, env=()):
         """Starts processes that have imported everything, as torchrun would start them.
 
-        With a `config` of recipes/accelerate, accelerate takes the CPUs for GPUs.
+        With a `config` of recipes/accelerate, accelerate takes the CPUs for GPUs. `env` is more of
+        what a launcher sets.
         """
         command, launch, ranks = self._command(arguments), {}, []
         if processes > 1:
@@ -128,12 +129,13 @@ class Workshop:
         if config:
             launch |= {"ACCELERATE_USE_CPU": "false", **launched_with(config, processes)}
             command[0] = str(ROOT / "tests/recipes/sharded_on_cpu.py")
+        launch |= dict(env)
         for rank in range(processes):
             own = {"RANK": rank, "LOCAL_RANK": rank}
             own |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            env = launch | {name: str(value) for name, value in own.items()} if launch else {}
-            forks = self._forks(deepspeed="ACCELERATE_USE_DEEPSPEED" in env)
-            ranks.append(forks.start(*command, cwd=self.folder, env=env))
+            of_rank = launch | {name: str(value) for name, value in own.items()} if launch else {}
+            forks = self._forks(deepspeed="ACCELERATE_USE_DEEPSPEED" in of_rank)
+            ranks.append(forks.start(*command, cwd=self.folder, env=of_rank))
         return ranks
 
     def run(self, *arguments, **options):

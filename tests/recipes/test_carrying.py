@@ -118,11 +118,10 @@ def test_states_are_saved(workshop, architecture):
     result = workshop.run("--name", "whole", *CARRY, *model)
     assert result.returncode == 0, result.stderr
     expected = [line.get("loss") for line in workshop.curve("whole")]
-    for name, options, extra in (
-        ("same", {}, []),
-        ("two", {"processes": 2}, ["--micro_batch_size", "1"]),
-        ("shards", {"processes": 2, "config": "fsdp2.yaml"}, []),
-    ):
+    ways = [("same", {}, []), ("two", {"processes": 2}, ["--micro_batch_size", "1"])]
+    if architecture == "retnet":  # what a state holds makes no difference to who holds the weights
+        ways.append(("shards", {"processes": 2, "config": "fsdp2.yaml"}, []))
+    for name, options, extra in ways:
         shutil.copytree(workshop.folder / "whole", workshop.folder / name)
         for step, folder in list_checkpoints(workshop.folder / name):
             if step > 8:

@@ -93,20 +93,17 @@ def test_shards_train_and_save_and_resume_as_one(workshop, run):
     assert expected[-1, 2] not in (0, expected[-1, 1])
 
 
-@pytest.mark.slow
-def test_recomputed_and_compiled(workshop, run):
-    run("one")
-    run("recomputed", "--gradient_checkpointing", "true", **SHARDED)
-    expected = figures(workshop, "one")
-    torch.testing.assert_close(figures(workshop, "recomputed"), expected, rtol=1e-5, atol=0)
-
-
-def test_bf16_is_that_of_whole_models(workshop, run):
-    """Weights stay in float32, what is computed is chosen by autocast."""
+def test_recomputed_compiled_and_in_bf16(workshop, run):
+    """All as whole models do: in bf16 weights stay in float32, and autocast chooses what is not."""
     run("fp32")
+    compiled = {**SHARDED, "env": {"ACCELERATE_DYNAMO_BACKEND": "EAGER"}}
+    result = run("recomputed", "--gradient_checkpointing", "true", **compiled)
+    assert "compiled by eager" in result.stdout
     run("one", "--precision", "bf16")
     run("two", "--precision", "bf16", **SHARDED)
-    exact, one, two = (figures(workshop, name) for name in ("fp32", "one", "two"))
+    found = [figures(workshop, name) for name in ("fp32", "recomputed", "one", "two")]
+    exact, recomputed, one, two = found
+    torch.testing.assert_close(recomputed, exact, rtol=1e-5, atol=0)
     # Each is off by its own rounding: no more by shards than without.
     assert (two - exact).abs().mean() <= 1.5 * (one - exact).abs().mean()
     weights = load_file(workshop.folder / "two/model.safetensors")
