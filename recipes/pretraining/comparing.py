@@ -5,8 +5,7 @@ import dataclasses
 import torch
 from torch.nn.functional import cross_entropy
 
-from .corpus import held_out_batches
-from .measuring import held_out_bits_per_byte
+from .measuring import held_out_bits_per_byte, own_batches
 from .recipe import UsageError
 
 
@@ -60,16 +59,7 @@ def nats_by_bucket(accelerator, model, tokens, recipe):
     model.eval()
     buckets, length = recipe.eval_positions, recipe.sequence_length
     sums = torch.zeros(2, buckets, device=accelerator.device)
-    batches = held_out_batches(
-        tokens,
-        length,
-        recipe.eval_batch_size,
-        recipe.packing,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    for batch in batches:
-        batch = {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
+    for batch in own_batches(accelerator, tokens, recipe):
         targets_BT = batch.pop("shift_labels")
         logits = model(**batch, use_cache=False).logits.float()
         nats_BT = cross_entropy(logits.mT, targets_BT, reduction="none")

@@ -18,6 +18,14 @@ from .zero import is_zero, small_parameters
 ROWS, PIECE = 2, 256  # streams at once, and tokens of each per forward pass: fastest on one core
 
 
+def own_batches(accelerator, tokens, recipe):
+    """This process's part of held-out text in windows of `sequence_length`, on its device."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    sizes = recipe.sequence_length, recipe.eval_batch_size, recipe.packing
+    for batch in held_out_batches(tokens, *sizes, rank, world):
+        yield {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
+
+
 @torch.no_grad()
 def held_out_bits_per_byte(accelerator, model, tokens, recipe):
     """Bits per byte of held-out text in windows of `sequence_length`, each target scored once.
@@ -29,16 +37,7 @@ def held_out_bits_per_byte(accelerator, model, tokens, recipe):
     model = accelerator.unwrap_model(model, keep_torch_compile=False)
     model.eval()
     nats = torch.zeros((), device=accelerator.device)
-    batches = held_out_batches(
-        tokens,
-        recipe.sequence_length,
-        recipe.eval_batch_size,
-        recipe.packing,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    for batch in batches:
-        batch = {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
+    for batch in own_batches(accelerator, tokens, recipe):
         # Divided by one item, the mean loss is a sum.
         labels = {"labels": batch["shift_labels"], "num_items_in_batch": 1}
         nats += model(**batch, **labels, use_cache=False).loss
