@@ -41,7 +41,13 @@ from pretraining.launching import (
 from pretraining.lora import adapt
 from pretraining.recipe import Recipe, UsageError, describe_keys, read_recipe
 from pretraining.reporting import Lasting, environment
-from pretraining.run_folder import check_run_dir, locked, read_record, remove_run
+from pretraining.run_folder import (
+    check_run_dir,
+    locked,
+    one_line_if_full,
+    read_record,
+    remove_run,
+)
 from pretraining.sharding import check_plugin
 from pretraining.starting import config_of_source
 from pretraining.training import Diverged, Run
@@ -216,13 +222,14 @@ def train(plan, on_cpu, threads, options, environ):
         accelerator.print("Continuing from the beginning: no checkpoint was written yet")
     if options.overwrite and accelerator.is_main_process:
         remove_run(recipe.run_dir)
-    stopped_by = run.train(StopSignals())
-    if stopped_by:
-        accelerator.print(f"{stopped_by.name}: saved step {run.step}; continue with --resume")
-        accelerator.end_training()
-        return 128 + stopped_by
-    run.finish()
-    return 0
+    with one_line_if_full(recipe.run_dir, accelerator.is_main_process):
+        stopped_by = run.train(StopSignals())
+        if not stopped_by:
+            run.finish()
+            return 0
+    accelerator.print(f"{stopped_by.name}: saved step {run.step}; continue with --resume")
+    accelerator.end_training()
+    return 128 + stopped_by
 
 
 def main():

@@ -1,5 +1,6 @@
 """The figures that recipes draw."""
 
+import math
 import os
 from pathlib import Path
 
@@ -143,6 +144,41 @@ def plot_by_position(path, result):
     axes.set_title(f"{result['architecture']}, trained in windows of {result['window']} tokens")
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(path, format="png")
+
+
+def plot_reference(path, records):
+    """Draws the runs of each demo in a panel of its own: every seed, and what was held out.
+
+    Args:
+        path: the PNG.
+        records: demo -> what reference.py wrote of it.
+    """
+    # Without pyplot there is no window system and no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(records))
+    rows = -(-len(records) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.8 * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes, (name, record) in zip(panels, records.items()):
+        ends = []
+        for number, curve in enumerate(record["curves"]):
+            loss = curve["loss"]
+            bits = [value / math.log(2) for value in loss]
+            axes.plot(range(1, len(bits) + 1), bits, color=f"C{number}", lw=0.5, alpha=0.6)
+            steps, values = zip(*curve["held_out_bits_per_byte"].items())
+            axes.plot([int(s) for s in steps], values, color=f"C{number}", marker="o", ms=4, lw=1)
+            ends.append(values[-1])
+        axes.set_title(f"{name}: {min(ends):.3f} to {max(ends):.3f}", fontsize=10)
+        axes.set_ylim(1.5, 5)
+        axes.grid(alpha=0.3)
+    figure.supxlabel("steps of 2,048 bytes")
+    figure.supylabel(
+        "bits per token of each step, and per byte held out (dots; the last in titles)"
+    )
     figure.savefig(path, format="png")
 
 

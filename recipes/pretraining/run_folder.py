@@ -31,6 +31,7 @@ MODEL_FILES = re.compile(
     r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|chat_template\.jinja|"
     r"model\.safetensors\.index\.json|tokenizer(_config)?\.json|special_tokens_map\.json"
 )
+FULL = {errno.ENOSPC, errno.EDQUOT}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -152,6 +153,41 @@ def locked(run_dir, say=print):
         if made and os.listdir(run_dir) == [LOCK]:
             remove_files(run_dir, [LOCK])
         lock.release()
+
+
+@contextlib.contextmanager
+def one_line_if_full(run_dir, is_main):
+    """Makes what a full disk raises one line, and what was being written there makes room again.
+
+    Args:
+        run_dir: the run's folder.
+        is_main: whether this process is the one that writes it.
+
+    Raises:
+        UsageError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        if is_main:
+            remove_unfinished(run_dir)
+        reason = os.strerror(errno.ENOSPC)
+        raise UsageError(
+            f"cannot write to {run_dir}: {reason}; make room and go on with --resume."
+        ) from None
+
+
+def _is_full(error):
+    """Whether an exception, or what it was raised from, says that a disk is full."""
+    while error:
+        # torch's file format and safetensors have errors of their own.
+        known = "PytorchStreamWriter failed writing", f"os error {errno.ENOSPC}"
+        if getattr(error, "errno", None) in FULL or any(text in str(error) for text in known):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _holder(path):

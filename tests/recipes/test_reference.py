@@ -1,0 +1,66 @@
+"""The first steps of every demo beside those that are on record."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+import reference
+from pretraining.building import REPOSITORY
+from pretraining.checkpointing import Checkpoint
+from pretraining.recipe import read_recipe
+from pretraining.training import Run
+
+STEPS, FREE = 20, {"seed", "name", "output_dir", "cache_dir"}
+DEMOS = sorted(path.stem for path in (REPOSITORY / "recipes/configs").glob("*_demo.toml"))
+
+
+def recorded(name):
+    record = json.loads((reference.RESULTS / f"{name}.json").read_text())
+    return record, [curve["loss"] for curve in record["curves"]]
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_what_is_on_record_is_of_the_demo(name):
+    """A demo that changes is run again."""
+    record, losses = recorded(name)
+    words = [
+        f"--{key}={record['recipe'][key]}" for key in ("cpu_threads", "log_every", "precision")
+    ]
+    recipe = read_recipe(f"recipes/configs/{name}.toml", words)
+    expected = {key: value for key, value in vars(recipe).items() if key not in FREE}
+    assert record["recipe"] == json.loads(json.dumps(expected))
+    assert [len(curve) for curve in losses] == [recipe.steps] * 3
+    assert record["device"] == "cpu"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEMOS)
+def test_first_steps(name, tmp_path, cache_dir, monkeypatch):
+    record, losses = recorded(name)
+    words = ["--cpu_threads=1", "--precision=fp32", "--output_dir", str(tmp_path)]
+    path = Path(REPOSITORY) / f"recipes/configs/{name}.toml"
+    recipe = read_recipe(path, [*words, "--cache_dir", str(cache_dir)])
+    threads = torch.get_num_threads()
+    try:
+        run = Run(recipe, Accelerator(cpu=True), 1, Checkpoint())
+        found = [run._train_step()[0] for _ in range(STEPS)]
+    finally:
+        torch.set_num_threads(threads)
+    low, high = reference.band(np.array(losses)[:, :STEPS])
+    assert (low < found).all() and (found < high).all(), (low, found, high)
+    if run.corpus.record["sha256"] == record["corpus_sha256"]:
+        # The same text and the same numbers drawn: what is left is rounding, another processor's too.
+        np.testing.assert_allclose(found, losses[0][:STEPS], rtol=1e-4)
+
+
+def test_a_band_holds_what_is_like_it_and_nothing_else():
+    losses = np.linspace(5, 3, 20) + np.random.default_rng(0).normal(0, 0.05, (1000, 20))
+    low, high = reference.band(losses[:3])
+    inside = ((low < losses[3:]) & (losses[3:] < high)).all(1).mean()
+    assert inside > 0.99
+    learnt_nothing = np.full(20, 5.0)
+    assert not ((low < learnt_nothing) & (learnt_nothing < high)).all()
