@@ -4,6 +4,7 @@ python tests/forks.py MODULE...    the one they are forked from; `Forks` starts 
 """
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -103,6 +104,7 @@ class Fork:
 def _serve():
     for module in sys.argv[1:]:
         importlib.import_module(module)
+    gc.freeze()  # a fork's collector would write to all of it, and so copy it
     ended, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)

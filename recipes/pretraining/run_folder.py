@@ -169,25 +169,27 @@ def one_line_if_full(run_dir, is_main):
     try:
         yield
     except Exception as error:
-        if not _is_full(error):
+        reason = _why_no_room(error)
+        if not reason:
             raise
         if is_main:
             remove_unfinished(run_dir)
-        reason = os.strerror(errno.ENOSPC)
         raise UsageError(
             f"cannot write to {run_dir}: {reason}; make room and go on with --resume."
         ) from None
 
 
-def _is_full(error):
-    """Whether an exception, or what it was raised from, says that a disk is full."""
+def _why_no_room(error):
+    """What an exception, or what it was raised from, says of a full disk; None if it is another."""
     while error:
-        # torch's file format and safetensors have errors of their own.
-        known = "PytorchStreamWriter failed writing", f"os error {errno.ENOSPC}"
-        if getattr(error, "errno", None) in FULL or any(text in str(error) for text in known):
-            return True
+        # safetensors has an error of its own, with the system's number in its text.
+        if getattr(error, "errno", None) in FULL or f"os error {errno.ENOSPC}" in str(error):
+            return os.strerror(errno.ENOSPC)
+        # torch says only where in its writer it was; what it reads it has read before.
+        if isinstance(error, RuntimeError) and "inline_container.cc" in str(error):
+            return "a file could not be written whole, perhaps for want of space"
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _holder(path):

@@ -222,7 +222,7 @@ class Run:
             loss, norm, rate = self._train_step()
             self.seconds += time.perf_counter() - began
             last = self.step == recipe.steps
-            stopped = self._any_process(signals.received is not None)
+            stopped = self._of_any_process(signals.received or 0)
             if self.step % recipe.log_every == 0 or last:
                 speed = self._tokens(self.step - logged) / (self.seconds - logged_seconds)
                 logged, logged_seconds = self.step, self.seconds
@@ -235,14 +235,15 @@ class Run:
                 self.save_checkpoint()
             if stopped and not last:
                 self.saver.wait()
-                return signals.received or signal.SIGTERM
+                return signal.Signals(stopped)
         self.saver.wait()
         return None
 
-    def _any_process(self, flag):
+    def _of_any_process(self, number):
+        """The largest number that any process has."""
         # All processes leave after the same step, or those left behind would wait forever.
-        flag = torch.tensor(int(flag), device=self.accelerator.device)
-        return self.accelerator.reduce(flag, "sum").item() > 0
+        number = torch.tensor([int(number)], device=self.accelerator.device)
+        return self.accelerator.gather(number).max().item()
 
     def _train_step(self):
         recipe, accelerator = self.recipe, self.accelerator
@@ -344,7 +345,7 @@ class Run:
     def finish(self):
         """Puts the final model into the run's folder and completes run.json."""
         run_dir = self.recipe.run_dir
-        if self._any_process(self.is_main and self.records.results().get("step") != self.step):
+        if self._of_any_process(self.is_main and self.records.results().get("step") != self.step):
             self.evaluate()  # the line of metrics.jsonl that said it is lost
         folder = run_dir / f"final{UNFINISHED}"
         if self.is_main:

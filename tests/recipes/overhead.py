@@ -2,10 +2,10 @@
 
     python tests/recipes/overhead.py [recipes/configs/retnet_demo.toml] [--blocks 8] [--steps 10]
 
-Blocks of steps of both kinds take turns in one process, so that what else the machine does falls on
-both. The recipe's steps are those of a run, with their log lines; evaluations and checkpoints, which
-a user orders by number, are left out. The bare loop has forward, backward, clipping and AdamW, on
-batches that are there.
+Blocks of steps of both kinds take turns in one process, so that what else the machine does falls
+on both. The recipe's steps are those of a run, with their log lines; evaluations and checkpoints,
+which a user orders by number, are left out. The bare loop has forward, backward, clipping and
+AdamW, on batches that are there.
 """
 
 import argparse
@@ -98,8 +98,8 @@ def main():
             ratios.append(spent["recipe"] / spent["bare"])
             shares.append(sum(inputs) / spent["recipe"])
             print(
-                f"{options.steps} steps: bare {spent['bare']:.3f} s, recipe {spent['recipe']:.3f} s, "
-                f"{ratios[-1] - 1:+.2%}, input {shares[-1]:.2%}",
+                f"{options.steps} steps: bare {spent['bare']:.3f} s, recipe "
+                f"{spent['recipe']:.3f} s, {ratios[-1] - 1:+.2%}, input {shares[-1]:.2%}",
                 flush=True,
             )
         print(

@@ -91,6 +91,15 @@ def test_sigterm_saves_and_exits(workshop, processes):
     assert lines == list(range(1, step + 1))
 
 
+def test_a_signal_to_one_process_is_one_to_all(workshop):
+    ranks = workshop.start_ranks("--steps", "5000", "--checkpoint_every", "0", processes=2)
+    wait_for_line(workshop.folder / "tiny" / "metrics.jsonl", 3, ranks[0])
+    ranks[1].send_signal(signal.SIGUSR1)
+    (output, errors), _ = (rank.communicate() for rank in ranks)
+    assert "SIGUSR1: saved step" in output, errors
+    assert [rank.returncode for rank in ranks] == [128 + signal.SIGUSR1] * 2
+
+
 def test_a_run_and_what_it_leaves(workshop):
     options = ["--steps", "26", "--eval_every", "0", "--trackers", "tensorboard"]
     options += ["--sample_prompts", "def f(", "--micro_batch_size", "2", "--packing", "documents"]

@@ -53,7 +53,7 @@ def test_first_steps(name, tmp_path, cache_dir, monkeypatch):
     low, high = reference.band(np.array(losses)[:, :STEPS])
     assert (low < found).all() and (found < high).all(), (low, found, high)
     if run.corpus.record["sha256"] == record["corpus_sha256"]:
-        # The same text and the same numbers drawn: what is left is rounding, another processor's too.
+        # The same text and random numbers: what is left is rounding, another processor's too.
         np.testing.assert_allclose(found, losses[0][:STEPS], rtol=1e-4)
 
 

@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from pretraining.recipe import UsageError
 from pretraining.run_folder import check_run_dir, is_run, locked, remove_run
@@ -158,3 +161,40 @@ def test_a_start_that_came_to_nothing_leaves_nothing(in_process, workshop):
     line = error_line(in_process("--tokenizer", "nowhere"))
     assert "no tokenizer at nowhere" in line
     assert not (workshop.folder / "tiny").exists()
+
+
+@pytest.mark.parametrize("writer", ["torch", "safetensors", "python"])
+def test_a_full_disk_is_one_line(in_process, workshop, monkeypatch, writer):
+    """The run stands where its last checkpoint is, and nothing of the next one takes up room."""
+    from pretraining import saving
+
+    def safetensors():  # it would put a file in the place of /dev/full
+        text = "Error while serializing: I/O error: No space left on device (os error 28)"
+        raise SafetensorError(text)
+
+    write = {
+        "torch": lambda: torch.save({"a": torch.zeros(9999)}, "/dev/full"),
+        "safetensors": safetensors,
+        "python": lambda: open("/dev/full", "w").write("a" * 9999),
+    }[writer]
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no disk that is always full")
+    save = saving.Saver._save_whole
+
+    def fills_up(saver, step, facts, say, write_beside):
+        if step > 10:  # what is written last finds no room
+            write_beside = lambda folder: write()  # noqa: E731
+        save(saver, step, facts, say, write_beside)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.Saver, "_save_whole", fills_up)
+        line = error_line(in_process(*SHORT, "--checkpoint_every", "10"))
+    run_dir = workshop.folder / "tiny"
+    reason = "No space left on device"
+    if writer == "torch":  # whose words for it are none
+        reason = "a file could not be written whole, perhaps for want of space"
+    expected = f"error: cannot write to {run_dir}: {reason}; make room and go on with --resume."
+    assert line == expected
+    assert [path.name for path in run_dir.glob("checkpoint-*")] == ["checkpoint-10"]
+    result = in_process(*SHORT, "--checkpoint_every", "10", "--resume")
+    assert result.returncode == 0 and "after step 10" in result.stdout
