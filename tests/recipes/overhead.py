@@ -13,7 +13,6 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +68,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         words = ["--output_dir", folder, "--cache_dir", f"{folder}/cache", "--cpu_threads", "1"]
         words += ["--eval_every", "0", "--checkpoint_every", "0", "--precision", "fp32"]
+        words += ["--schedule", "constant"]
         recipe = read_recipe(options.recipe, words)
         recipe.run_dir.mkdir(parents=True)
         run = Run(recipe, Accelerator(cpu=True), 1, Checkpoint())
@@ -87,7 +87,7 @@ def main():
         run.windows.batch = timed_batch
 
         def steps(count):
-            run.recipe = replace(recipe, steps=run.step + count)
+            recipe.steps = run.step + count
             run._run_steps(signals)
 
         bare(2), steps(2)
