@@ -233,12 +233,13 @@ def variants_of(name):
     return getattr(MODELS[name].config, "variants", None) or {"default": {}}
 
 
-def zoo_subject(name, variant=None):
+def zoo_subject(name, variant=None, **fields):
     """A model of the zoo, tiny.
 
     Args:
         name: its name in `zoo.MODELS`.
         variant: one of its config's `variants`; None: the first.
+        fields: of its config, where they are to be others.
 
     Raises:
         ValueError: no such variant.
@@ -251,7 +252,9 @@ def zoo_subject(name, variant=None):
     def build(seed):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return architecture.causal_lm(architecture.config(**{**TINY, **variants[variant]}))
+            return architecture.causal_lm(
+                architecture.config(**{**TINY, **variants[variant], **fields})
+            )
 
     subject = Subject(f"{name}, {variant}", build)
     if name in paper_initialization.TABLES:
