@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import zoo  # noqa: F401  transformers learns of its architectures
-from pretraining.building import REPOSITORY, load_tokenizer
+from pretraining.building import REPOSITORY, tokenizer_of
 from pretraining.continuing import changes_history
 from pretraining.measuring import nats_by_position
 from pretraining.mixing import load_mixture
@@ -56,7 +56,7 @@ def measure(options):
     groups = {"windows": options.windows, "carried": options.carried}
     recipes = read_runs([folder for folders in groups.values() for folder in folders])
     recipe = recipes[options.windows[0]]
-    corpus = load_mixture(recipe, load_tokenizer(recipe.tokenizer), options.cache_dir)
+    corpus = load_mixture(recipe, tokenizer_of(recipe), options.cache_dir)
     held_out = corpus.held_out
     ids = torch.from_numpy(held_out.ids[: options.text].astype("int64"))
     curves = {}

@@ -1,4 +1,4 @@
-"""Pretrains one architecture on text.
+"""Pretrains one architecture on text or on a synthetic task.
 
     accelerate launch recipes/pretrain.py recipes/configs/retnet_demo.toml --key value ... --resume
 
@@ -24,7 +24,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, str_to_bool
 
 from pretraining.agreeing import together
-from pretraining.building import REPOSITORY, build_config, build_model, load_tokenizer
+from pretraining.building import REPOSITORY, build_config, build_model, tokenizer_of
 from pretraining.checkpointing import MANIFEST, Checkpoint, file_hash, newest_checkpoint
 from pretraining.continuing import check_changes
 from pretraining.costs import describe
@@ -108,7 +108,7 @@ def parse(arguments):
 
 def dry_run(recipe):
     """Prints the resolved recipe and what it would train, without data or memory for a model."""
-    tokenizer = load_tokenizer(recipe.tokenizer)
+    tokenizer = tokenizer_of(recipe)
     if recipe.init_from:
         config, _, _ = config_of_source(recipe, tokenizer)
     else:

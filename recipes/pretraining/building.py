@@ -1,15 +1,20 @@
 """From a recipe to a tokenizer and a model, fresh or from a checkpoint."""
 
 import dataclasses
+import typing
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import zoo
+from tasks import load
 from zoo.hub.folder import settings
 
 from .finding import did_you_mean, hub_answers, is_path
@@ -46,6 +51,16 @@ def load_tokenizer(name):
         raise UsageError(f"no tokenizer at {name}: {reason}{hint}") from None
 
 
+def tokenizer_of(recipe):
+    """The tokenizer that a recipe names; of a task, one whose words are the numbers of its ids."""
+    if not recipe.task:
+        return load_tokenizer(recipe.tokenizer)
+    words = {str(number): number for number in range(load(recipe.task).vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def vocabulary_size(tokenizer):
     """How many embeddings the tokenizer needs: its ids may have gaps, its length counts tokens."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
@@ -77,6 +92,8 @@ def build_config(recipe, tokenizer, base=None):
             )
         if types[key] is float and type(value) is int:  # TOML's 0 is not its 0.0
             model[key] = float(value)
+        if value == "none" and type(None) in typing.get_args(types[key]):  # which TOML cannot say
+            model[key] = None
     inherited = settings(base) if base else {}
     for key, value in model.items():
         if isinstance(value, dict) and inherited.get(key):  # such as the base of a rotation
@@ -89,7 +106,7 @@ def build_config(recipe, tokenizer, base=None):
             remedy = f"say --tokenizer with the one of the weights in {recipe.init_from}."
         raise UsageError(
             f"model.vocab_size must be at least {needed}, the size of the tokenizer "
-            f"{recipe.tokenizer}, got {vocab_size}; {remedy}"
+            f"{recipe.tokenizer or 'of the task'}, got {vocab_size}; {remedy}"
         )
     special = {
         f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in SPECIAL_TOKENS

@@ -5,6 +5,8 @@ import dataclasses
 import torch
 from torch.nn.functional import cross_entropy
 
+from tasks import load
+
 from .measuring import held_out_bits_per_byte, own_batches
 from .recipe import UsageError
 
@@ -13,14 +15,19 @@ def check_lengths(recipe, model):
     """Refuses lengths that a model has no positions for, before it is trained.
 
     Raises:
-        UsageError: one of `eval_lengths` is too long.
+        UsageError: one of `eval_lengths`, or an example of the task, is too long.
     """
     table = getattr(model.base_model, "embed_positions", None)
-    longest = max(recipe.eval_lengths, default=0)
+    lengths, whose = recipe.eval_lengths, "eval_lengths are"
+    if recipe.task:
+        task = load(recipe.task)
+        lengths = [task.length_of(settings) for settings in task.tests().values()]
+        whose = "the examples of a task and its tests have"
+    longest = max(lengths, default=0)
     if table is not None and longest > table.num_embeddings:
         raise UsageError(
-            f"eval_lengths are at most {table.num_embeddings}, the positions that the model has, "
-            f"got {longest}."
+            f"{whose} at most {table.num_embeddings} tokens, the positions that the model "
+            f"has, got {longest}."
         )
 
 

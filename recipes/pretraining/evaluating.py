@@ -4,6 +4,7 @@ from .comparing import by_position_and_length
 from .costs import peak_memory
 from .measuring import diagnostics, held_out_figures, sample
 from .reporting import bits_per_byte
+from .synthetic import task_report
 
 
 def step_figures(run, loss, speed):
@@ -14,13 +15,13 @@ def step_figures(run, loss, speed):
         loss: in nats per token.
         speed: tokens per second.
     """
-    num_tokens, num_bytes = run.corpus.tokens_and_bytes()
-    figures = {
+    figures = {}
+    if not run.recipe.task:
+        num_tokens, num_bytes = run.corpus.tokens_and_bytes()
         # Over the corpus's mean length of a token.
-        "bits_per_byte": bits_per_byte(loss * num_tokens, num_bytes),
-        "tokens_per_second": speed,
-        "peak_memory": peak_memory(run.accelerator.device)[0],
-    }
+        figures["bits_per_byte"] = bits_per_byte(loss * num_tokens, num_bytes)
+    figures["tokens_per_second"] = speed
+    figures["peak_memory"] = peak_memory(run.accelerator.device)[0]
     if run.recipe.context_schedule:
         figures["sequence_length"] = run.recipe.sequence_length_at(run.step - 1)
     if run.peak_flops:
@@ -31,7 +32,7 @@ def step_figures(run, loss, speed):
 
 
 def held_out_report(run):
-    """Measures a model on held-out text and samples from it. All processes call it.
+    """Measures a model on held-out text or on its task's tests. All processes call it.
 
     Args:
         run: a `Run` between two steps.
@@ -39,6 +40,8 @@ def held_out_report(run):
     Returns:
         Name -> figure, and the lines for the terminal.
     """
+    if run.recipe.task:
+        return task_report(run)
     recipe, accelerator, model = run.recipe, run.accelerator, run.model
     figures, average = held_out_figures(accelerator, model, run.corpus.parts, recipe), ""
     value, *others = figures.values()

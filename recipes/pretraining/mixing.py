@@ -11,6 +11,7 @@ import torch
 
 from .caching import sha256
 from .corpus import Corpus, Tokens, Windows, collate, load_corpus
+from .recipe import UsageError
 from .source_tables import TEXT_KEYS
 from .streams import Stream, load_stream
 
@@ -217,6 +218,11 @@ class Batches:
 
 def sources_of(recipe):
     """(name, weight, recipe of its own) of each source; of a recipe with `data` of that alone."""
+    if recipe.task:
+        raise UsageError(
+            f"expected a recipe with text, got one with the task {recipe.task['name']}; take one "
+            "with data or [[sources]]."
+        )
     if not recipe.sources:
         return [("", 1, recipe)]
     found = []

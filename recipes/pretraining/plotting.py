@@ -1,5 +1,6 @@
 """The figures that recipes draw."""
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -50,6 +51,51 @@ def plot_loss(path, lines, gzip_bits_per_byte, title):
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
+    beside = Path(path).with_name(Path(path).name + ".new")
+    figure.savefig(beside, format="png")
+    os.replace(beside, path)
+
+
+def plot_task(path, lines, title):
+    """Draws the loss of a task and the accuracy of each of its tests over training tokens.
+
+    Args:
+        path: the PNG.
+        lines: of metrics.jsonl.
+        title: above the plot.
+    """
+    # Without pyplot there is no window system and no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    trained = [line for line in lines if line["kind"] == "train"]
+    tested = [line for line in lines if line["kind"] == "held_out"]
+    left.plot([x["tokens"] for x in trained], [x["loss"] for x in trained], color="0.3", lw=1)
+    left.set(ylabel="training loss (nats per target)", ylim=(0, None))
+    names = [name for name in (tested[-1] if tested else {}) if name.startswith("accuracy")]
+    for name, marker in zip(names, itertools.cycle("osD^v<>Px*")):
+        points = [(line["tokens"], line[name]) for line in tested if name in line]
+        own = name == "accuracy"
+        label = "as in training" if own else name.partition("/")[2].replace("_", " ")
+        right.plot(
+            *zip(*points),
+            label=f"{label}, {points[-1][1]:.3f} at the end",
+            color="black" if own else None,
+            lw=2 if own else 1,
+            marker=marker,
+            ms=5,
+        )
+    right.set(ylabel="share of targets that are right", ylim=(-0.02, 1.02))
+    if names:
+        right.legend()
+    for axes in (left, right):
+        axes.set_xlabel("training tokens")
+        axes.xaxis.set_major_formatter(lambda value, _: _si(value))
+        axes.grid(alpha=0.3)
     beside = Path(path).with_name(Path(path).name + ".new")
     figure.savefig(beside, format="png")
     os.replace(beside, path)

@@ -1,6 +1,5 @@
 """A recipe: everything that defines a pretraining run, from TOML plus `--key value`."""
 
-import difflib
 import math
 import os
 import re
@@ -13,11 +12,8 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-from .source_tables import check_schedule, check_sources
-
-
-class UsageError(Exception):
-    """Something the user can put right; scripts print it as one line and exit with status 2."""
+from .source_tables import NOT_OF_A_TASK, check_schedule, check_sources, settle_task
+from .usage import UsageError, nearest
 
 
 @dataclass
@@ -42,6 +38,7 @@ class Recipe:
     text_column: str = "text"
     streaming: bool = False  # read and tokenised while it is trained on, not into a cache before
     sources: list[dict] = field(default_factory=list)  # name, data, weight ...: in place of `data`
+    task: dict = field(default_factory=dict)  # in place of text: name and settings (recipes/tasks)
     held_out: float = 0.05  # fraction of the documents; of each one's bytes if fewer than 20
     packing: str = "concat"  # or "documents": the state is reset where a document begins
     carry_state: bool = False  # a batch's rows go on where they stopped, states and all
@@ -105,7 +102,10 @@ class Recipe:
             UsageError: a value that no run could use.
         """
         try:
-            check_sources(self.sources, self.data)
+            if self.task:
+                settle_task(self)
+            else:
+                check_sources(self.sources, self.data)
             check_schedule(self.context_schedule, self.sequence_length, self.steps)
         except ValueError as error:
             raise UsageError(str(error)) from None
@@ -244,12 +244,6 @@ class Recipe:
         return self.min_learning_rate + (1 - self.min_learning_rate) * shape
 
 
-def nearest(name, known):
-    """' Did you mean ...?', or the known names if none is near."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else f"known are {', '.join(sorted(known))}."
-
-
 def describe_keys():
     """The keys of a recipe under their headings, with defaults, for --help."""
     text = Path(__file__).read_text(encoding="utf-8")
@@ -291,6 +285,9 @@ def read_recipe(path, overrides=()):
             values[key] = text if types.get(key) is str else _parse(text)
     if "sources" in values:
         values.setdefault("data", "")
+    if values.get("task"):
+        for key, value in NOT_OF_A_TASK.items():
+            values.setdefault(key, value)
     for key, value in values.items():
         if key not in types:
             raise UsageError(f"unknown recipe key {key!r}: {nearest(key, types)}")

@@ -6,7 +6,7 @@ import sys
 
 from .building import REPOSITORY
 from .checkpointing import move_aside, remove_unfinished
-from .plotting import plot_loss
+from .plotting import plot_loss, plot_task
 from .reporting import Metrics, environment, write_json
 from .run_folder import METRICS, PLOT, RECORD, read_record
 
@@ -51,8 +51,10 @@ class Records:
 
     def draw(self, title):
         """Draws the curve."""
+        if self.recipe.task:
+            return plot_task(self.recipe.run_dir / PLOT, self.metrics.lines, title)
         gzip = self.corpus["held_out"]["gzip_bits_per_byte"]
-        plot_loss(self.recipe.run_dir / PLOT, self.metrics.lines, gzip, title)
+        return plot_loss(self.recipe.run_dir / PLOT, self.metrics.lines, gzip, title)
 
     def results(self):
         """What the last evaluation found, {} before the first."""
@@ -60,15 +62,27 @@ class Records:
         if not measured:
             return {}
         last = measured[-1]
-        average = {k: last[k] for k in ("ema_bits_per_byte",) if k in last}
+        figure = "accuracy" if self.recipe.task else "bits_per_byte"
+        found = {f"held_out_{figure}": last[figure]}
+        found |= {k: last[k] for k in (f"ema_{figure}",) if k in last}
+        if not self.recipe.task:
+            found["gzip_bits_per_byte"] = self.corpus["held_out"]["gzip_bits_per_byte"]
         return {
-            "held_out_bits_per_byte": last["bits_per_byte"],
-            **average,
-            "gzip_bits_per_byte": self.corpus["held_out"]["gzip_bits_per_byte"],
+            **found,
             "step": last["step"],
             "tokens": last["tokens"],
             "training_seconds": last["seconds"],
         }
+
+    def said_of_results(self):
+        """The last evaluation in words, for the last line on the terminal."""
+        result = self.results()
+        if self.recipe.task:
+            return f"accuracy {result['held_out_accuracy']:.4f}"
+        return (
+            f"held-out {result['held_out_bits_per_byte']:.4f} bits per byte, "
+            f"gzip -9 {result['gzip_bits_per_byte']:.4f}"
+        )
 
     def num_skipped(self):
         """How many steps were skipped."""

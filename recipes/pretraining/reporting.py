@@ -70,7 +70,10 @@ def _is_metric(line):
     if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
         return False
     numbers = ["step", "tokens", "seconds"]
-    numbers += ["bits_per_byte"] if line["kind"] in ("train", "held_out") else []
+    if line["kind"] in ("train", "held_out"):
+        of_a_task = {"train": "loss", "held_out": "accuracy"}[line["kind"]]
+        is_of_text = "bits_per_byte" in line or of_a_task not in line
+        numbers.append("bits_per_byte" if is_of_text else of_a_task)
     return type(line.get("step")) is int and all(
         type(line.get(name)) in (int, float) for name in numbers
     )

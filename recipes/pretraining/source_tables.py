@@ -1,10 +1,21 @@
-"""What a recipe's [[sources]] and its context_schedule may say."""
+"""What a recipe's [[sources]], its [task] and its context_schedule may say."""
 
+import dataclasses
 import math
+
+from tasks import load
+
+from .usage import UsageError
 
 # Of these a source may have its own; else it has the recipe's.
 TEXT_KEYS = ("data", "data_config", "data_split", "text_column", "streaming")
 KEYS = ("name", *TEXT_KEYS, "weight")
+# What a recipe with a task has in place of these keys' defaults: it has no text, and its length
+# follows.
+NOT_OF_A_TASK = {"data": "", "tokenizer": "", "sequence_length": 0}
+# Of these it has the defaults.
+OF_TEXT = TEXT_KEYS[1:] + ("sources", "held_out", "packing", "carry_state", "tokenising_workers")
+OF_TEXT += ("context_schedule", "eval_bytes", "eval_positions", "eval_lengths", "sample_prompts")
 
 
 def check_sources(sources, data):
@@ -85,3 +96,36 @@ def check_schedule(schedule, sequence_length, steps):
             f"context_schedule begins at step 0 and goes on to later ones before the last of "
             f"{steps}, got steps {', '.join(map(str, begins))}."
         )
+
+
+def settle_task(recipe):
+    """Fills in what follows from a recipe's [task], and refuses what it has no use for.
+
+    Args:
+        recipe: a `Recipe`; its `task` gets all settings, its `sequence_length` that of the task.
+
+    Raises:
+        UsageError: a task that there is not, or a key that is about text.
+    """
+    task = load(recipe.task)
+    recipe.task = task.table()
+    length = recipe.sequence_length
+    if length not in (0, task.length):
+        raise UsageError(
+            f"sequence_length follows from the task, whose examples have {task.length} tokens, got "
+            f"{length}; leave it out."
+        )
+    recipe.sequence_length = task.length
+    defaults = {
+        entry.name: entry.default_factory()
+        if entry.default is dataclasses.MISSING
+        else entry.default
+        for entry in dataclasses.fields(recipe)
+        if entry.name in OF_TEXT
+    }
+    for key, expected in {**defaults, "data": "", "tokenizer": ""}.items():
+        if getattr(recipe, key) != expected:
+            raise UsageError(
+                f"{key} is about text, and [task] is in the place of text, got "
+                f"{getattr(recipe, key)!r} and the task {task.name}; leave out one of them."
+            )

@@ -1,6 +1,8 @@
-"""One step of training: its random numbers, and its gradient over all processes."""
+"""One step of training: what it reads, its random numbers, its gradient over all processes."""
 
 import contextlib
+import hashlib
+import json
 
 import numpy as np
 import torch
@@ -18,6 +20,27 @@ def step_seed(seed, step, rank):
         rank: the process.
     """
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def order_hash(windows, recipe):
+    """What identifies the order in which a run reads, from its first and its last step.
+
+    Args:
+        windows: of the run, whose `batch` is a function of the step.
+        recipe: of the run.
+
+    Returns:
+        A hash of places and ids, the same on any number of processes; None with a stream, of which
+        the last step is not known.
+    """
+    if recipe.streaming or any(source.get("streaming") for source in recipe.sources):
+        return None
+    order = hashlib.sha256()
+    for step in (0, recipe.steps - 1):
+        order.update(json.dumps(windows.position(step)).encode())
+        for name, x in windows.batch(step, 0, 0, 1, recipe.batch_size).items():
+            order.update(name.encode() + x.numpy().tobytes())
+    return order.hexdigest()
 
 
 def accumulate_gradients(accelerator, model, batches, backward=None, carried=None):

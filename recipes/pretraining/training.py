@@ -10,7 +10,7 @@ from accelerate.utils import set_seed
 
 from .agreeing import together
 from .averaging import Average
-from .building import build_model, load_tokenizer, parameter_groups
+from .building import build_model, parameter_groups, tokenizer_of
 from .carrying import CARRIED, Carried, Lanes
 from .checkpointing import SHARDS_INDEX, UNFINISHED, files_in, list_checkpoints, move_into
 from .comparing import check_lengths
@@ -27,7 +27,8 @@ from .saving import Saver
 from .sharding import prepare, run_in_bf16
 from .skipping import Spikes
 from .starting import beginning
-from .stepping import accumulate_gradients, step_seed
+from .stepping import accumulate_gradients, order_hash, step_seed
+from .synthetic import TaskBatches, load_task, sum_stacked
 from .zero import Zero, is_zero
 
 
@@ -37,9 +38,9 @@ class Diverged(Exception):
 
 def load_text(recipe, checkpoint):
     """Tokenizer, beginning and corpus of a recipe, and what identifies text and weights."""
-    tokenizer = load_tokenizer(recipe.tokenizer)
+    tokenizer = tokenizer_of(recipe)
     begin = beginning(recipe, tokenizer, checkpoint, recipe.corpus_dir)
-    corpus = load_mixture(recipe, tokenizer)
+    corpus = load_task(recipe, tokenizer) if recipe.task else load_mixture(recipe, tokenizer)
     weights = begin.record["sha256"] if begin.record else {}
     return (tokenizer, begin, corpus), {**identity(corpus), "weights": weights}
 
@@ -68,8 +69,11 @@ class Run:
         self.size, self.accumulation = recipe.windows_per_process(accelerator.num_processes)
         self.tokenizer, begin, self.corpus = together(load_text, recipe, checkpoint)
         self.init_from = {"init_from": begin.record} if begin.record else {}
-        reading = Lanes if recipe.carry_state else Batches
-        self.windows = reading(recipe, self.corpus.parts)
+        if recipe.task:
+            self.windows = TaskBatches(recipe, self.corpus.task)
+        else:
+            reading = Lanes if recipe.carry_state else Batches
+            self.windows = reading(recipe, self.corpus.parts)
         folder, manifest = checkpoint.folder, checkpoint.manifest
         if folder:
             self._check_same_text()
@@ -82,6 +86,8 @@ class Run:
         is_sharded = folder and (folder / SHARDS_INDEX).is_file()
         model = build_model(recipe, begin.config, None if is_sharded else begin.folder)
         check_lengths(recipe, model)
+        if recipe.task:
+            sum_stacked(model)
         model = adapt(model, recipe, folder, accelerator)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -211,6 +217,7 @@ class Run:
             "precision": self.precision,
             "compiler": self._compiler(),
             "cpu_threads": self.threads,
+            "order_sha256": order_hash(self.windows, self.recipe),
             **self.init_from,
         }
 
@@ -310,7 +317,7 @@ class Run:
         self.accelerator.log(tracked, step=self.step)
 
     def evaluate(self):
-        """Measures held-out bits per byte, draws the curve, prints samples."""
+        """Measures held-out bits per byte or accuracy, draws the curve, prints samples."""
         # In every process: where weights are in shards, each layer is gathered from all of them.
         figures, lines = held_out_report(self)
         if self.is_main:
@@ -358,8 +365,7 @@ class Run:
             self.progress.close()
             result = self.records.results()
             print(
-                f"{run_dir}: held-out {result['held_out_bits_per_byte']:.4f} bits per byte, "
-                f"gzip -9 {result['gzip_bits_per_byte']:.4f}; {result['tokens']:,} tokens in "
+                f"{run_dir}: {self.records.said_of_results()}; {result['tokens']:,} tokens in "
                 f"{duration(self.seconds)}{self.records.said_of_skipped()}"
             )
         # All leave together: one that took its connections down while another is at work has been

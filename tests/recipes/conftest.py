@@ -209,7 +209,8 @@ def in_process(workshop, monkeypatch, capsys):
     def run(*arguments, script="pretrain.py", **environment):
         forget()
         places = ["--output_dir", str(workshop.folder), "--cache_dir", str(workshop.folder / "c")]
-        words = [str(workshop.recipe), *places, "--data", str(text), *arguments]
+        data = [] if "[task]" in workshop.recipe.read_text() else ["--data", str(text)]
+        words = [str(workshop.recipe), *places, *data, *arguments]
         capsys.readouterr()
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as leaving:
             for name in ("stdout", "stderr"):  # which the script replaces
