@@ -25,8 +25,12 @@ SPECIAL_TOKENS = ("pad", "bos", "eos")
 logging.disable_progress_bar()  # a bar for every file written would break the run's own line
 
 
-def load_tokenizer(name):
+def load_tokenizer(name, trust_remote_code=None):
     """A tokenizer from a folder, a folder of the repository, or the Hub.
+
+    Args:
+        name: of it.
+        trust_remote_code: whether code that comes with it may be run; None: a terminal is asked.
 
     Raises:
         UsageError: there is none of that name.
@@ -40,7 +44,8 @@ def load_tokenizer(name):
         raise UsageError(f"no tokenizer at {name}: {what}; give a folder or a Hub id.{hint}")
     try:
         online = bool(folders) or hub_answers(name, "model")
-        return AutoTokenizer.from_pretrained(*folders[:1] or [name], local_files_only=not online)
+        options = {"local_files_only": not online, "trust_remote_code": trust_remote_code}
+        return AutoTokenizer.from_pretrained(*folders[:1] or [name], **options)
     except Exception as error:  # of transformers, of tokenizers, of whoever wrote the files
         reason = str(error).strip().split("\n")[0]
         if folders:

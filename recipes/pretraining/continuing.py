@@ -8,9 +8,9 @@ from .recipe import Recipe, UsageError
 # rounding alone).
 FREE_KEYS = frozenset(
     "name output_dir cache_dir micro_batch_size cpu_threads gradient_checkpointing loss_chunk_size "
-    "replay_segment_length eval_every eval_batch_size eval_positions eval_lengths sample_prompts "
-    "sample_tokens log_every peak_flops checkpoint_every keep_checkpoints async_checkpoints "
-    "trackers tokenising_workers".split()
+    "replay_segment_length eval_every eval_batch_size eval_positions eval_lengths eval_contexts "
+    "sample_prompts sample_tokens log_every peak_flops checkpoint_every keep_checkpoints "
+    "async_checkpoints trackers tokenising_workers".split()
 )
 # What the hashes of text and tokenizer in a checkpoint say better than a name.
 IDENTIFIED_KEYS = frozenset(

@@ -35,6 +35,11 @@ class Tokens:
     starts: np.ndarray
     num_bytes: int
 
+    @property
+    def num_targets(self):
+        """How many tokens are predicted."""
+        return len(self.ids) - 1
+
     def window(self, start, length, packing):
         """A window as input ids, targets, and positions counted from its own documents' starts."""
         ids = torch.from_numpy(self.ids[start : start + length + 1].astype(np.int64))

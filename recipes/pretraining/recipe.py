@@ -83,6 +83,7 @@ class Recipe:
     eval_batch_size: int = 8  # windows a process runs at once
     eval_positions: int = 0  # parts of a window of which each one's loss is measured too; 0: none
     eval_lengths: list[int] = field(default_factory=list)  # other context lengths to measure at
+    eval_contexts: list[int] = field(default_factory=list)  # lengths with the same targets for all
     sample_prompts: list[str] = field(default_factory=list)  # continued at every evaluation
     sample_tokens: int = 120
     log_every: int = 10  # steps between lines in metrics.jsonl
@@ -155,8 +156,9 @@ class Recipe:
                 "eval_positions are parts of a window, sequence_length = "
                 f"{self.sequence_length} at most, got {self.eval_positions}."
             )
-        if not all(length > 0 for length in self.eval_lengths):
-            raise UsageError(f"eval_lengths are numbers of tokens, got {self.eval_lengths}.")
+        for key in ("eval_lengths", "eval_contexts"):
+            if not all(length > 0 for length in getattr(self, key)):
+                raise UsageError(f"{key} are numbers of tokens, got {getattr(self, key)}.")
         if self.skip_spikes and not 1 < self.skip_spikes < math.inf:
             raise UsageError(
                 "skip_spikes is a factor above 1 on the median, or 0 to leave no step out, got "

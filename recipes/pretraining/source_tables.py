@@ -15,7 +15,8 @@ KEYS = ("name", *TEXT_KEYS, "weight")
 NOT_OF_A_TASK = {"data": "", "tokenizer": "", "sequence_length": 0}
 # Of these it has the defaults.
 OF_TEXT = TEXT_KEYS[1:] + ("sources", "held_out", "packing", "carry_state", "tokenising_workers")
-OF_TEXT += ("context_schedule", "eval_bytes", "eval_positions", "eval_lengths", "sample_prompts")
+OF_TEXT += ("context_schedule", "eval_bytes", "eval_positions", "eval_lengths", "eval_contexts")
+OF_TEXT += ("sample_prompts",)
 
 
 def check_sources(sources, data):

@@ -85,7 +85,7 @@ class Run:
         # Shards are loaded into the model when it is itself in shards.
         is_sharded = folder and (folder / SHARDS_INDEX).is_file()
         model = build_model(recipe, begin.config, None if is_sharded else begin.folder)
-        check_lengths(recipe, model)
+        check_lengths(recipe, model, self.corpus)
         if recipe.task:
             sum_stacked(model)
         model = adapt(model, recipe, folder, accelerator)

@@ -95,7 +95,7 @@ def recipe(tmp_path):
     values = {"model": MODEL, "data": str(text), "output_dir": str(tmp_path), "cpu_threads": 1}
     values |= {"sequence_length": 32, "batch_size": 4, "steps": 4, "decay_steps": 0}
     values |= {"warmup_steps": 2, "log_every": 1, "eval_batch_size": 2, "eval_bytes": 1000}
-    values |= {"eval_positions": 4, "eval_lengths": [16]}
+    values |= {"eval_positions": 4, "eval_lengths": [16], "eval_contexts": [8, 32]}
     return Recipe("two", "retnet", precision="fp32", **values)
 
 
