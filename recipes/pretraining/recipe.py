@@ -279,12 +279,26 @@ def read_recipe(path, overrides=()):
         raise UsageError(f"{path} is not TOML: {error}") from None
     values.setdefault("name", Path(path).stem)
     types = typing.get_type_hints(Recipe)
-    for key, text in _pairs(overrides):
+    for key, text in pairs(overrides):
         table, _, entry = key.partition(".")
         if entry and types.get(table) is dict:
-            values.setdefault(table, {})[entry] = _parse(text)
+            values.setdefault(table, {})[entry] = parse_value(text)
         else:
-            values[key] = text if types.get(key) is str else _parse(text)
+            values[key] = text if types.get(key) is str else parse_value(text)
+    return make_recipe(values, path)
+
+
+def make_recipe(values, source):
+    """A recipe from the values of its keys.
+
+    Args:
+        values: key -> value, as TOML has them.
+        source: where they are from, for messages.
+
+    Raises:
+        UsageError: an unknown key, a value of the wrong type or range, no architecture.
+    """
+    values, types = dict(values), typing.get_type_hints(Recipe)
     if "sources" in values:
         values.setdefault("data", "")
     if values.get("task"):
@@ -293,15 +307,20 @@ def read_recipe(path, overrides=()):
     for key, value in values.items():
         if key not in types:
             raise UsageError(f"unknown recipe key {key!r}: {nearest(key, types)}")
-        values[key] = _typed(key, value, types[key])
+        values[key] = typed(key, value, types[key])
     if "architecture" not in values:
         raise UsageError(
-            f"{path} names no architecture; add a line such as architecture = 'retnet'."
+            f"{source} names no architecture; add a line such as architecture = 'retnet'."
         )
     return Recipe(**values)
 
 
-def _pairs(words):
+def pairs(words):
+    """(key, text) of each `--key text` or `--key=text`.
+
+    Raises:
+        UsageError: something else.
+    """
     words = list(words)
     while words:
         word = words.pop(0)
@@ -315,23 +334,31 @@ def _pairs(words):
         yield key.replace("-", "_"), value
 
 
-def _parse(text):
+def parse_value(text):
+    """What a word of the command line means: a value as TOML writes it, else the word itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
 
 
-def _typed(key, value, expected):
+def typed(key, value, expected):
+    """The value if it is of the expected type, or can stand for one.
+
+    Raises:
+        UsageError: it cannot.
+    """
     if expected is float and type(value) is int:
         return float(value)
     if typing.get_origin(expected) is list:
         (kind,) = typing.get_args(expected)
         if type(value) is kind is not list:
             value = [value]  # one word or number stands for a list
+        if kind is float and isinstance(value, list):
+            value = [float(item) if type(item) is int else item for item in value]
         good = isinstance(value, list) and all(type(item) is kind for item in value)
         described = {str: "a list of strings", dict: "a list of tables", list: "a list of lists"}
-        described = {**described, int: "a list of whole numbers"}[kind]
+        described = {**described, int: "a list of whole numbers", float: "a list of numbers"}[kind]
     else:
         good = type(value) is expected
         described = {int: "a whole number", float: "a number", bool: "true or false"}.get(

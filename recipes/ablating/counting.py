@@ -1,0 +1,108 @@
+"""Operations of a forward pass as PyTorch's own counter sees them, with formulas for our operators.
+
+The counter sees what is run: chunks of a recurrence, masked scores, activations computed again. An
+operator's formula says what its definition takes, from the arguments of each call.
+"""
+
+import contextlib
+import sys
+from unittest import mock
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.core.flops import mean_of_segments, mean_visible
+from zoo.kernels.delta_recurrence import delta_recurrence
+from zoo.kernels.dilated_attention import dilated_attention
+from zoo.kernels.dilated_branches import branches_of
+from zoo.kernels.linear_recurrence import linear_recurrence
+from zoo.kernels.windowed_attention import windowed_attention
+from zoo.kernels.wkv4 import wkv4
+
+
+def _recurrence(q, k, v, *rest, **options):
+    return 4 * q.numel() * v.shape[-1]  # written and read
+
+
+def _delta(q, k, v, *rest, **options):
+    return 8 * q.numel() * v.shape[-1]  # read at a key, corrected, written and read
+
+
+def _wkv4(w, u, k, v, **options):
+    return 2 * 4 * k.numel()
+
+
+def _windowed(q, k, v, window=None, *, delay=0, sinks=None, **options):
+    batch, length, heads, size = q.shape
+    keys = mean_visible(length, None if window is None else window + delay) - delay
+    if sinks is not None:
+        keys = mean_visible(length, window, sinks.k.shape[1])
+    return batch * length * heads * keys * 2 * (size + v.shape[-1])
+
+
+def _dilated(q, k, v, segment_lengths, dilation_rates, *, offsets="grouped", **options):
+    batch, length, heads, size = q.shape
+    total = 0
+    for branch in branches_of(segment_lengths, dilation_rates):
+
+        def pairs(tokens, branch=branch):
+            first = branch.offsets(heads, offsets, "cpu").tolist()
+            chosen = [len(range(offset, tokens, branch.rate)) for offset in first]
+            return sum(n * (n + 1) // 2 for n in chosen)
+
+        total += mean_of_segments(length, branch.length, pairs) * length
+    return batch * total * 2 * (size + v.shape[-1])
+
+
+FORMULAS = {
+    linear_recurrence: _recurrence,
+    delta_recurrence: _delta,
+    wkv4: _wkv4,
+    windowed_attention: _windowed,
+    dilated_attention: _dilated,
+}
+
+
+def _fused_attention(q_shape, k_shape, v_shape, dropout=0.0, is_causal=False, *rest, **options):
+    """The CPU's attention in one piece: of causal attention, the keys a token sees."""
+    batch, heads, length, size = q_shape
+    keys = mean_visible(length) if is_causal else k_shape[-2]
+    return int(batch * heads * length * keys * 2 * (size + v_shape[-1]))
+
+
+@torch.no_grad()
+def counted_flops(model, length):
+    """Floating-point operations per token of a forward pass over one text.
+
+    Args:
+        model: a language model, on a CPU or on meta.
+        length: tokens of the text.
+    """
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={fused: _fused_attention})
+    corrected = [0.0]
+    training, model = model.training, model.eval()
+    with contextlib.ExitStack() as patches, counter:
+        for operator, formula in FORMULAS.items():
+            _patch(patches, operator, formula, counter, corrected)
+        ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+        model(ids, use_cache=True)  # without one, a last state is not computed
+    model.train(training)
+    return (counter.get_total_flops() + corrected[0]) / length
+
+
+def _patch(patches, operator, formula, counter, corrected):
+    """Puts an operator that counts by its formula in the place of one, wherever it was imported."""
+
+    def counting(*arguments, **options):
+        before = counter.get_total_flops()
+        result = operator(*arguments, **options)
+        seen = counter.get_total_flops() - before
+        corrected[0] += formula(*arguments, **options) - seen
+        return result
+
+    name = operator.__name__
+    ours = [module for title, module in sys.modules.items() if title.startswith("zoo.")]
+    for module in ours:
+        if vars(module).get(name) is operator:
+            patches.enter_context(mock.patch.object(module, name, counting))
