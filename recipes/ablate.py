@@ -11,7 +11,6 @@ again, interrupted ones go on, and a changed TOML takes over every trial whose r
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if str(REPOSITORY) not in sys.path:  # run from a clone in which nothing is installed
     sys.path.insert(0, str(REPOSITORY))
 
+from ablating import report  # noqa: E402
 from ablating.collecting import RESULTS, add_speed, collect  # noqa: E402
 from ablating.driving import drive  # noqa: E402
 from ablating.engines import engine_named  # noqa: E402
@@ -88,14 +88,6 @@ def plan_of(sweep):
     return Plan(sweep, found), {task: sizes(sweep, task, found[task]) for task in sweep.tasks}
 
 
-def write_report(folder):
-    """Writes report.html and report.md from a sweep's results.json."""
-    if importlib.util.find_spec("ablating.report"):
-        from ablating import report
-
-        report.write(folder)
-
-
 def start(arguments):
     """Reads the command line and does what it says; returns the exit status."""
     options, overrides = parse(arguments)
@@ -103,7 +95,7 @@ def start(arguments):
     if options.action == "report" and folder.is_dir():
         if not (folder / RESULTS).is_file():
             raise UsageError(f"{folder} holds no {RESULTS}; give a sweep's folder or its TOML.")
-        write_report(folder)
+        report.write(folder)
         return 0
     sweep = read_sweep(options.sweep, overrides)
     if options.action == "run" and not options.dry_run:
@@ -116,7 +108,7 @@ def start(arguments):
         print(*list_trials(plan), sep="\n")
         return 0
     collect(plan, by_task, options.engine)
-    write_report(sweep.folder)
+    report.write(sweep.folder)
     return 0
 
 
@@ -132,9 +124,9 @@ def run(sweep, options):
     if stopped_by:
         print(f"{stopped_by.name}: the same command goes on from here")
         return 128 + stopped_by
-    if sweep.speed.lengths and importlib.util.find_spec("ablating.speed"):
+    if sweep.speed.lengths:
         add_speed(sweep, results)
-    write_report(sweep.folder)
+    report.write(sweep.folder)
     print(f"wrote {sweep.folder / RESULTS}")
     failed = sum(trial.status() == "failed" for trial in plan.trials())
     if failed:

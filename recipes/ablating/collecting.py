@@ -13,6 +13,8 @@ from .matching import models_of
 
 RESULTS = "results.json"
 POINTS = 200  # of a curve, at most
+# Of run.json: what a trial was run by, and the order of what it read.
+RUN_BY = ("device", "precision", "cpu_threads", "processes", "compiler", "versions", "git_commit")
 
 
 def collect(plan, by_task, engine):
@@ -90,6 +92,7 @@ def trial_record(trial, by_task):
         "corpus_sha256": corpus.get("sha256"),
         "tokenizer_sha256": corpus.get("tokenizer_sha256"),
         "order_sha256": run.get("order_sha256"),
+        **{key: run.get(key) for key in RUN_BY},
         "score": trial.score(),
         "curve": curve(train),
         "held_out": held_out,

@@ -166,12 +166,14 @@ def summarise(results):
         recipes = [
             trial.get("recipe") or {} for trial in results["trials"] if trial["task"] == name
         ]
+        # A trial's recipe has the settings that the sweep leaves at their defaults too.
+        settings = next((r["task"] for r in recipes if r.get("task")), table)
         task = tasks[name] = Task(
             name,
             "accuracy" if table else "bits_per_byte",
             not table,
             next((r["sequence_length"] for r in recipes if "sequence_length" in r), None),
-            control_pairs=table.get("control_pairs"),
+            control_pairs=settings.get("control_pairs"),
         )
         for model in results["models"]:
             task.entries[model] = _entry(results, task, model)
