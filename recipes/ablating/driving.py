@@ -36,7 +36,9 @@ def drive(plan, engine, table=None):
             if not any(slots):
                 return stopping
             table.draw([trial for trial, _ in filter(None, slots)])
-            time.sleep(EVERY)
+            wake = time.monotonic() + EVERY
+            while time.monotonic() < wake and not signals.received:
+                time.sleep(EVERY / 10)
             for slot, (trial, job) in [(n, held) for n, held in enumerate(slots) if held]:
                 code = job.poll()
                 if code is not None:

@@ -66,7 +66,7 @@ def test_mistyped_folders(tmp_path, monkeypatch, offline):
 def test_the_hub(monkeypatch, offline):
     used = []
 
-    def load(name, local_files_only):
+    def load(name, local_files_only, trust_remote_code):
         used.append(local_files_only)
         raise OSError("several\nlines")
 

@@ -59,6 +59,11 @@ class Rank:
         assert how == "sum"
         return self.group.sum(self.process_index, tensor)
 
+    def gather(self, number):
+        own = torch.zeros(self.num_processes, dtype=number.dtype)
+        own[self.process_index] = number
+        return self.group.sum(self.process_index, own)
+
     def backward(self, loss):
         loss.backward()
 
