@@ -14,4 +14,4 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     # And tracing makes so many objects that a young generation of Python's 700 is always full.
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(20_000, 10, 10)
