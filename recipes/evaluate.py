@@ -23,6 +23,7 @@ from pretraining.building import REPOSITORY
 from pretraining.comparing import bits_per_byte_by_context, check_text_for
 from pretraining.recipe import UsageError
 from pretraining.reporting import environment, write_json
+from pretraining.usage import run_script
 from scoring.command_line import CONTEXTS, parse, text_recipe
 from scoring.lm_eval_folder import commands_for, write_folder
 from scoring.measures import (
@@ -157,11 +158,7 @@ def start(arguments):
 
 def main():
     """Turns what the user can put right into one line."""
-    try:
-        start(sys.argv[1:])
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USAGE)
+    run_script(start)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ in streaming.py. The answers go to loss_by_position.json and loss_by_position.pn
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads OpenMP
@@ -26,6 +25,7 @@ from pretraining.plotting import plot_by_position
 from pretraining.recipe import Recipe, UsageError
 from pretraining.reporting import bits_per_byte, environment, write_json
 from pretraining.run_folder import read_record
+from pretraining.usage import run_script
 
 MAY_DIFFER = {"carry_state", "seed"}
 
@@ -104,11 +104,7 @@ def start(arguments):
 
 def main():
     """Turns what the user can put right into one line."""
-    try:
-        start(sys.argv[1:])
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(start)
 
 
 if __name__ == "__main__":

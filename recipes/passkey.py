@@ -29,7 +29,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pretraining.building import parameter_groups
-from pretraining.recipe import UsageError, nearest, tomllib
+from pretraining.usage import UsageError, nearest, read_toml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 if str(REPOSITORY) not in sys.path:  # run from a clone in which nothing is installed
@@ -76,12 +76,7 @@ def read_task(path):
     Raises:
         UsageError: no such file, not TOML, or a key that it does not have.
     """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
+    values = read_toml(path)
     known = Task.__dataclass_fields__
     for key in values:
         if key not in known:

@@ -21,6 +21,7 @@ from pretraining.plotting import plot_reference
 from pretraining.recipe import UsageError, nearest
 from pretraining.reporting import write_json
 from pretraining.run_folder import METRICS, read_record
+from pretraining.usage import run_script
 
 CONFIGS, RESULTS = REPOSITORY / "recipes/configs", REPOSITORY / "recipes/results/reference"
 RUNS = REPOSITORY / "runs/reference"
@@ -129,11 +130,7 @@ def start(arguments):
 
 def main():
     """Turns what the user can put right into one line."""
-    try:
-        start(sys.argv[1:])
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(start)
 
 
 if __name__ == "__main__":

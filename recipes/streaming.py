@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads OpenMP
@@ -33,6 +32,7 @@ from pretraining.mixing import load_mixture
 from pretraining.plotting import plot_streaming
 from pretraining.recipe import Recipe, UsageError
 from pretraining.reporting import bits_per_byte, environment, write_json
+from pretraining.usage import run_script
 
 
 def read_run(folder):
@@ -198,11 +198,7 @@ def start(arguments):
 
 def main():
     """Turns what the user can put right into one line."""
-    try:
-        start(sys.argv[1:])
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(start)
 
 
 if __name__ == "__main__":

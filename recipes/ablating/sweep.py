@@ -12,9 +12,9 @@ from pretraining.recipe import (
     nearest,
     pairs,
     parse_value,
-    tomllib,
     typed,
 )
+from pretraining.usage import read_toml
 
 # Keys of a recipe that a sweep sets itself, and where it says what they are.
 NOT_A_TASKS = {
@@ -219,12 +219,7 @@ def read_sweep(path, overrides=()):
     Raises:
         UsageError: no such file, not TOML, an unknown key, a value of the wrong type or range.
     """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
+    values = read_toml(path)
     values.setdefault("name", Path(path).stem)
     for key, text in pairs(overrides):
         *tables, last = key.split(".")

@@ -7,13 +7,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
-
 from .source_tables import NOT_OF_A_TASK, check_schedule, check_sources, settle_task
-from .usage import UsageError, nearest
+from .usage import UsageError, nearest, read_toml, tomllib
 
 
 @dataclass
@@ -271,12 +266,7 @@ def read_recipe(path, overrides=()):
     Raises:
         UsageError: no such file, not TOML, an unknown key, a value of the wrong type or range.
     """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the recipe {path}: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
+    values = read_toml(path)
     values.setdefault("name", Path(path).stem)
     types = typing.get_type_hints(Recipe)
     for key, text in pairs(overrides):
