@@ -30,6 +30,18 @@ def small_parameters(model):
     return deepspeed.zero.GatheredParameters(parameters)
 
 
+def gather_by_block(model):
+    """Makes a block what ZeRO-3 gathers at a time, as FSDP does.
+
+    It would gather for every call of every module, and a process whose text has fewer windows or
+    segments makes fewer calls than the others: they would wait for one another for ever.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    blocks = {type(x) for x in model.modules() if type(x).__name__ in model._no_split_modules}
+    set_z3_leaf_modules(model, list(blocks))
+
+
 class Zero:
     """A model and its optimizer in DeepSpeed's hands.
 
@@ -64,6 +76,8 @@ class Zero:
             {**group, "params": [names[id(parameter)] for parameter in group["params"]]}
             for group in optimizer.param_groups
         ]
+        if self.stage == 3:
+            gather_by_block(model)
         self.engine, self.wrapped = accelerator.prepare(model, optimizer)
         self.optimizer = self.wrapped.optimizer  # DeepSpeed's, around torch's
 
