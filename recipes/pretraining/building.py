@@ -15,7 +15,9 @@ from transformers.utils import logging
 
 import zoo
 from tasks import load
-from zoo.hub.folder import settings
+from zoo.hub.adapters import has_adapter
+from zoo.hub.folder import read_tensors, settings
+from zoo.hub.shards import has_shards
 
 from .finding import did_you_mean, hub_answers, is_path
 from .recipe import UsageError, nearest
@@ -158,6 +160,8 @@ def build_model(recipe, config, folder=None):
 
 def _load(model_class, folder, **options):
     try:
+        if has_shards(folder) or has_adapter(folder):
+            return model_class.from_pretrained(None, state_dict=read_tensors(folder), **options)
         return model_class.from_pretrained(folder, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())

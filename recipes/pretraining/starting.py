@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
-from zoo.hub.folder import find_weights, read_config, settings
+from zoo.hub.folder import read_config, settings, weight_files
 from zoo.hub.origin import origin_of_checkpoint
 
 from .building import build_config
@@ -154,7 +154,7 @@ def _read_config(folder):
 
 def _weight_files(folder):
     try:
-        return find_weights(folder)
+        return weight_files(folder)
     except ValueError as error:
         raise UsageError(f"no weights to begin with: {error}{_instead(folder)}") from None
 

@@ -6,11 +6,15 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import zoo
 from pretraining import starting
 from pretraining.building import load_tokenizer
+from scoring.models import load_subject
+from zoo.hub.adapters import merge
+from zoo.hub.export import export
 from zoo.hub.origin import origin_of_checkpoint
 
 OPTIONS = ["--warmup_steps", "0", "--schedule", "constant", "--eval_every", "0", "--steps", "6"]
@@ -119,3 +123,50 @@ def test_a_dry_run_counts_what_is_trained(in_process, source):
     trained = 2 * 4 * (4 * 16 + 16 + 16 + 32 + 32 + 32 + 16)
     assert parameters.endswith(f", {trained:,} trained")
     assert f"gradients {4 * trained / 1000:.3g} kB" in memory
+
+
+@pytest.mark.parametrize("more", ["false", "true"])
+def test_a_checkpoint_is_exported_and_begun_with(in_process, workshop, source, more):
+    """It holds the adapter alone; whoever reads its weights gets those of the merged model."""
+    trained = ["--lora.train_embeddings_and_norms", more]
+    assert in_process(*OPTIONS, *trained).returncode == 0
+    run_dir = workshop.folder / "tiny"
+    checkpoint, out = run_dir / "checkpoint-6", workshop.folder / "exported"
+    export(checkpoint, out)
+    merged = load_file(run_dir / "model.safetensors")
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == merged.keys() and not changed(merged, found)
+    assert not changed(merged, load_subject(str(checkpoint), "cpu").model.state_dict())
+    begun = ["--name", "begun", "--init_from", str(checkpoint), "--lora", "{}", "--steps", "1"]
+    assert in_process(*OPTIONS, *begun).returncode == 0
+    whole = ["--name", "whole", "--init_from", str(run_dir), "--lora", "{}", "--steps", "1"]
+    assert in_process(*OPTIONS, *whole).returncode == 0
+    assert workshop.curve("begun") == workshop.curve("whole")
+
+
+def test_an_adapter_is_merged_with_its_own_weights_or_not_at_all(in_process, workshop, source):
+    assert in_process(*OPTIONS).returncode == 0
+    checkpoint, out = workshop.folder / "tiny/checkpoint-6", workshop.folder / "exported"
+    weights = source / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.0.mixer.q_proj.weight"
+    save_file({**tensors, name: tensors[name] + 1}, weights)
+    with pytest.raises(ValueError, match="model.safetensors is not the file that it was trained"):
+        export(checkpoint, out)
+    source.rename(workshop.folder / "elsewhere")
+    with pytest.raises(ValueError, match=f"on the weights of {source}, which is no folder here"):
+        export(checkpoint, out)
+    assert not out.exists()
+
+
+def test_an_adapter_that_is_no_plain_one_is_not_merged():
+    x = torch.ones(2, 2)
+    names = [f"base_model.model.q_proj.lora_{part}.weight" for part in "AB"]
+    adapter, config = dict.fromkeys(names, x), {"peft_type": "LORA", "r": 4, "lora_alpha": 2}
+    merged = merge({"q_proj.weight": x}, adapter, config, "here")
+    assert merged["q_proj.weight"].equal(x + 2 * x * 2 / 4)
+    for other in ({"use_dora": True}, {"rank_pattern": {"q": 1}}, {"peft_type": "IA3"}):
+        with pytest.raises(ValueError, match="expected a plain LoRA adapter, got .* merge_and_unl"):
+            merge({"q_proj.weight": x}, adapter, config | other, "here")
+    with pytest.raises(ValueError, match="has no place"):
+        merge({"k_proj.weight": x}, adapter, config, "here")

@@ -77,6 +77,9 @@ def test_shards_train_and_save_and_resume_as_one(workshop, run):
     export(newest, workshop.folder / "exported")
     exported = load_file(workshop.folder / "exported/model.safetensors")
     assert all(exported[name].equal(x) for name, x in two.items())
+    for name, begin in (("from shards", newest), ("from one file", workshop.folder / "exported")):
+        run(name, "--init_from", str(begin), "--steps", "5", "--decay_steps", "0")
+    assert figures(workshop, "from shards").equal(figures(workshop, "from one file"))
     # The same processes go on with the same numbers, others with the same but for rounding.
     for name, tolerance, options in (
         ("same", 0, SHARDED),

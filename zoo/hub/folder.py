@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from .. import MODELS
 from ..core.base import ZooConfig
-from .shards import has_shards, read_shards
+from .adapters import ADAPTER, CONFIG, WEIGHTS, base_of, check_base, has_adapter, merge
+from .shards import SHARDS, has_shards, read_shards
 
 # Names of a training run's other files, which share a weight file's extension.
 NOT_WEIGHTS = (
@@ -138,7 +139,7 @@ def read_tensors(src, others=None):
     """Every tensor of a checkpoint by name. Code in pickled files is never run.
 
     Args:
-        src: as `find_weights`, or the folder of a run's checkpoint in shards.
+        src: as `find_weights`, or the folder of a run's checkpoint in shards or of an adapter.
         others: a dict to fill with what is not a tensor, by name; None refuses such things.
 
     Raises:
@@ -147,6 +148,11 @@ def read_tensors(src, others=None):
     """
     if has_shards(src):
         return read_shards(src)
+    if has_adapter(src):
+        base, added = base_of(src, read_json), Path(src) / ADAPTER / WEIGHTS
+        check_base(src, weight_files(base), read_json)
+        config = read_json(Path(src) / ADAPTER / CONFIG)
+        return merge(read_tensors(base), read_tensors(added), config, added)
     tensors = {}
     for path in find_weights(src):
         if path.suffix == ".safetensors":
@@ -161,6 +167,15 @@ def read_tensors(src, others=None):
             raise ValueError(f"{path} holds {some(twice)}, which another shard holds too.")
         tensors |= found
     return tensors
+
+
+def weight_files(src):
+    """The files whose contents `read_tensors` gives, in a fixed order."""
+    if has_shards(src):
+        return sorted(path for path in (Path(src) / SHARDS).iterdir() if path.is_file())
+    if has_adapter(src):
+        return [Path(src) / ADAPTER / WEIGHTS, *weight_files(base_of(src, read_json))]
+    return find_weights(src)
 
 
 def _what_is_odd(x):

@@ -1,0 +1,96 @@
+"""Reads the weights of a training run's checkpoint that holds an adapter alone, as `[lora]` makes.
+
+What is added to a matrix W is alpha / r B A (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+peft merges the same into a model; here there are tensors and nothing runs.
+"""
+
+import hashlib
+from pathlib import Path
+
+ADAPTER, WEIGHTS, CONFIG = "adapter", "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # what peft's names begin with
+# Settings of peft's under which the sum is another one.
+OTHERS = ("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out")
+OTHERS += ("rank_pattern", "alpha_pattern", "layer_replication")
+
+
+def has_adapter(folder):
+    """Whether a folder is a checkpoint of an adapter, without the weights that it lies on."""
+    folder = Path(folder)
+    return (folder / ADAPTER / WEIGHTS).is_file() and not (folder / "model.safetensors").is_file()
+
+
+def base_of(folder, read_json):
+    """The folder of the weights that an adapter lies on.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    folder = Path(folder)
+    name = str(read_json(folder / ADAPTER / CONFIG).get("base_model_name_or_path"))
+    base = Path(name).expanduser()
+    if not base.is_dir():
+        raise ValueError(
+            f"{folder} holds an adapter on the weights of {name}, which is no folder here; run "
+            f"this where it is, or put it there (Hub: hf download {name} --local-dir {name})."
+        )
+    return base
+
+
+def check_base(folder, files, read_json):
+    """Refuses weights which are others than those that a checkpoint's adapter was trained on.
+
+    Args:
+        folder: of the checkpoint, which says what they were.
+        files: of the weights.
+        read_json: reads a file of JSON.
+    """
+    manifest = Path(folder) / "checkpoint.json"
+    begun = (read_json(manifest).get("init_from") or {}) if manifest.is_file() else {}
+    there = {path.name: path for path in files}
+    for name, expected in (begun.get("sha256") or {}).items():
+        if name in there:
+            with open(there[name], "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == expected:
+                    continue
+        raise ValueError(
+            f"{folder} holds an adapter on other weights than there are now ({name} is not the "
+            "file that it was trained on); put that back."
+        )
+
+
+def merge(tensors, adapter, config, source):
+    """Weights with what an adapter adds to them.
+
+    Args:
+        tensors: of the model that it lies on, by our names.
+        adapter: tensors as peft names them.
+        config: of the adapter.
+        source: where it comes from, for messages.
+
+    Returns:
+        Name -> tensor.
+
+    Raises:
+        ValueError: an adapter of another kind, or of another model.
+    """
+    found = [name for name in OTHERS if config.get(name)]
+    if config.get("peft_type") != "LORA" or found:
+        kind = ", ".join(found) or config.get("peft_type")
+        raise ValueError(
+            f"{source}: expected a plain LoRA adapter, got {kind}; merge it with peft's "
+            "merge_and_unload(), save that, and pass its folder."
+        )
+    merged, scale = dict(tensors), config["lora_alpha"] / config["r"]
+    for name, x in adapter.items():
+        own = name.removeprefix(PREFIX)
+        if own.endswith(".lora_B.weight"):
+            continue
+        if own.endswith(".lora_A.weight"):
+            own = own.replace(".lora_A.", ".")
+            delta = adapter[name.replace(".lora_A.", ".lora_B.")] @ x * scale
+            x = tensors[own] + delta.to(tensors[own].dtype) if own in tensors else delta
+        if own not in tensors or tensors[own].shape != x.shape:
+            raise ValueError(f"{source}: the adapter's {name} has no place in the model's weights.")
+        merged[own] = x
+    return merged
