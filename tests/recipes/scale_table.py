@@ -19,8 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import tomllib
-
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
@@ -29,6 +27,7 @@ from conftest import DEEPSPEED, ROOT, TINY, Workshop, free_port
 from forks import Forks
 from safetensors.torch import load_file
 
+from pretraining.usage import read_toml
 from zoo import MODELS
 from zoo.hub.export import export
 
@@ -74,7 +73,7 @@ class Table:
         folder.mkdir()
         self.workshop, self.folder = Workshop(folder, folder.parent / "cache", forks), folder
         self.steps = steps
-        demo = tomllib.loads((ROOT / f"recipes/configs/{architecture}_demo.toml").read_text())
+        demo = read_toml(ROOT / f"recipes/configs/{architecture}_demo.toml")
         model = {key: SMALL.get(key, value) for key, value in demo["model"].items()}
         model |= {key: SMALL[key] for key in ("hidden_size", "num_hidden_layers")}
         model.pop("dropout", None)

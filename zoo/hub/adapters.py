@@ -49,14 +49,20 @@ def check_base(folder, files, read_json):
     begun = (read_json(manifest).get("init_from") or {}) if manifest.is_file() else {}
     there = {path.name: path for path in files}
     for name, expected in (begun.get("sha256") or {}).items():
-        if name in there:
-            with open(there[name], "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == expected:
-                    continue
+        if name in there and _sha256(there[name]) == expected:
+            continue
         raise ValueError(
             f"{folder} holds an adapter on other weights than there are now ({name} is not the "
             "file that it was trained on); put that back."
         )
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def merge(tensors, adapter, config, source):
