@@ -148,7 +148,7 @@ def sizes(sweep, task, widths):
     for name, model in models.items():
         recipe, length = recipes[name], length_of(recipes[name])
         value = amount(model, by, length)
-        lengths = sorted({length, *recipe.eval_lengths})
+        lengths = sorted({length, *recipe.eval_lengths, *recipe.eval_contexts})
         count = sum(p.numel() for p in model.parameters())
         if count <= LIVE:
             states = live_state_bytes(recipe, lengths)

@@ -15,7 +15,7 @@ from pretraining.recipe import read_recipe
 from pretraining.training import Run
 
 STEPS = 20
-DEMOS = sorted(path.stem for path in reference.RESULTS.glob("*.json"))
+DEMOS = sorted(path.stem for path in reference.CONFIGS.glob("*_demo.toml"))
 
 
 def recorded(name):
