@@ -208,7 +208,7 @@ def plot_reference(path, records):
     rows = -(-len(records) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.8 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (name, record) in zip(panels, records.items()):
         ends = []
         for number, curve in enumerate(record["curves"]):
@@ -219,11 +219,16 @@ def plot_reference(path, records):
             axes.plot([int(s) for s in steps], values, color=f"C{number}", marker="o", ms=4, lw=1)
             ends.append(values[-1])
         axes.set_title(f"{name}: {min(ends):.3f} to {max(ends):.3f}", fontsize=10)
-        axes.set_ylim(1.5, 5)
+        axes.set_ylim(1.4, 5)
         axes.grid(alpha=0.3)
     figure.supxlabel("steps of 2,048 bytes")
-    figure.supylabel(
-        "bits per token of each step, and per byte held out (dots; the last in titles)"
+    for axes in panels[len(records) :]:
+        axes.set_visible(False)
+    figure.supylabel("bits")
+    figure.suptitle(
+        "Three seeds: bits per token of each step, and per byte of held-out text (dots; the last "
+        "in titles)",
+        fontsize=11,
     )
     figure.savefig(path, format="png")
 
