@@ -94,7 +94,13 @@ def test_every_figure_has_its_numbers():
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", README)
     assert pictures
     for picture in pictures:
-        assert (ROOT / picture).is_file() and (ROOT / picture).with_suffix(".json").is_file()
+        path = ROOT / picture
+        raw = [path.with_suffix(".json")]
+        if path.stem == path.parent.name:  # of all that lies there
+            raw = [*path.parent.glob("*.json")]
+        if path.parent.name == "figures":  # of a sweep's report
+            raw = [path.parents[1] / "results.json"]
+        assert path.is_file() and raw and all(file.is_file() for file in raw), picture
 
 
 def test_versions_agree():

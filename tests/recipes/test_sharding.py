@@ -99,8 +99,8 @@ def test_shards_train_and_save_and_resume_as_one(workshop, run):
     assert expected[-1, 2] not in (0, expected[-1, 1])
 
 
-OTHERS = {  # one with decays that see the text, one that goes through windows within a layer
-    "rwkv6": {"hidden_size": 16, "head_size": 8, "num_hidden_layers": 2},
+OTHERS = {  # one more recurrence, and one that goes through windows within a layer
+    "lightning": {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2},
     "block_recurrent": {
         "hidden_size": 16,
         "num_attention_heads": 2,
@@ -120,7 +120,7 @@ def test_other_architectures(workshop, run, architecture):
     workshop.recipe.write_text(recipe)
     run("one")
     expected = figures(workshop, "one")
-    if DEEPSPEED.is_dir():
+    if DEEPSPEED.is_dir() and architecture == "block_recurrent":
         # The last held-out text of one process has fewer windows, for which the other waited.
         run("zero", processes=2, config="zero3_offload.yaml")
         torch.testing.assert_close(figures(workshop, "zero"), expected, rtol=1e-5, atol=0)
