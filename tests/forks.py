@@ -122,6 +122,9 @@ def _serve():
         if not pid:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # As from a terminal: shells let their background jobs ignore SIGINT, nohup SIGHUP.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             _run(**json.loads(line))
         print(json.dumps(pid), flush=True)
 

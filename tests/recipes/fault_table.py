@@ -236,10 +236,6 @@ def main():
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--only", default="", help="part of a fault's name")
     options = parser.parse_args()
-    for (
-        name
-    ) in SIGNALS:  # a shell may have its background jobs ignore some, and a run keeps to that
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
     path, modules = [ROOT, ROOT / "recipes"], ["pretrain", "matplotlib.figure"]
     forks = Forks([*modules, "matplotlib.backends.backend_agg"], path, {"OMP_NUM_THREADS": "1"})
     failed, rng = 0, random.Random(options.seed)
