@@ -13,7 +13,7 @@ import zoo
 from pretraining import starting
 from pretraining.building import load_tokenizer
 from scoring.models import load_subject
-from zoo.hub.adapters import merge
+from zoo.hub.adapters import has_adapter, merge
 from zoo.hub.export import export
 from zoo.hub.origin import origin_of_checkpoint
 
@@ -157,6 +157,17 @@ def test_an_adapter_is_merged_with_its_own_weights_or_not_at_all(in_process, wor
     with pytest.raises(ValueError, match=f"on the weights of {source}, which is no folder here"):
         export(checkpoint, out)
     assert not out.exists()
+
+
+def test_a_whole_model_is_not_taken_for_an_adapter(tmp_path):
+    """A run's folder has both, and large weights lie in several files."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_model.safetensors").touch()
+    assert has_adapter(tmp_path)
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        (tmp_path / name).touch()
+        assert not has_adapter(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_an_adapter_that_is_no_plain_one_is_not_merged():

@@ -17,7 +17,9 @@ OTHERS += ("rank_pattern", "alpha_pattern", "layer_replication")
 def has_adapter(folder):
     """Whether a folder is a checkpoint of an adapter, without the weights that it lies on."""
     folder = Path(folder)
-    return (folder / ADAPTER / WEIGHTS).is_file() and not (folder / "model.safetensors").is_file()
+    names = "model.safetensors", "model.safetensors.index.json"
+    is_whole = any((folder / name).is_file() for name in names)
+    return (folder / ADAPTER / WEIGHTS).is_file() and not is_whole
 
 
 def base_of(folder, read_json):
