@@ -19,7 +19,7 @@ import json
 import math
 from dataclasses import MISSING, dataclass, fields
 
-from ablating.statistics import holm, paired
+from ablating.statistics import LEVEL, holm, paired
 from ablating.summary import CONTROL, last_figures, summarise
 from pretraining.building import REPOSITORY
 from pretraining.recipe import UsageError, nearest, typed
@@ -28,7 +28,6 @@ from pretraining.usage import read_toml, run_script
 CLAIMS = REPOSITORY / "recipes/configs/claims.toml"
 RESULTS = REPOSITORY / "recipes/results"
 KEEPS, LOSES = 0.9, 0.5  # of the speed at the shorter length
-LEVEL = 0.05
 SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown at this size", "contradicted"
 
 
@@ -151,9 +150,8 @@ def compare(claim, task):
     if failed:
         return Finding(found, f"{' and '.join(failed)} did not learn the control")
     if claim.within:
-        nearest_zero = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
-        is_shown = max(abs(low), abs(high)) <= claim.within
-        is_outside = nearest_zero > claim.within
+        is_shown = -claim.within <= low and high <= claim.within
+        is_outside = low > claim.within or high < -claim.within
         verdict = SHOWN if is_shown else CONTRADICTED if is_outside else NOT_SHOWN
         return Finding(f"{found}, margin {claim.within:g}", verdict)
     sign = math.copysign(1, difference.mean) * (-1 if task.lower_is_better else 1)
@@ -184,10 +182,9 @@ def judge(claims, sweeps):
     corrected = holm({n: finding.p for n, finding in enumerate(findings)})
     for n, finding in enumerate(findings):
         if finding.p is not None:
-            is_clear = corrected[n] < LEVEL
-            finding.verdict = NOT_SHOWN
-            if is_clear:
-                finding.verdict = SHOWN if finding.sign > 0 else CONTRADICTED
+            finding.verdict = SHOWN if finding.sign > 0 else CONTRADICTED
+            if corrected[n] >= 1 - LEVEL:
+                finding.verdict = NOT_SHOWN
     return findings
 
 
@@ -207,7 +204,7 @@ def markdown(claims, findings, sweeps):
         "Models as small as these, trained for minutes, say nothing of large ones: the column "
         "says what was seen here.",
         "Differences are means over seeds, paired, with their 95% t-intervals; shown and "
-        f"contradicted need Holm's p over all of them below {LEVEL}.",
+        f"contradicted need Holm's p over all of them below {1 - LEVEL:.2g}.",
         f"Where a task has an easy control, who has less than {CONTROL} there did not learn it, "
         "which says nothing of what a state can hold.",
         f"A speed is flat that keeps more than {KEEPS} of itself.",

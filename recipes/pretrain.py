@@ -25,7 +25,7 @@ from accelerate.utils import GradientAccumulationPlugin, str_to_bool
 
 from pretraining.agreeing import together
 from pretraining.building import REPOSITORY, build_config, build_model, tokenizer_of
-from pretraining.checkpointing import MANIFEST, Checkpoint, file_hash, newest_checkpoint
+from pretraining.checkpointing import MANIFEST, Checkpoint, newest_checkpoint
 from pretraining.continuing import check_changes
 from pretraining.costs import describe
 from pretraining.launching import (
@@ -51,6 +51,7 @@ from pretraining.run_folder import (
 from pretraining.sharding import check_plugin
 from pretraining.starting import config_of_source
 from pretraining.training import Diverged, Run
+from zoo.hub.files import file_hash
 
 USAGE, DIVERGED = 2, 3  # exit statuses; Python's is 1 after a crash
 EPILOG = """\

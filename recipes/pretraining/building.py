@@ -15,9 +15,7 @@ from transformers.utils import logging
 
 import zoo
 from tasks import load
-from zoo.hub.adapters import has_adapter
-from zoo.hub.folder import read_tensors, settings
-from zoo.hub.shards import has_shards
+from zoo.hub.folder import in_parts, read_tensors, settings
 
 from .finding import did_you_mean, hub_answers, is_path
 from .recipe import UsageError, nearest
@@ -160,7 +158,7 @@ def build_model(recipe, config, folder=None):
 
 def _load(model_class, folder, **options):
     try:
-        if has_shards(folder) or has_adapter(folder):
+        if in_parts(folder):
             return model_class.from_pretrained(None, state_dict=read_tensors(folder), **options)
         return model_class.from_pretrained(folder, **options)
     except (OSError, ValueError, SafetensorError) as error:

@@ -9,7 +9,6 @@ are somebody else's and stay.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -17,6 +16,8 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+
+from zoo.hub.files import file_hash
 
 from .recipe import Recipe, UsageError
 
@@ -246,15 +247,6 @@ def files_in(folder):
     """The names of all files in a folder and those within, relative to it."""
     paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     return [path.relative_to(folder).as_posix() for path in paths]
-
-
-def file_hash(path):
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def is_inside(name):

@@ -16,11 +16,9 @@ from pretraining.building import load_tokenizer
 from pretraining.checkpointing import list_checkpoints
 from pretraining.finding import did_you_mean, hub_answers, is_path
 from pretraining.recipe import Recipe, UsageError
-from zoo.hub.adapters import has_adapter
 from zoo.hub.files import is_tokenizer, read_fields
-from zoo.hub.folder import read_config, read_tensors
+from zoo.hub.folder import in_parts, read_config, read_tensors
 from zoo.hub.origin import RECIPE_ROWS, origin_of_checkpoint
-from zoo.hub.shards import has_shards
 
 # Of a table of learned positions, in transformers' models and in ours.
 TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|pos_emb)$")
@@ -115,7 +113,7 @@ def load_subject(name, device, dtype="auto", trust_remote_code=False, tokenizer=
     try:
         config = AutoConfig.from_pretrained(name, **options)
         given = {"config": config, "dtype": dtype, "output_loading_info": True}
-        if has_shards(name) or has_adapter(name):  # checkpoints of ours, in parts
+        if in_parts(name):
             model_class = read_config(name)[0].causal_lm
             model, loaded = model_class.from_pretrained(
                 None, state_dict=read_tensors(name), **given

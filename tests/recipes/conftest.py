@@ -1,5 +1,6 @@
 """A tiny recipe, and ways to run it as users do: in processes of its own."""
 
+import contextlib
 import json
 import os
 import signal
@@ -158,8 +159,8 @@ def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("corpora")
 
 
-@pytest.fixture(scope="session")
-def forks():
+@contextlib.contextmanager
+def started_forks():
     """Gives the `Forks` that have imported what pretrain.py does, begun when first asked for.
 
     With `deepspeed`, those that have it too: whoever imports transformers before it is there, never
@@ -177,9 +178,18 @@ def forks():
             started[deepspeed] = Forks(modules, path, env)
         return started[deepspeed]
 
-    yield get
-    for server in started.values():
-        server.close()
+    try:
+        yield get
+    finally:
+        for server in started.values():
+            server.close()
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """What `started_forks` gives."""
+    with started_forks() as get:
+        yield get
 
 
 @pytest.fixture

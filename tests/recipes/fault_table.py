@@ -24,8 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import psutil
-from conftest import ROOT, Workshop
-from forks import Forks
+from conftest import Workshop, started_forks
 from safetensors.torch import load_file
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -236,12 +235,10 @@ def main():
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--only", default="", help="part of a fault's name")
     options = parser.parse_args()
-    path, modules = [ROOT, ROOT / "recipes"], ["pretrain", "matplotlib.figure"]
-    forks = Forks([*modules, "matplotlib.backends.backend_agg"], path, {"OMP_NUM_THREADS": "1"})
     failed, rng = 0, random.Random(options.seed)
     print("| fault | processes | after step | steps lost | largest difference |")
     print("|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, started_forks() as forks:
         cache_dir = Path(folder) / "cache"
         for fault in FAULTS:
             for place, layout in enumerate(LAYOUTS):
@@ -257,9 +254,7 @@ def main():
                 here.mkdir() if fault != "a full disk" else None
                 try:
                     with disk:
-                        found = strike(
-                            fault, layout, here, cache_dir, lambda **_: forks, rng, options.times
-                        )
+                        found = strike(fault, layout, here, cache_dir, forks, rng, options.times)
                 except AssertionError as error:
                     failed += 1
                     print(f"| {fault} | {layout} | FAILED: {error} |||", flush=True)
@@ -273,7 +268,6 @@ def main():
                     f"| {fault} | {layout} | {steps} | {lost} | {largest:.1g}{verdict} |",
                     flush=True,
                 )
-    forks.close()
     sys.exit(bool(failed))
 
 

@@ -16,8 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from conftest import ROOT, TINY, Workshop
-from forks import Forks
+from conftest import TINY, Workshop, started_forks
 
 SHORT = ["--steps", "8", "--warmup_steps", "1", "--decay_steps", "2", "--checkpoint_every", "4"]
 SHORT += ["--eval_every", "4"]
@@ -94,20 +93,14 @@ def try_pair(workshop, name, options):
     return "" if one == two and all(weights) else "resumed, it is another run", ""
 
 
-def main():
-    """Tries all pairs."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="part of a feature's name")
-    only = parser.parse_args().only
-    modules = ["pretrain", "matplotlib.figure", "matplotlib.backends.backend_agg"]
-    forks = Forks(modules, [ROOT, ROOT / "recipes"], {"OMP_NUM_THREADS": "1"})
-    wrong, refused, count = [], [], 0
+def try_all(only, forks):
+    """Yields (pair, what is wrong, what is refused) of the pairs that have `only` in a name."""
     text = TINY.replace("dropout = 0.1", "")
     of_task = text.replace("eval_bytes = 1000\n", "").replace("sequence_length = 32\n", "")
     for is_task in (False, True):
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            workshop = Workshop(folder, folder / "cache", lambda **_: forks)
+            workshop = Workshop(folder, folder / "cache", forks)
             workshop.recipe.write_text(of_task if is_task else text)
             write_texts(folder)
             data = ["--data", str(folder / "docs")]
@@ -120,18 +113,21 @@ def main():
                 options = [*known[pair[0]], *known[pair[1]]]
                 if not {"sources", "a task"} & {*pair}:
                     options += data
-                failure, refusal = try_pair(workshop, " and ".join(pair), options)
-                count += 1
-                if failure:
-                    wrong.append(pair)
-                    print(f"WRONG {' and '.join(pair)}: {failure}", flush=True)
-                if refusal:
-                    refused.append(pair)
-                    print(f"refused: {' and '.join(pair)}: {refusal}", flush=True)
-    forks.close()
-    print(
-        f"{count} pairs: {len(refused)} refused in a line, {len(wrong)} wrong, the others resumed"
-    )
+                yield pair, *try_pair(workshop, " and ".join(pair), options)
+
+
+def main():
+    """Tries all pairs."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="part of a feature's name")
+    count = refused = wrong = 0
+    with started_forks() as forks:
+        for pair, failure, refusal in try_all(parser.parse_args().only, forks):
+            count, refused, wrong = count + 1, refused + bool(refusal), wrong + bool(failure)
+            if failure or refusal:
+                verdict = f"WRONG: {failure}" if failure else f"refused: {refusal}"
+                print(f"{' and '.join(pair)}: {verdict}", flush=True)
+    print(f"{count} pairs: {refused} refused in a line, {wrong} wrong, the others resumed")
     sys.exit(bool(wrong))
 
 

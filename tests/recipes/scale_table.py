@@ -23,8 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch
-from conftest import DEEPSPEED, ROOT, TINY, Workshop, free_port
-from forks import Forks
+from conftest import DEEPSPEED, ROOT, TINY, Workshop, free_port, started_forks
 from safetensors.torch import load_file
 
 from pretraining.usage import read_toml
@@ -189,20 +188,8 @@ def main():
     parser.add_argument("architectures", nargs="*", default=list(MODELS))
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
-    started, failed = {}, 0
-
-    def forks(deepspeed=False):
-        if deepspeed not in started:
-            more = [DEEPSPEED] if deepspeed else []
-            modules = ["pretrain", "matplotlib.figure", "matplotlib.backends.backend_agg"]
-            started[deepspeed] = Forks(
-                [*modules, *["deepspeed"] * deepspeed],
-                [ROOT, ROOT / "recipes", *more],
-                {"OMP_NUM_THREADS": "1", **({"DS_ACCELERATOR": "cpu"} if deepspeed else {})},
-            )
-        return started[deepspeed]
-
-    with tempfile.TemporaryDirectory() as folder:
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder, started_forks() as forks:
         for architecture in options.architectures:
             table = Table(architecture, Path(folder) / architecture, forks, options.steps)
             print(f"\n{architecture}", flush=True)
@@ -218,9 +205,6 @@ def main():
                 failed += 1
                 print(f"  FAILED: {error}", flush=True)
             shutil.rmtree(table.folder)
-    for server in started.values():
-        with contextlib.suppress(OSError):
-            server.close()
     sys.exit(bool(failed))
 
 

@@ -7,8 +7,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from pretraining.checkpointing import MANIFEST, file_hash
+from pretraining.checkpointing import MANIFEST
 from pretraining.measuring import diagnostics
+from zoo.hub.files import file_hash
 
 SHORT = ["--eval_every", "0", "--checkpoint_every", "0", "--schedule", "constant"]
 COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "EAGER"}

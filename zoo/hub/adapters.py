@@ -4,8 +4,9 @@ What is added to a matrix W is alpha / r B A (Hu et al. 2021, https://arxiv.org/
 peft merges the same into a model; here there are tensors and nothing runs.
 """
 
-import hashlib
 from pathlib import Path
+
+from .files import file_hash
 
 ADAPTER, WEIGHTS, CONFIG = "adapter", "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what peft's names begin with
@@ -22,14 +23,17 @@ def has_adapter(folder):
     return (folder / ADAPTER / WEIGHTS).is_file() and not is_whole
 
 
-def base_of(folder, read_json):
+def base_of(folder, config):
     """The folder of the weights that an adapter lies on.
+
+    Args:
+        folder: of the checkpoint, for messages.
+        config: of the adapter.
 
     Raises:
         ValueError: it is not there.
     """
-    folder = Path(folder)
-    name = str(read_json(folder / ADAPTER / CONFIG).get("base_model_name_or_path"))
+    name = str(config.get("base_model_name_or_path"))
     base = Path(name).expanduser()
     if not base.is_dir():
         raise ValueError(
@@ -39,32 +43,24 @@ def base_of(folder, read_json):
     return base
 
 
-def check_base(folder, files, read_json):
-    """Refuses weights which are others than those that a checkpoint's adapter was trained on.
+def check_base(folder, files, manifest):
+    """Refuses weights which are others than those that an adapter was trained on.
 
     Args:
-        folder: of the checkpoint, which says what they were.
+        folder: of the checkpoint, for messages.
         files: of the weights.
-        read_json: reads a file of JSON.
+        manifest: what checkpoint.json says, which knows their hashes; {} without one.
+
+    Raises:
+        ValueError: a file is missing or another.
     """
-    manifest = Path(folder) / "checkpoint.json"
-    begun = (read_json(manifest).get("init_from") or {}) if manifest.is_file() else {}
     there = {path.name: path for path in files}
-    for name, expected in (begun.get("sha256") or {}).items():
-        if name in there and _sha256(there[name]) == expected:
-            continue
-        raise ValueError(
-            f"{folder} holds an adapter on other weights than there are now ({name} is not the "
-            "file that it was trained on); put that back."
-        )
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    for name, expected in ((manifest.get("init_from") or {}).get("sha256") or {}).items():
+        if name not in there or file_hash(there[name]) != expected:
+            raise ValueError(
+                f"{folder} holds an adapter on other weights than there are now ({name} is not "
+                "the file that it was trained on); put that back."
+            )
 
 
 def merge(tensors, adapter, config, source):

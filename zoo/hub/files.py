@@ -5,6 +5,7 @@ that no export writes, is neither deleted nor uploaded.
 """
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -34,6 +35,15 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX))
 # What a training run leaves: its folder is no export's, however much it looks like a model's.
 RUN_FILES = ("run.json", "run.lock", "checkpoint.json")
+
+
+def file_hash(path):
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_weights(name):

@@ -149,9 +149,11 @@ def read_tensors(src, others=None):
     if has_shards(src):
         return read_shards(src)
     if has_adapter(src):
-        base, added = base_of(src, read_json), Path(src) / ADAPTER / WEIGHTS
-        check_base(src, weight_files(base), read_json)
-        config = read_json(Path(src) / ADAPTER / CONFIG)
+        src, added = Path(src), Path(src) / ADAPTER / WEIGHTS
+        config, manifest = read_json(src / ADAPTER / CONFIG), src / "checkpoint.json"
+        base = base_of(src, config)
+        known = read_json(manifest) if manifest.is_file() else {}
+        check_base(src, weight_files(base), known)
         return merge(read_tensors(base), read_tensors(added), config, added)
     tensors = {}
     for path in find_weights(src):
@@ -169,12 +171,18 @@ def read_tensors(src, others=None):
     return tensors
 
 
+def in_parts(src):
+    """Whether a folder is a checkpoint that `read_tensors` reads and transformers does not."""
+    return has_shards(src) or has_adapter(src)
+
+
 def weight_files(src):
     """The files whose contents `read_tensors` gives, in a fixed order."""
     if has_shards(src):
         return sorted(path for path in (Path(src) / SHARDS).iterdir() if path.is_file())
     if has_adapter(src):
-        return [Path(src) / ADAPTER / WEIGHTS, *weight_files(base_of(src, read_json))]
+        config = read_json(Path(src) / ADAPTER / CONFIG)
+        return [Path(src) / ADAPTER / WEIGHTS, *weight_files(base_of(src, config))]
     return find_weights(src)
 
 
