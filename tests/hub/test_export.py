@@ -12,7 +12,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import zoo
 from zoo.hub.card import state_in_words
@@ -238,6 +241,26 @@ def test_card(folder, model):
     card = ModelCard((folder / "tied" / "README.md").read_text())
     assert card.data.eval_results is None
     assert "without the record" in card.text
+
+
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+def test_the_cards_example_runs_with_a_tokenizer_that_knows_no_code(
+    folder, tmp_path, monkeypatch, capsys, unknown
+):
+    """As that of a synthetic task, whose words are numbers."""
+    words = {**({unknown: 0} if unknown else {}), "0": 1, "1": 2, "2": 3}
+    tokenizer = Tokenizer(WordLevel(words, unk_token=unknown))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    shutil.copytree(folder / "run" / "checkpoint-3", tmp_path / "checkpoint")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown).save_pretrained(
+        tmp_path / "checkpoint"
+    )
+    export(tmp_path / "checkpoint", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out.startswith("0 1 2")
 
 
 def test_every_architecture_has_a_card():

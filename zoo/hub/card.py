@@ -27,7 +27,7 @@ class Subject(NamedTuple):
         architecture: a `zoo.Architecture`.
         config: the model's config.
         dtype: of the weights.
-        has_tokenizer: whether the folder holds one.
+        prompt: text that the folder's tokenizer can read; None: the folder holds none.
         num_parameters: tied ones count once.
         state_bytes: recurrent state of one sequence, without what grows with its tokens.
         state_bytes_per_token: what grows.
@@ -41,7 +41,7 @@ class Subject(NamedTuple):
     architecture: Architecture
     config: PreTrainedConfig
     dtype: str
-    has_tokenizer: bool
+    prompt: str | None
     num_parameters: int
     state_bytes: int
     state_bytes_per_token: int
@@ -179,17 +179,18 @@ def _license(origin):
 
 def _usage(subject):
     trust = ", trust_remote_code=True" if subject.native_format is None else ""
+    has_tokenizer = subject.prompt is not None
     load = [
-        "from transformers import AutoModelForCausalLM" + ", AutoTokenizer" * subject.has_tokenizer,
+        "from transformers import AutoModelForCausalLM" + ", AutoTokenizer" * has_tokenizer,
         "",
         # A string of JSON is one of Python, and nothing can end it early.
         f"name = {json.dumps(subject.name, ensure_ascii=False)}  # this folder, or its Hub name",
         f"model = AutoModelForCausalLM.from_pretrained(name{trust})",
     ]
-    if subject.has_tokenizer:
+    if has_tokenizer:
         load += [
             f"tokenizer = AutoTokenizer.from_pretrained(name{trust})",
-            'inputs = tokenizer("def main(", return_tensors="pt")',
+            f'inputs = tokenizer({json.dumps(subject.prompt)}, return_tensors="pt")',
             "output = model.generate(**inputs, max_new_tokens=64)",
             "print(tokenizer.decode(output[0]))",
         ]

@@ -131,7 +131,7 @@ def export(
             architecture=architecture,
             config=config,
             dtype=str(model.dtype).removeprefix("torch."),
-            has_tokenizer=tokenizer is not None,
+            prompt=None if tokenizer is None else _prompt(tokenizer),
             num_parameters=sum(p.numel() for p in model.parameters()),
             state_bytes=model.state_size(0),
             state_bytes_per_token=model.state_size(1) - model.state_size(0),
@@ -144,7 +144,7 @@ def export(
     return Exported(
         subject.num_parameters,
         code,
-        subject.has_tokenizer,
+        tokenizer is not None,
         subject.model_class,
         notes + remarks,
     )
@@ -170,6 +170,19 @@ def _origin(checkpoint, license, base_model):
         origin.license, origin.license_name, origin.license_link = license, None, None
     origin.base_model = base_model or origin.base_model
     return origin, remarks
+
+
+def _prompt(tokenizer):
+    """What the card's example begins with: code, or else the first words that a tokenizer has."""
+    code = "def main("
+    try:
+        ids = tokenizer(code, add_special_tokens=False)["input_ids"]
+    except Exception:  # tokenizers' own, where a word is missing and nothing stands for it
+        ids = []
+    if ids and tokenizer.unk_token_id not in ids:
+        return code
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    return tokenizer.decode(sorted(words)[:3])
 
 
 def find_checkpoint(folder):
