@@ -79,6 +79,10 @@ def encoded(tokenizer, batches, workers, dtype):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # It warns of more workers than cores, and who asked for them knows.
     warnings.filterwarnings("ignore", "This DataLoader will create")
+    # A dead worker is a signal, whose handler raises wherever this process then is. In the loader's
+    # first step, while it imports what it is profiled with, that would be logged, and lost.
+    with torch.autograd.profiler.record_function("tokenising"):
+        pass
     # The loader keeps the order, and hands each worker two batches at most. What it takes for
     # indices are the texts themselves.
     loader = torch.utils.data.DataLoader(

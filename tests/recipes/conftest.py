@@ -126,7 +126,7 @@ class Workshop:
         command, launch, ranks = self._command(arguments), {}, []
         if processes > 1:
             launch = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
-            launch |= {"MASTER_PORT": free_port()}
+            launch |= {"MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
         if config:
             launch |= {"ACCELERATE_USE_CPU": "false", **launched_with(config, processes)}
             command[0] = str(ROOT / "tests/recipes/sharded_on_cpu.py")
