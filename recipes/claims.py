@@ -139,7 +139,7 @@ def compare(claim, task):
         }
         for entry in entries
     ]
-    difference = paired(*values)
+    difference = paired(*values, task.answers(claim.figure))
     if difference.p is None:
         return Finding("fewer than two seeds", "not measured")
     means = [math.fsum(x.values()) / len(x) for x in values]

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pretraining.building import REPOSITORY
-from pretraining.reporting import environment, write_json
+from pretraining.reporting import environment, write_whole
 from pretraining.run_folder import read_record
 
 from .matching import models_of
@@ -42,8 +42,16 @@ def collect(plan, by_task, engine):
         "models": models,
         "trials": [trial_record(trial, by_task) for trial in plan.trials()],
     }
-    write_json(path, results)
+    write_results(path, results)
     return results
+
+
+def write_results(path, results):
+    """Writes results.json, a trial to a line: of hundreds, one is still found, and told apart."""
+    rest = json.dumps({**results, "trials": []}, indent=1)
+    lines = ",\n".join(json.dumps(trial) for trial in results["trials"])
+    before, _, after = rest.rpartition("[]")
+    write_whole(path, f"{before}[\n{lines}\n ]{after}\n")
 
 
 def add_speed(sweep, results, say=print):
@@ -62,7 +70,7 @@ def add_speed(sweep, results, say=print):
             model["speed"] = speed.measure(
                 model["architecture"], model["fields"], sweep.speed.lengths, sweep.speed.repeats
             )
-    write_json(sweep.folder / RESULTS, results)
+    write_results(sweep.folder / RESULTS, results)
 
 
 def trial_record(trial, by_task):
@@ -104,7 +112,14 @@ def _median(values):
 
 
 def curve(lines):
-    """[step, tokens, seconds, loss] of some lines of training, the first and the last with them."""
+    """[step, tokens, seconds, loss] of some lines of training, the first and the last with them.
+
+    Seconds and losses have six digits, of which a figure shows three.
+    """
     count = min(POINTS, len(lines))
     places = [round(n * (len(lines) - 1) / max(count - 1, 1)) for n in range(count)]
-    return [[lines[n][key] for key in ("step", "tokens", "seconds", "loss")] for n in places]
+    points = [lines[n] for n in places]
+    return [
+        [x["step"], x["tokens"], *(float(f"{x[key]:.6g}") for key in ("seconds", "loss"))]
+        for x in points
+    ]

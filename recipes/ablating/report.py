@@ -12,7 +12,8 @@ from .summary import summarise
 LEGEND = (
     "Scores are means over seeds with their 95% t-intervals; differences are paired by seed, which "
     "share the order of data. Better and worse are said where Holm's p over all models is below "
-    "0.05, else not separable. The learning rate is chosen on a seed of its own."
+    "0.05, else not separable; accuracies also differ by more than chance would have it in so many "
+    "answers. The learning rate is chosen on a seed of its own."
 )
 
 

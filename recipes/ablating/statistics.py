@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 LEVEL = 0.95  # of intervals; differences are claimed where Holm's p is below 1 - LEVEL
+NORMAL = 1.959964  # standard errors that are half of a normal variable's interval
 
 
 def t_inside(t, freedom):
@@ -55,11 +56,13 @@ class Interval:
     values: dict
 
 
-def interval(values):
+def interval(values, of_the_test=0.0):
     """The t-interval of a mean.
 
     Args:
         values: by seed, finite.
+        of_the_test: a standard error that all seeds share, and so do not show. It is known, hence
+            normal: neither the interval nor p is smaller than it alone would have them.
     """
     count = len(values)
     if not count:
@@ -69,19 +72,33 @@ def interval(values):
         return Interval(mean, None, None, values)
     spread = math.fsum((x - mean) ** 2 for x in values.values()) / (count - 1)
     error = math.sqrt(spread / count)
-    if not error:  # all seeds alike, to the last bit
-        return Interval(mean, 0.0, 0.0 if mean else 1.0, values)
-    p = max(0.0, 1 - t_inside(mean / error, count - 1))
-    return Interval(mean, t_quantile(LEVEL, count - 1) * error, p, values)
+    half, p = 0.0, 0.0 if mean else 1.0  # all seeds alike, to the last bit
+    if error:
+        half = t_quantile(LEVEL, count - 1) * error
+        p = max(0.0, 1 - t_inside(mean / error, count - 1))
+    if of_the_test:
+        half = max(half, NORMAL * of_the_test)
+        p = max(p, math.erfc(abs(mean) / of_the_test / math.sqrt(2)))
+    return Interval(mean, half, p, values)
 
 
-def paired(values, baseline):
+def paired(values, baseline, answers=0):
     """The interval of the mean difference to a baseline, over the seeds that both have.
 
     Seeds share the order of data and the targets, so what a seed does to both cancels.
+
+    Args:
+        values, baseline: by seed.
+        answers: of the test, if the values are shares of right ones. The seeds share the test too,
+            and near 0 and 1 they hardly differ: one answer in thousands would separate two models.
+            So two shares of so many answers have to differ by more than chance.
     """
     shared = [seed for seed in values if seed in baseline]
-    return interval({seed: values[seed] - baseline[seed] for seed in shared})
+    of_the_test = 0.0
+    if answers and shared:
+        shares = [math.fsum(x[seed] for seed in shared) / len(shared) for x in (values, baseline)]
+        of_the_test = math.sqrt(math.fsum(x * (1 - x) for x in shares) / answers)
+    return interval({seed: values[seed] - baseline[seed] for seed in shared}, of_the_test)
 
 
 def holm(p_values):

@@ -7,6 +7,9 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from tasks import load
+from tasks.definition import TRAINED, UNSCORED
+
 from .statistics import LEVEL, Interval, holm, interval, paired
 
 CONTROL = 0.9  # the accuracy on the easy control below which a model did not learn the task
@@ -71,6 +74,7 @@ class Task:
         entries: by model.
         noise: how far the baseline's rerun with the same seed is off; None without one.
         control_pairs: of the easy control; None without one.
+        settings: of a synthetic task; {} of text.
     """
 
     name: str
@@ -80,6 +84,16 @@ class Task:
     entries: dict = field(default_factory=dict)
     noise: float | None = None
     control_pairs: int | None = None
+    settings: dict = field(default_factory=dict)
+
+    def answers(self, figure):
+        """How many answers a figure such as accuracy/pairs_8 is a share of; 0 if of none."""
+        kind, _, test = figure.partition("/")
+        if kind != "accuracy":
+            return 0
+        task = load(self.settings)
+        labels_BT = task.test_batch(test or TRAINED, 0, task.test_examples)["shift_labels"]
+        return int((labels_BT != UNSCORED).sum())
 
 
 def score_of(trial):
@@ -174,6 +188,7 @@ def summarise(results):
             not table,
             next((r["sequence_length"] for r in recipes if "sequence_length" in r), None),
             control_pairs=settings.get("control_pairs"),
+            settings=settings,
         )
         for model in results["models"]:
             task.entries[model] = _entry(results, task, model)
@@ -206,9 +221,10 @@ def _entry(results, task, model):
 def _compare(results, task):
     name = results["sweep"]["sweep"]["baseline"]
     baseline, entries = task.entries[name], task.entries
+    answers = task.answers(task.metric)
     for model, entry in entries.items():
         if model != name:
-            entry.difference = paired(entry.score.values, baseline.score.values)
+            entry.difference = paired(entry.score.values, baseline.score.values, answers)
     others = {model: entry.difference for model, entry in entries.items() if entry.difference}
     corrected = holm({model: difference.p for model, difference in others.items()})
     baseline.verdict = "baseline"

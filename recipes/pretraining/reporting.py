@@ -170,6 +170,11 @@ def environment(repository):
 
 def write_json(path, value):
     """Writes a JSON file that is never half there."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_whole(path, text):
+    """Writes a file that is never half there."""
     beside = Path(path).with_name(Path(path).name + ".new")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.write_text(text)
     os.replace(beside, path)

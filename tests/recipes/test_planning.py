@@ -136,7 +136,7 @@ def test_beyond(rates, best, expected):
 
 def test_curves_are_short():
     lines = [{"step": n, "tokens": 2 * n, "seconds": n / 2, "loss": 1 / n} for n in range(1, 1001)]
-    assert curve(lines[:3]) == [[1, 2, 0.5, 1.0], [2, 4, 1.0, 0.5], [3, 6, 1.5, 1 / 3]]
+    assert curve(lines[:3]) == [[1, 2, 0.5, 1.0], [2, 4, 1.0, 0.5], [3, 6, 1.5, 0.333333]]
     assert len(curve(lines)) == 200 and curve([]) == []
     assert [curve(lines)[n][0] for n in (0, -1)] == [1, 1000]
 
@@ -157,7 +157,7 @@ def test_speed_is_measured_once(plan, monkeypatch):
         "a": {"architecture": "retnet", "fields": {"hidden_size": 8}, "speed": []},
         "b": {"architecture": "rwkv4", "fields": {}, "speed": old},
     }
-    add_speed(sweep, {"models": models}, said.append)
+    add_speed(sweep, {"models": models, "trials": []}, said.append)
     assert asked == [("retnet", {"hidden_size": 8})] and said == ["measuring a at 16, 64 tokens"]
     written = json.loads((sweep.folder / "results.json").read_text())["models"]
     assert written["a"]["speed"] == [{"length": n, "repeats": 3} for n in (16, 64)]

@@ -6,11 +6,13 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
+from conftest import ROOT
 from made_results import MODELS, made_results
 
 from ablating import panels, report, tables
 from ablating.figures import groups, in_page, label_ends, svgs
-from ablating.summary import summarise
+from ablating.statistics import interval
+from ablating.summary import last_figures, summarise
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "use", "rect"}
 
@@ -188,3 +190,20 @@ def test_the_same_results_draw_the_same_bytes():
     assert first == second
     inline = in_page(first, "x")
     assert inline.startswith("<svg") and "#1f2328" not in inline and "currentColor" in inline
+
+
+def test_the_readmes_table_is_that_of_the_committed_sweep():
+    folder = ROOT / "recipes/results/ablations/laptop"
+    results = json.loads((folder / "results.json").read_text())
+    tasks, rows = summarise(results), []
+    for model, facts in results["models"].items():
+        text, recall = tasks["text"].entries[model], tasks["recall"].entries[model]
+        cells = [f"`{model}`", f"{facts['state_bytes']['128']:,}"]
+        for context in (128, 512):
+            key = f"bits_per_byte_in_context/{context}"
+            found = interval({s: last_figures(t)[key] for s, t in text.trials.items()})
+            cells.append(f"{found.mean:.2f} ± {found.half:.2f}")
+        unlearned = "" if recall.learned else ", did not learn"
+        cells.append(f"{recall.score.mean:.2f} ± {recall.score.half:.2f}{unlearned}")
+        rows.append(f"| {' | '.join(cells)} |")
+    assert "\n".join(rows) in (ROOT / "README.md").read_text(encoding="utf-8")

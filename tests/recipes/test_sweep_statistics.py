@@ -59,6 +59,28 @@ def test_what_a_seed_does_to_both_cancels():
     assert (alike.half, alike.p) == (0, 1)
 
 
+def test_one_answer_more_is_no_difference():
+    """Three seeds that all miss the same one of 4,096 answers are not worse than perfect ones."""
+    perfect = {1: 1.0, 2: 1.0, 3: 1.0}
+    alike = dict.fromkeys(perfect, 1 - 1 / 4096)
+    assert paired(alike, perfect).p == 0
+    found = paired(alike, perfect, answers=4096)
+    assert found.p == pytest.approx(0.3172, abs=1e-3)  # one standard error: P(|z| > 1)
+    assert found.half == pytest.approx(1.96 / 4096, rel=1e-3)
+    # Where answers are many and models differ, seeds decide as before.
+    far = {1: 0.70, 2: 0.71, 3: 0.72}
+    assert vars(paired(far, perfect, answers=4096)) == vars(paired(far, perfect))
+
+
+def test_answers_are_those_that_a_test_scores():
+    task = summarise(made_results())["recall"]
+    assert [task.answers(x) for x in ("accuracy", "accuracy/pairs_32", "nats")] == [
+        256 * 16,
+        256 * 32,
+        0,
+    ]
+
+
 def test_holm():
     # Worked by hand: 4 x 0.005, 3 x 0.01, 2 x 0.03, and the last is no smaller.
     found = holm({"a": 0.01, "b": 0.04, "none": None, "c": 0.03, "d": 0.005})
