@@ -130,12 +130,18 @@ def _parser():
         "push",
         "upload an exported folder to the Hugging Face Hub",
         """
+        zoo push exported/retnet_demo me/retnet-demo --dry-run
         zoo push exported/retnet_demo me/retnet-demo --private""",
     )
     command.add_argument("exported", metavar="EXPORTED", help="folder that `zoo export` wrote")
     command.add_argument("repo_id", metavar="REPO_ID", help="user/name on the Hub")
     command.add_argument("--private", action="store_true", help="a new one only its owner sees")
     command.add_argument("--message", help="of the commit")
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would go up and what would go; send nothing",
+    )
     command.set_defaults(run=_push)
     return parser
 
@@ -239,16 +245,54 @@ def _info(arguments):
 
 
 def _push(arguments):
-    from .hub.folder import some
     from .hub.push import push
 
-    pushed = push(arguments.exported, arguments.repo_id, arguments.private, arguments.message)
-    print(f"{pushed.url}: {len(pushed.files)} files")
-    if pushed.left_out:
-        _print_notes([f"not of the model, so it stayed here: {', '.join(pushed.left_out)}"])
-    if pushed.removed:
-        _print_notes([f"removed there, of an earlier push: {some(pushed.removed, 8)}"])
+    try:
+        commit = push(
+            arguments.exported,
+            arguments.repo_id,
+            private=arguments.private,
+            message=arguments.message,
+            dry_run=arguments.dry_run,
+            show=_print_plan,
+        )
+    except KeyboardInterrupt:
+        print(
+            "\nzoo: interrupted, nothing was committed; give the command again: files that went up "
+            "whole are not sent again.",
+            file=sys.stderr,
+        )
+        return 130
+    if arguments.dry_run:
+        print("nothing was sent: a dry run")
+    else:
+        print(commit or "nothing was sent: the repository is as this folder")
     return 0
+
+
+def _print_plan(plan):
+    kind = f"{'a new' if plan.is_new else 'a'} {'private' if plan.is_private else 'public'}"
+    print(f"{plan.url}: {kind} repository")
+    width = max(map(len, plan.sizes))
+    for name, size in plan.sizes.items():
+        print(f"  {plan.states[name]:9}  {name:{width}}  {_in_bytes(size):>8}")
+    for name in plan.removed:
+        print(f"  {'removed':9}  {name}")
+    sent = _in_bytes(sum(plan.sizes[name] for name in plan.sent))
+    print(f"to send: {sent} in {len(plan.sent)} of {len(plan.sizes)} files")
+    if plan.left_out:
+        _print_notes([f"not of the model, so it stays here: {', '.join(plan.left_out)}"])
+    sys.stdout.flush()
+
+
+def _in_bytes(number):
+    """A number of bytes, for people: 1.2 GB."""
+    if number < 1000:
+        return f"{number} B"
+    number, units = number / 1000, ["kB", "MB", "GB", "TB"]
+    while number >= 1000 and len(units) > 1:
+        number, units = number / 1000, units[1:]
+    return f"{number:.1f} {units[0]}"
 
 
 def _hide_progress_bars():

@@ -1,17 +1,21 @@
 """The part of the Hugging Face Hub's HTTP API that a push and a download speak, on localhost.
 
-It takes one token, keeps repositories in memory, and writes down what it is asked.
+It takes one token, keeps repositories in memory, and writes down what it is asked. Large files are
+taken as the Hub takes them: first their hashes, to which it says what it lacks; then the content of
+that, in one request or in parts; a commit names them by hash.
 """
 
 import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TOKEN = "hf_right"
+SIGNATURE = "s1gned"  # of the addresses to which large files go
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -20,13 +24,25 @@ class FakeHub(ThreadingHTTPServer):
     Attributes:
         url: its address, for HF_ENDPOINT.
         repositories: name -> {"files": {name: bytes}, "commits": [...], "private": bool}.
+        objects: hash -> content of the large files that went up, committed or not.
         requests: (method, path) of all there were.
+        role: what the token may do, "write" or "read".
+        part_size: bytes; larger files go up in parts. None: no file does.
+        max_objects: so many large files are taken, and the connection is dropped in the middle of
+            each other one. None: all are taken.
+        trouble: (method, path) -> a status to answer with, or "drop" to hang up; None: as usual.
     """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repositories, self.objects, self.requests = {}, {}, []
+        self.role, self.part_size, self.max_objects = "write", None, None
+        self.trouble = lambda method, path: None
+        self.parts, self.taking = {}, threading.Lock()
+
+    def handle_error(self, request, client_address):
+        """A client that went away is nothing to tell of."""
 
     def create(self, name, private=False, files=()):
         """A repository as the Hub makes it: its first commit holds .gitattributes."""
@@ -54,6 +70,15 @@ def _sha(text):
     return hashlib.sha1(str(text).encode()).hexdigest()
 
 
+def _blob(content):
+    """git's name for a small file."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _is_large(name):
+    return name.endswith(".safetensors")
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -61,30 +86,68 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self):  # noqa: N802
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self._route("POST", body)
+        self._route("POST")
 
     def do_PUT(self):  # noqa: N802
-        self._route("PUT", self.rfile.read(int(self.headers["Content-Length"])))
+        self._route("PUT")
 
     def do_GET(self):  # noqa: N802
-        self._route("GET", b"")
+        self._route("GET")
 
     def do_HEAD(self):  # noqa: N802
-        self._route("HEAD", b"")
+        self._route("HEAD")
 
-    def _route(self, method, body):
+    def _route(self, method):
         hub, path = self.server, self.path.split("?")[0]
         hub.requests.append((method, path))
+        trouble = hub.trouble(method, path)
+        if trouble == "drop" or (method == "PUT" and not self._may_come(path)):
+            return self._hang_up()
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if trouble is not None:
+            return self._answer({"error": "trouble"}, trouble)
         if method == "PUT":
-            hub.objects[path.split("/")[-1]] = body
-            return self._answer({})
+            return self._take(path, body)
+        if path.startswith("/lfs/"):  # all of a file's parts are there
+            oid = path.split("/")[-1]
+            parts = [hub.parts[oid, n["partNumber"]] for n in json.loads(body)["parts"]]
+            return self._keep(oid, b"".join(parts))
         if self.headers.get("Authorization") not in (f"Bearer {TOKEN}", None):
             return self._answer({"error": "Invalid username or password."}, 401)
         for pattern, answer in _ROUTES:
             if match := re.fullmatch(pattern, f"{method} {path}"):
                 return answer(self, *match.groups(), body)
         return self._answer({"error": f"no {path}"}, 404)
+
+    def _may_come(self, path):
+        """Whether a large file is taken. Its place is kept, as many come at once."""
+        hub, oid = self.server, path.split("/")[2]
+        with hub.taking:
+            if hub.max_objects is None or oid in hub.objects:
+                return True
+            may_come = len(hub.objects) < hub.max_objects
+            if may_come:
+                hub.objects[oid] = None
+            return may_come
+
+    def _hang_up(self):
+        """Goes away in the middle of what the client says."""
+        self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _take(self, path, body):
+        oid, _, part = path.removeprefix("/lfs/").partition("/")
+        if not part:
+            return self._keep(oid, body)
+        self.server.parts[oid, int(part)] = body
+        return self._answer({}, headers={"ETag": f'"{part}"'})
+
+    def _keep(self, oid, content):
+        if hashlib.sha256(content).hexdigest() != oid:
+            return self._answer({"error": "another hash"}, 400)
+        self.server.objects[oid] = content
+        return self._answer({})
 
     def _answer(self, value, status=200, headers=()):
         content = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -109,11 +172,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.create(name, bool(is_private))
         return self._answer(answer)
 
+    def _who(self, _body):
+        token = {"displayName": "test", "role": self.server.role}
+        auth = {"type": "access_token", "accessToken": token}
+        return self._answer({"type": "user", "name": "me", "orgs": [], "auth": auth})
+
     def _info(self, name, _revision=None, _body=b""):
         if name not in self.server.repositories:
-            return self._answer({"error": "Repository not found"}, 404)
+            headers = {"X-Error-Code": "RepoNotFound"}
+            return self._answer({"error": "Repository not found"}, 404, headers)
         found = self.server.repositories[name]
-        siblings = [{"rfilename": file} for file in sorted(found["files"])]
+        siblings = []
+        for file, content in sorted(found["files"].items()):
+            siblings.append({"rfilename": file})
+            if "blobs=" in self.path:
+                siblings[-1] |= {"blobId": _blob(content), "size": len(content)}
+            if "blobs=" in self.path and _is_large(file):
+                digest = hashlib.sha256(content).hexdigest()
+                lfs = {"sha256": digest, "size": len(content), "pointerSize": 130}
+                siblings[-1] |= {"blobId": _sha(digest), "lfs": lfs}
         sha = found["commits"][-1]["oid"]
         answer = {"id": name, "private": found["private"], "siblings": siblings, "sha": sha}
         return self._answer(answer)
@@ -122,10 +199,11 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.server.repositories[name]["files"]
         answer = []
         for file in json.loads(body)["files"]:
-            mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
-            content = files.get(file["path"])
-            blob = None if content is None or mode == "lfs" else b"blob %d\0" % len(content)
-            oid = None if blob is None else hashlib.sha1(blob + content).hexdigest()
+            mode = "lfs" if _is_large(file["path"]) else "regular"
+            content, oid = files.get(file["path"]), None
+            if content is not None:
+                is_large = mode == "lfs"
+                oid = hashlib.sha256(content).hexdigest() if is_large else _blob(content)
             answer.append(
                 {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
             )
@@ -134,7 +212,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _batch(self, _name, body):
         objects = json.loads(body)["objects"]
         for item in objects:
-            item["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}"}}
+            if self.server.objects.get(item["oid"]) is not None:
+                continue  # it is here: nothing to do
+            address, size = f"{self.server.url}/lfs/{item['oid']}", self.server.part_size
+            # As the storage behind the Hub: who knows the address may write.
+            item["actions"] = {"upload": {"href": f"{address}?X-Signature={SIGNATURE}"}}
+            if size is not None and item["size"] > size:
+                parts = {str(n + 1): f"{address}/{n + 1}" for n in range(-(-item["size"] // size))}
+                header = {"chunk_size": str(size), **parts}
+                item["actions"] = {"upload": {"href": address, "header": header}}
         return self._answer({"transfer": "basic", "objects": objects})
 
     def _commit(self, name, body):
@@ -151,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
                 found["files"][value["path"]] = self.server.objects[value["oid"]]
             elif kind == "deletedFile":
                 del found["files"][value["path"]]
-        oid = _sha((name, len(found["commits"])))
+        oid = _sha((self.server.url, name, len(found["commits"])))
         found["commits"].append({"title": header["summary"], "oid": oid, "lines": lines[1:]})
         url = f"{self.server.url}/{name}/commit/{oid}"
         return self._answer({"commitOid": oid, "commitUrl": url})
@@ -176,6 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 _NAME = r"([\w.-]+/[\w.-]+)"
 _ROUTES = (
+    ("GET /api/whoami-v2", _Handler._who),
     ("POST /api/repos/create", _Handler._create),
     ("POST /api/validate-yaml", lambda self, body: self._answer({"errors": [], "warnings": []})),
     (f"GET /api/models/{_NAME}", lambda self, name, body: self._info(name)),

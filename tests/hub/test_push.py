@@ -41,6 +41,8 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # transformers keeps the address that it asked first.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
 
@@ -62,7 +64,7 @@ def test_pushed_again_it_replaces_what_it_wrote(hub, tmp_path, capsys):
     assert len(shards) > 1 and len(there["commits"]) == 2
     said = " ".join(capsys.readouterr().out.split())
     left_out = ".env, __pycache__/, a b.png, checkpoint-3/, metrics.jsonl, notes.py"
-    assert f"stayed here: {left_out}, training_state.pt" in said
+    assert f"stays here: {left_out}, training_state.pt" in said
     assert not {name for name in there["files"] if name in secrets or "/" in name}
     # Somebody adds files of their own, and the model is trained on, exported and pushed again.
     there["files"] |= {"notes.py": b"mine", "loss.png": b"mine", ".gitignore": b"x"}
@@ -76,9 +78,11 @@ def test_pushed_again_it_replaces_what_it_wrote(hub, tmp_path, capsys):
     assert set(there["files"]) == set(files_to_push(tmp_path / "out")[0]) | mine
     loaded = AutoModelForCausalLM.from_pretrained("me/tiny", cache_dir=tmp_path / "downloads")
     assert all(torch.equal(x, loaded.state_dict()[n]) for n, x in model.state_dict().items())
-    # A third time there is nothing to do but to send the weights' address once more.
+    # A third time there is nothing to do: no commit says so.
+    capsys.readouterr()
     assert push(tmp_path / "out") == 0
-    assert not any("deleted" in line["key"] for line in there["commits"][-1]["lines"])
+    assert len(there["commits"]) == 3
+    assert "nothing was sent: the repository is as this folder" in capsys.readouterr().out
 
 
 def test_weights_of_a_push_without_a_record_go_too(hub, tmp_path):
@@ -176,8 +180,8 @@ def seen_by_all(hub, monkeypatch):
 
 
 def somebody_else_pushes(hub, monkeypatch):
-    def info(api, name, original=zoo.hub.push.HfApi.model_info):
-        found = original(api, name)
+    def info(api, name, original=zoo.hub.push.HfApi.model_info, **options):
+        found = original(api, name, **options)
         hub.repositories[name]["commits"].append({"oid": "f" * 40})
         return found
 

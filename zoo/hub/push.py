@@ -1,10 +1,16 @@
 """An exported folder goes to the Hugging Face Hub: `zoo push EXPORTED REPO_ID`.
 
-In one commit: the model's files, no others, and what an earlier push left there goes.
+First a plan, made by reading alone, then one commit: the model's files, no others, and what an
+earlier push left there goes. Weights that went up before an interruption are not sent again: the
+Hub keeps them by their hash until a commit names them, and huggingface_hub's create_commit asks for
+those first. (Its upload_folder and upload_large_folder make many commits, between which the
+repository holds half a model.)
 """
 
+import json
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +18,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
     OfflineModeIsEnabled,
+    RepositoryNotFoundError,
 )
+from huggingface_hub.utils.sha import git_hash
 
 from .. import MODELS
 from .card import check_card
@@ -24,6 +31,7 @@ from .files import (
     RECORD_FILE,
     TEXTS,
     code_files,
+    file_hash,
     is_tokenizer,
     is_weights,
     read_fields,
@@ -31,27 +39,51 @@ from .files import (
     recorded_files,
 )
 from .folder import find_weights, not_found, one_line, read_json
+from .outline import check_weights
+from .secrets import quiet_about_secrets, without_secrets
 
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 
 
-class Pushed(NamedTuple):
-    """What a push did.
+class Plan(NamedTuple):
+    """What a push is to do.
 
     Attributes:
+        folder: the exported one.
+        repo_id: "owner/name", as the Hub calls it.
         url: of the repository.
-        files: names of the model's files, which the repository holds now.
-        left_out: what else the folder holds, which stayed here.
-        removed: what the repository held of an earlier push.
+        is_new: whether it is made for this.
+        is_private: whether it is, or is to be, seen by its owner alone.
+        sizes: bytes of the model's files here, by name.
+        states: of each of them, "new" there, "changed" or "unchanged".
+        left_out: what else the folder holds, which stays here.
+        removed: what the repository holds of an earlier push, which goes.
+        parent: the commit that the plan was made for; None: there is no repository yet.
+        token: of the user, never shown.
     """
 
+    folder: Path
+    repo_id: str
     url: str
-    files: list[str]
+    is_new: bool
+    is_private: bool
+    sizes: dict[str, int]
+    states: dict[str, str]
     left_out: list[str]
     removed: list[str]
+    parent: str | None
+    token: str
+
+    def __repr__(self):
+        return f"Plan({self.repo_id!r}, {len(self.sizes)} files)"
+
+    @property
+    def sent(self):
+        """Names of the files that are to be sent."""
+        return [name for name, state in self.states.items() if state != "unchanged"]
 
 
-def push(exported, repo_id, private=False, message=None):
+def push(exported, repo_id, private=False, message=None, dry_run=False, show=None):
     """Creates a model repository, if it is not there yet, and makes an exported folder its content.
 
     What goes up is the model: config, weights, tokenizer, code, card and the card's images. Of what
@@ -62,53 +94,135 @@ def push(exported, repo_id, private=False, message=None):
         repo_id: "user/name" or "organisation/name".
         private: the repository is to be seen by its owner alone.
         message: of the commit.
+        dry_run: only say what would be done: nothing is made or sent.
+        show: called with the `Plan` before anything is sent.
 
     Returns:
-        A `Pushed`.
+        The address of the commit; None if there was nothing to send, or it was a dry run.
 
     Raises:
         ValueError: not an exported folder, no token, a bad name, the Hub cannot be reached, or it
             says no.
     """
+    plan = plan_push(exported, repo_id, private)
+    if show is not None:
+        show(plan)
+    if dry_run:
+        return None
+    return send(plan, message)
+
+
+def plan_push(exported, repo_id, private=False):
+    """What a push is to do. Nothing is made or sent: files here and there are compared.
+
+    Args:
+        exported, repo_id, private: as in `push`.
+
+    Returns:
+        A `Plan`.
+
+    Raises:
+        ValueError: as in `push`.
+    """
     exported = Path(exported)
     files, left_out = files_to_push(exported)
+    check_weights(exported)
+    token = _token()
+    with _one_line_errors(repo_id, token):
+        api = HfApi(token=token)
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        try:
+            there = api.model_info(repo_id, files_metadata=True)
+        except RepositoryNotFoundError as error:
+            if error.response.status_code != 404:  # gated, or not with this token
+                raise
+            there = None
+            _may_write(api.whoami(), repo_id)
+        if there is not None and private and not there.private:
+            raise ValueError(
+                f"{repo_id} exists and everyone can see it; make it private in its settings on the "
+                "Hub first, or push without --private."
+            )
+        files_there = {file.rfilename: file for file in there.siblings} if there else {}
+        removed = set()
+        if there is not None:
+            removed = _of_an_earlier_push(api, there, set(files_there), files) - set(files)
+    return Plan(
+        folder=exported,
+        repo_id=there.id if there else repo_id,
+        url=without_secrets(f"{constants.ENDPOINT}/{there.id if there else repo_id}", token),
+        is_new=there is None,
+        is_private=there.private if there else private,
+        sizes={name: (exported / name).stat().st_size for name in files},
+        states={name: _state(exported / name, files_there.get(name)) for name in files},
+        left_out=left_out,
+        removed=sorted(removed),
+        parent=there.sha if there else None,
+        token=token,
+    )
+
+
+def send(plan, message=None):
+    """Does what a plan says, in one commit; if there is nothing to do, in none.
+
+    Args:
+        plan: a `Plan`.
+        message: of the commit.
+
+    Returns:
+        The address of the commit, or None.
+
+    Raises:
+        ValueError: as in `push`.
+    """
+    if not plan.sent and not plan.removed:
+        return None
+    with _one_line_errors(plan.repo_id, plan.token):
+        api, parent = HfApi(token=plan.token), plan.parent
+        if plan.is_new:
+            api.create_repo(plan.repo_id, private=plan.is_private)
+            parent = api.model_info(plan.repo_id).sha
+        commit = api.create_commit(
+            plan.repo_id,
+            [CommitOperationAdd(name, str(plan.folder / name)) for name in plan.sent]
+            + [CommitOperationDelete(name, is_folder=False) for name in plan.removed],
+            commit_message=message or f"Upload {plan.folder.absolute().name}",
+            # Whoever pushes at the same time is not undone.
+            parent_commit=parent,
+        )
+    return without_secrets(commit.commit_url, plan.token)
+
+
+def _token():
     token = get_token()
     if token is None:
         raise ValueError("there is no Hub token; run `hf auth login` or set HF_TOKEN.")
     if re.search(r"[^!-~]", token):
         # The HTTP library would refuse it too, and print it.
         raise ValueError("the Hub token holds characters that no token has; set HF_TOKEN again.")
-    try:
-        api = HfApi(token=token)
-        repository = api.create_repo(repo_id, private=private, exist_ok=True)
-        there = api.model_info(repository.repo_id)
-        if private and not there.private:
-            raise ValueError(
-                f"{repo_id} exists and everyone can see it; make it private in its settings on the "
-                "Hub first, or push without --private."
-            )
-        names = {file.rfilename for file in there.siblings}
-        removed = sorted(_of_an_earlier_push(api, there, names, files) - set(files))
-        api.create_commit(
-            there.id,
-            [CommitOperationAdd(name, str(exported / name)) for name in files]
-            + [CommitOperationDelete(name, is_folder=False) for name in removed],
-            commit_message=message or f"Upload {exported.absolute().name}",
-            # Whoever pushes at the same time is not undone.
-            parent_commit=there.sha,
+    return token
+
+
+def _may_write(who, repo_id):
+    """Refuses early what the Hub would refuse: a new repository by a token that may read alone."""
+    token = (who.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        raise ValueError(
+            f"the Hub token of {who.get('name')} may only read, and {repo_id} is not there yet; "
+            "run `hf auth login` or set HF_TOKEN to one that may write."
         )
-    except (
-        HTTPError,
-        OfflineModeIsEnabled,
-        HFValidationError,
-        RuntimeError,
-        UnicodeError,
-    ) as error:
-        if isinstance(error, RuntimeError):
-            print(file=sys.stderr)  # ends the line of the upload's progress
-        reason = _reason(error, repo_id).replace(token, "(the token)")
-        raise ValueError(reason) from None
-    return Pushed(str(repository), files, left_out, removed)
+
+
+def _state(path, there):
+    """Whether a file is there, as it is here: "new", "changed" or "unchanged"."""
+    if there is None:
+        return "new"
+    if there.size != path.stat().st_size:
+        return "changed"
+    if there.lfs is not None:
+        return "unchanged" if there.lfs.sha256 == file_hash(path) else "changed"
+    return "unchanged" if there.blob_id == git_hash(path.read_bytes()) else "changed"
 
 
 def files_to_push(exported):
@@ -138,11 +252,6 @@ def files_to_push(exported):
         )
     check_card(card)
     weights = {path.name for path in find_weights(exported)}
-    if not all(map(is_weights, weights)):
-        raise ValueError(
-            f"{exported} has weights of other names than an export's ({', '.join(weights)}); "
-            "write it with `zoo export CHECKPOINT OUT`."
-        )
     if len(weights) > 1 or "model.safetensors" not in weights:
         weights.add("model.safetensors.index.json")
     code = code_files(config, lambda name: read_text(exported / name))
@@ -209,6 +318,18 @@ def _of_an_earlier_push(api, there, names, files):
     return left
 
 
+@contextmanager
+def _one_line_errors(repo_id, token):
+    """Whatever goes wrong with the Hub becomes a ValueError of one line, without a token."""
+    try:
+        with quiet_about_secrets(token):
+            yield
+    except Exception as error:  # of the network, of storage, of an answer that is none of the Hub's
+        if isinstance(error, RuntimeError):
+            print(file=sys.stderr)  # ends the line of the upload's progress
+        raise ValueError(without_secrets(_reason(error, repo_id), token)) from None
+
+
 def _reason(error, repo_id):
     """What to tell the user of an error of the Hub or on the way there."""
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -229,7 +350,17 @@ def _reason(error, repo_id):
         return "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it."
     cause = one_line(error.__cause__ or error) or type(error).__name__
     if isinstance(error, RuntimeError):
-        return f"{one_line(error)} ({cause}) Nothing was committed; push again."
+        return (
+            f"{one_line(error)} ({cause}) Nothing was committed; push again: files that went up "
+            "whole are not sent again."
+        )
+    if isinstance(error, json.JSONDecodeError | KeyError | TypeError | AttributeError):
+        return (
+            f"the Hub at {constants.ENDPOINT} gave an answer that is none of the Hub's ({cause}); "
+            "check HF_ENDPOINT and the proxy."
+        )
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        return one_line(error)
     return (
         f"the Hub at {constants.ENDPOINT} cannot be reached ({cause}); check the network, the "
         "proxy and HF_ENDPOINT, then push again."
