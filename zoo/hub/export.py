@@ -21,17 +21,17 @@ from .card import Subject, render_card
 from .convert import native_format, write_model
 from .files import TOKENIZER_FILES, carry_tokenizer, new_folder
 from .folder import (
-    HUB_ID,
     build_model,
     check_tokenizer,
     load_tokenizer,
-    not_found,
+    open_tensors,
     read_config,
     read_generation_config,
     read_json,
-    read_tensors,
 )
+from .messages import HUB_ID, not_found
 from .origin import check_license, origin_of_checkpoint
+from .saving import save_model
 
 EXPORT_FORMATS = ("zoo", "native")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -111,16 +111,16 @@ def export(
             check_tokenizer(tokenizer, config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
-    model = build_model(architecture, config, read_tensors(checkpoint), checkpoint)
+    model, tensors = build_model(architecture, config, open_tensors(checkpoint), checkpoint)
     model.generation_config = _generation_config(checkpoint, config, tokenizer)
     origin, remarks = _origin(checkpoint, license, base_model)
     with new_folder(out, overwrite) as new:
         if native is None:
-            code, notes = _save_with_code(model, architecture, new, max_shard_size), []
+            code, notes = _save_with_code(model, tensors, architecture, new, max_shard_size), []
         else:
             code = []
             try:
-                notes = write_model(native, model, new, max_shard_size)[1]
+                notes = write_model(native, model, tensors, new, max_shard_size)[1]
             except ValueError as error:
                 raise ValueError(f"{checkpoint}: {error}") from None
             model.generation_config.save_pretrained(new)
@@ -245,7 +245,7 @@ def modelling_sources(architecture):
     return sources
 
 
-def _save_with_code(model, architecture, folder, max_shard_size):
+def _save_with_code(model, tensors, architecture, folder, max_shard_size):
     """Writes a model and the files it runs on. Returns the names of these."""
     # One file for config and model: from two, transformers would load two copies of the config.
     module = Path(inspect.getfile(architecture.config)).stem
@@ -254,7 +254,7 @@ def _save_with_code(model, architecture, folder, max_shard_size):
         for auto, field in AUTO_CLASSES.items()
     }
     sources = modelling_sources(architecture)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    save_model(model, tensors, folder, max_shard_size)
     for name, source in sources.items():
         (folder / name).write_text(source, encoding="utf-8")
     (folder / "LICENSE").write_text(_license_text(), encoding="utf-8")

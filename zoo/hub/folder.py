@@ -1,20 +1,20 @@
 """Model folders: reading weights, configs and tokenizers, with checks."""
 
+import functools
 import json
-import pickle
-import re
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from .. import MODELS
 from ..core.base import ZooConfig
 from .adapters import ADAPTER, CONFIG, WEIGHTS, base_of, check_base, has_adapter, merge
-from .shards import SHARDS, has_shards, read_shards
+from .lazy import are_equal, cast, value_of
+from .messages import not_found, one_line, some
+from .shards import SHARDS, has_shards, open_shards
+from .tensors import open_files
 
 # Names of a training run's other files, which share a weight file's extension.
 NOT_WEIGHTS = (
@@ -27,37 +27,6 @@ NOT_WEIGHTS = (
     "rng_state",
 )
 PICKLES = (".bin", ".pt", ".pth")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-# What can be computed with, or is none of the model's own weights, as a counter is.
-PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
-PLAIN_DTYPES |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-
-
-def one_line(error):
-    """An exception's message on one line, for a message of our own."""
-    # @strict puts the message of a validator on a second line, after a sentence about itself.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, StrictDataclassError):
-        lines = [
-            line.removeprefix("ValueError: ").removeprefix("TypeError: ") for line in lines[1:]
-        ]
-    return " ".join(lines)
-
-
-def some(names, limit=4):
-    """The first few of many names, for a message."""
-    names = list(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(str, names[:limit])) + rest
-
-
-def not_found(path, expected="folder or file"):
-    """An error about a path that leads nowhere, with what to do if a model on the Hub was meant."""
-    hint = ""
-    if HUB_ID.fullmatch(str(path)):
-        name = Path(path).name
-        hint = f"; a model on the Hub comes first to here: hf download {path} --local-dir {name}"
-    return ValueError(f"{path}: no such {expected}{hint}.")
 
 
 def read_json(path):
@@ -135,8 +104,8 @@ def _shards(index):
     return [index.parent / name for name in names]
 
 
-def read_tensors(src, others=None):
-    """Every tensor of a checkpoint by name. Code in pickled files is never run.
+def open_tensors(src, others=None):
+    """Every tensor of a checkpoint by name, lazy: shapes and dtypes are known, values not yet read.
 
     Args:
         src: as `find_weights`, or the folder of a run's checkpoint in shards or of an adapter.
@@ -144,31 +113,24 @@ def read_tensors(src, others=None):
 
     Raises:
         ValueError: nothing to read, damaged files, something that is not a tensor, or tensors
-            that are quantised, sparse, complex or without values.
+            that are quantised, sparse, complex or without values. Of damage within a shard it is
+            raised when that is read.
     """
     if has_shards(src):
-        return read_shards(src)
+        return open_shards(src)
     if has_adapter(src):
         src, added = Path(src), Path(src) / ADAPTER / WEIGHTS
         config, manifest = read_json(src / ADAPTER / CONFIG), src / "checkpoint.json"
         base = base_of(src, config)
         known = read_json(manifest) if manifest.is_file() else {}
         check_base(src, weight_files(base), known)
-        return merge(read_tensors(base), read_tensors(added), config, added)
-    tensors = {}
-    for path in find_weights(src):
-        if path.suffix == ".safetensors":
-            found = _load_safetensors(path)
-        else:
-            found = _load_pickle(path, others)
-        for tensor, x in found.items():
-            if what := _what_is_odd(x):
-                raise ValueError(f"{path}: {tensor} is {what}; save the weights as plain floats.")
-        twice = sorted(found.keys() & tensors.keys())
-        if twice:
-            raise ValueError(f"{path} holds {some(twice)}, which another shard holds too.")
-        tensors |= found
-    return tensors
+        return merge(open_tensors(base), open_tensors(added), config, added)
+    return open_files(find_weights(src), others)
+
+
+def read_tensors(src, others=None):
+    """Every tensor of a checkpoint by name, with its values; otherwise as `open_tensors`."""
+    return {name: value_of(x) for name, x in open_tensors(src, others).items()}
 
 
 def in_parts(src):
@@ -184,59 +146,6 @@ def weight_files(src):
         config = read_json(Path(src) / ADAPTER / CONFIG)
         return [Path(src) / ADAPTER / WEIGHTS, *weight_files(base_of(src, config))]
     return find_weights(src)
-
-
-def _what_is_odd(x):
-    """Why a tensor is no plain one, in words, or None."""
-    if x.is_meta:
-        return "on the meta device, so it has no values"
-    if x.is_quantized or x.dtype not in PLAIN_DTYPES:
-        kind = "complex" if x.is_complex() else "quantised"
-        return f"{kind} ({str(x.dtype).removeprefix('torch.')})"
-    if x.layout != torch.strided or x.is_nested:
-        return f"sparse or nested ({str(x.layout).removeprefix('torch.')})"
-    return None
-
-
-def _load_safetensors(path):
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        reason = one_line(error)
-        remedy = "it is damaged or not fully downloaded: get it again."
-        if "dtype" in reason.lower():
-            remedy = "save the weights as plain floats."
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({reason}); {remedy}"
-        ) from None
-
-
-def _load_pickle(path, others):
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError, KeyError):
-        raise ValueError(
-            f"{path} is damaged or holds more than tensors, and a pickle that runs code is not "
-            "opened; save its state_dict() alone, best as safetensors."
-        ) from None
-    # Trainers put the weights beside other things.
-    for name in ("model", "state_dict", "module"):
-        if isinstance(tensors, dict) and isinstance(tensors.get(name), dict):
-            tensors = tensors[name]
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, got {type(tensors).__name__}.")
-    tensors = dict(tensors)
-    strange = {name: x for name, x in tensors.items() if not torch.is_tensor(x)}
-    if strange and others is None:
-        names = some(sorted(map(str, strange)))
-        raise ValueError(f"{path}: expected tensors only, but {names} is something else.")
-    for name in strange:
-        others[name] = tensors.pop(name)
-    # A pickle may hold views of one storage, which safetensors cannot.
-    for name, x in tensors.items():
-        if _what_is_odd(x) is None:
-            tensors[name] = x.clone(memory_format=torch.contiguous_format)
-    return tensors
 
 
 def read_config(folder):
@@ -284,18 +193,20 @@ def settings(config):
     return {n: values[n] for n in type(config).__dataclass_fields__ if n in own & set(values)}
 
 
-def build_model(architecture, config, tensors, source):
-    """The language model around given weights, without a copy of them.
+def build_model(architecture, config, tensors, source, dtype=None):
+    """The outline of the language model that given weights make, and the weights it is to have.
 
     Args:
         architecture: a `zoo.Architecture`.
         config: its config.
-        tensors: weights by our names. Of tied weights the embedding is enough.
+        tensors: weights by our names, lazy or not. Of tied weights the embedding is enough.
         source: where they come from, for messages.
+        dtype: that they are rounded to. None: the one that holds all of them exactly.
 
     Returns:
-        A model whose parameters are the tensors, in the one dtype that holds all of them exactly.
-        Constants of the mathematics have no values: save it, do not run it.
+        (the model on the meta device, name -> tensor, in the order and the dtype of the model, lazy
+        as they came. Of tied weights the embedding alone). If a number is too large for the
+        dtype, reading its tensor raises a ValueError.
 
     Raises:
         ValueError: names or shapes that do not fit the config.
@@ -313,7 +224,7 @@ def build_model(architecture, config, tensors, source):
     tensors = dict(tensors)
     for alias, original in tied.items():
         copy = tensors.pop(alias, None)
-        if copy is not None and original in tensors and not torch.equal(copy, tensors[original]):
+        if copy is not None and original in tensors and not are_equal(copy, tensors[original]):
             raise ValueError(
                 f"{source}: the config ties {alias} to {original}, but the two differ; "
                 "set tie_word_embeddings to false."
@@ -333,13 +244,14 @@ def build_model(architecture, config, tensors, source):
             problems.append(f"{name} is {tensors[name].dtype}, not a float (quantised?)")
     if problems:
         raise ValueError(f"{source}: weights and config do not fit: {some(problems, 3)}.")
-    dtype = None
-    for x in tensors.values():
-        dtype = x.dtype if dtype is None else torch.promote_types(dtype, x.dtype)
-    tensors = {name: x.to(dtype) for name, x in tensors.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    return model
+    dtype = dtype or common_dtype(tensors.values())
+    model.to(dtype).tie_weights()
+    return model, {name: cast(tensors[name], dtype, f"{source}: {name}") for name in expected}
+
+
+def common_dtype(tensors):
+    """The dtype that holds the numbers of all of some tensors exactly."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
 
 
 def load_tokenizer(folder):

@@ -7,7 +7,8 @@ import torch
 
 from .. import MODELS
 from .card import state_in_words
-from .folder import HUB_ID, not_found, read_config, settings
+from .folder import read_config, settings
+from .messages import HUB_ID, not_found
 
 
 def describe(model):

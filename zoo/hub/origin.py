@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import metadata_load
 
 from .files import RECORD_FILE, read_fields, read_text
-from .folder import HUB_ID
+from .messages import HUB_ID
 
 # The Hub's names of licenses are of this shape: apache-2.0, llama3.1, cc-by-nc-4.0, other.
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")

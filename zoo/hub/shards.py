@@ -7,12 +7,15 @@ nothing but the parts of an index.
 import io
 import pickle
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as index_parts
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from .lazy import Lazy
 
 SHARDS, INDEX = "shards", ".metadata"
 WEIGHTS = "model."  # what the names of weights begin with, beside those of the optimizer
@@ -37,44 +40,62 @@ def has_shards(folder):
     return (Path(folder) / SHARDS / INDEX).is_file()
 
 
-def read_shards(folder):
-    """Every weight of a checkpoint, put together.
+def open_shards(folder):
+    """Every weight of a checkpoint by name, lazy: put together when it is asked for.
 
     Args:
         folder: of the checkpoint.
 
-    Returns:
-        Name -> tensor.
-
     Raises:
-        ValueError: the index or a shard is damaged or missing, or it names what is no index.
+        ValueError: the index is damaged or missing, or names what is no index; when a weight is
+            asked for, also that its shard is.
     """
     folder = Path(folder) / SHARDS
-    try:
-        parts = _Reader(folder).read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(part.size, dtype=part.properties.dtype)
-            for name, part in parts.items()
+    with _damage_is_said(folder):
+        index = _read_index(folder)
+        outlines = {
+            name: torch.empty(part.size, dtype=part.properties.dtype, device="meta")
+            for name, part in index.state_dict_metadata.items()
             if name.startswith(WEIGHTS) and isinstance(part, index_parts.TensorStorageMetadata)
         }
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
-            dcp.load(tensors, storage_reader=_Reader(folder), no_dist=True)
+
+    def later(name, outline):
+        def read():
+            tensors = {name: torch.empty_like(outline, device="cpu")}
+            with _damage_is_said(folder), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should
+                dcp.load(tensors, storage_reader=_Reader(folder, index), no_dist=True)
+            return tensors[name]
+
+        return Lazy(outline, read)
+
+    return {name.removeprefix(WEIGHTS): later(name, x) for name, x in outlines.items()}
+
+
+@contextmanager
+def _damage_is_said(folder):
+    try:
+        yield
     except Exception as error:  # of pickle, of torch, of the file system: all of them say damaged
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{folder} is damaged or incomplete ({reason}); take another checkpoint, or a copy."
         ) from None
-    return {name.removeprefix(WEIGHTS): tensor for name, tensor in tensors.items()}
+
+
+def _read_index(folder):
+    return _Index(io.BytesIO((folder / INDEX).read_bytes())).load()
 
 
 class _Reader(FileSystemReader):
+    def __init__(self, folder, index):
+        super().__init__(folder)
+        self.index = index
+
     def read_metadata(self, *args, **kwargs):
-        content = io.BytesIO((Path(self.path) / INDEX).read_bytes())
-        metadata = _Index(content).load()
-        metadata.storage_meta = metadata.storage_meta or index_parts.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        self.index.storage_meta = self.index.storage_meta or index_parts.StorageMeta()
+        self.index.storage_meta.load_id = self.load_id
+        return self.index
 
 
 class _Index(pickle.Unpickler):

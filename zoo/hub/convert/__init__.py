@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import save_file
 
 from ... import MODELS
 from ..files import carry_files, carry_tokenizer, new_folder
@@ -22,15 +20,16 @@ from ..folder import (
     build_model,
     check_tokenizer,
     load_tokenizer,
-    not_found,
-    one_line,
+    open_tensors,
     read_config,
     read_generation_config,
     read_json,
-    read_tensors,
     settings,
 )
+from ..lazy import are_equal
+from ..messages import not_found, one_line
 from ..origin import origin_of_checkpoint, origin_of_source
+from ..saving import save_model, save_one_file, save_tensors
 from . import (
     fla_retnet,
     fla_rwkv6,
@@ -90,7 +89,7 @@ class Report(NamedTuple):
     is_rounded: bool = False
 
 
-def convert(format, src, dst, overwrite=False):
+def convert(format, src, dst, overwrite=False, max_shard_size="5GB"):
     """Converts a foreign checkpoint to a folder that `from_pretrained` loads.
 
     Every weight keeps its value exactly; where a format forces a rounding, the report says so.
@@ -102,6 +101,7 @@ def convert(format, src, dst, overwrite=False):
             formats, a config; or the weight file itself. Tokenizer files in it are carried over.
         dst: the folder to write.
         overwrite: replace a model that is there; files that are not its own stay.
+        max_shard_size: a file of weights is at most this large, and so is the memory it takes.
 
     Returns:
         A `Report`.
@@ -125,11 +125,11 @@ def convert(format, src, dst, overwrite=False):
         except ValueError as error:
             raise ValueError(f"{src}: {error}") from None
         architecture = next(a for a in MODELS.values() if a.config is type(config))
-        model = build_model(architecture, config, pairs, src)
+        model, tensors = build_model(architecture, config, pairs, src)
         generation_config = read_generation_config(folder)
         if generation_config is not None:
             model.generation_config = generation_config
-        model.save_pretrained(new)
+        save_model(model, tensors, new, max_shard_size)
         origin = origin_of_source(src, chosen.name)
         origin.is_rounded |= fields.is_rounded
         origin.write(new)
@@ -145,7 +145,7 @@ def convert(format, src, dst, overwrite=False):
     )
 
 
-def convert_back(format, src, dst, overwrite=False):
+def convert_back(format, src, dst, overwrite=False, max_shard_size="5GB"):
     """Converts one of our checkpoints to a foreign format.
 
     What is written is read again as `convert` does and compared, so a model that the format cannot
@@ -156,6 +156,7 @@ def convert_back(format, src, dst, overwrite=False):
         src: a folder that `save_pretrained`, a training run or `convert` wrote.
         dst: the folder to write.
         overwrite: replace a model that is there.
+        max_shard_size: a file of weights is at most this large, where the format allows several.
 
     Returns:
         A `Report`.
@@ -174,9 +175,9 @@ def convert_back(format, src, dst, overwrite=False):
         raise ValueError(f"{src} is {architecture.name}; {format} holds {chosen.architecture}.")
     others = [chosen.weight_file] if chosen.weight_file else []
     with new_folder(dst, overwrite, chosen.config_file, others) as new:
-        model = build_model(architecture, config, read_tensors(src), src)
+        model, tensors = build_model(architecture, config, open_tensors(src), src)
         try:
-            num_tensors, notes = write_model(chosen, model, new)
+            num_tensors, notes = write_model(chosen, model, tensors, new, max_shard_size)
         except ValueError as error:
             raise ValueError(f"{src}: {error}") from None
         carry_files(src, new, ("generation_config.json",))
@@ -186,14 +187,15 @@ def convert_back(format, src, dst, overwrite=False):
     return Report(num_tensors, num_parameters, model.dtype, notes, has_tokenizer)
 
 
-def write_model(format, model, folder, max_shard_size="5GB"):
+def write_model(format, model, tensors, folder, max_shard_size="5GB"):
     """Writes config and weights of one of our models in a foreign format that has a way back.
 
     They are read again and compared before anything is written.
 
     Args:
         format: a `Format`.
-        model: a language model of its architecture.
+        model: the outline of a language model of its architecture.
+        tensors: its weights by name, as `build_model` gives them.
         folder: where.
         max_shard_size: a file of weights is at most this large, where the format allows several.
 
@@ -203,20 +205,17 @@ def write_model(format, model, folder, max_shard_size="5GB"):
     Raises:
         ValueError: the format cannot express this model.
     """
-    config, ours = model.config, dict(model.state_dict())
-    if config.tie_word_embeddings:
-        for alias in model._tied_weights_keys:
-            del ours[alias]
+    config = model.config
     values, notes = format.write_config(config)
-    weights = Weights(ours)
+    weights = Weights(tensors)
     theirs = dict(format.write_weights(weights, config))
     weights.finish()
-    notes += _check_way_back(format, values, theirs, config, ours)
+    notes += _check_way_back(format, values, theirs, config, tensors)
     if format.weight_file is None:
-        save_torch_state_dict(theirs, folder, max_shard_size=max_shard_size)
+        save_tensors(theirs, folder, max_shard_size)
         values["dtype"] = str(model.dtype).removeprefix("torch.")
     else:
-        save_file(theirs, folder / format.weight_file)
+        save_one_file(theirs, folder / format.weight_file)
     text = json.dumps(values, indent=2) + "\n"
     (folder / format.config_file).write_text(text, encoding="utf-8")
     return len(theirs), notes
@@ -260,7 +259,7 @@ def _open(chosen, src, folder):
     """The fields and weights of a checkpoint, which is of the chosen format."""
     if chosen.config_file is None:
         others = {}
-        weights = Weights(read_tensors(src, others), others)
+        weights = Weights(open_tensors(src, others), others)
         if chosen.recognizes({}, weights.tensors):
             return Fields({}), weights
         raise ValueError(f"{src}: {_other_format(chosen, folder, weights.tensors)}")
@@ -277,13 +276,13 @@ def _open(chosen, src, folder):
         file = chosen.find_weights(src) if chosen.find_weights else src
     except ValueError as error:
         raise ValueError(f"{src}: {error}") from None
-    return fields, Weights(read_tensors(file))
+    return fields, Weights(open_tensors(file))
 
 
 def _names(src):
     """The tensors' names, for a message: none, if they cannot be read."""
     try:
-        return read_tensors(src, {}).keys()
+        return open_tensors(src, {}).keys()
     except ValueError:
         return ()
 
@@ -331,7 +330,7 @@ def _check_way_back(chosen, values, theirs, config, ours):
     if changed:
         listed = ", ".join(f"{n} = {before[n]!r} would become {after[n]!r}" for n in changed)
         raise ValueError(f"{chosen.name} cannot express this model: {listed}.")
-    changed = [n for n in ours.keys() | back if n not in back or not torch.equal(ours[n], back[n])]
+    changed = [n for n in ours.keys() | back if n not in back or not are_equal(ours[n], back[n])]
     if changed:
         raise ValueError(f"{chosen.name} cannot express this model: {changed[0]} would change.")
     if not left_out:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..folder import some
+from ..lazy import value_of
+from ..messages import some
 
 REQUIRED = object()
 MAKE_A_TOKENIZER = (
@@ -181,8 +182,8 @@ class Weights:
 
 
 def _start_of(x):
-    values = ", ".join(f"{value:.6g}" for value in x.flatten()[:3].tolist())
-    return f"{list(x.shape)} [{values}, ...]"
+    first = ", ".join(f"{value:.6g}" for value in value_of(x).flatten()[:3].tolist())
+    return f"{list(x.shape)} [{first}, ...]"
 
 
 class Format(NamedTuple):
