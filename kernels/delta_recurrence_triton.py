@@ -25,8 +25,12 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
+
+try:  # transformers asks for every library that code from the Hub imports, but in a try
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 from .delta_recurrence_sizes import MAX_KERNEL_DIM
 from .delta_recurrence_walk_triton import backward as walk_backward

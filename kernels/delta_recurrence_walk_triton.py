@@ -25,8 +25,12 @@ log decay: any is right, -inf included.
 """
 
 import torch
-import triton
-import triton.language as tl
+
+try:  # transformers asks for every library that code from the Hub imports, but in a try
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 from .delta_recurrence_sizes import MAX_KERNEL_DIM
 from .launch_triton import launch, num_processors, padded, rounded

@@ -19,8 +19,12 @@ factor above 1.
 """
 
 import torch
-import triton
-import triton.language as tl
+
+try:  # transformers asks for every library that code from the Hub imports, but in a try
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 from .dilated_branches import branches_of
 from .launch_triton import (

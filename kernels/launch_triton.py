@@ -14,8 +14,12 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
+
+try:  # transformers asks for every library that code from the Hub imports, but in a try
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 # What was compiled and checked ahead of time. Other devices take the nearest of these.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")

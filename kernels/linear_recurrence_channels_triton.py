@@ -25,8 +25,12 @@ is q_i . bonus k_i.
 """
 
 import torch
-import triton
-import triton.language as tl
+
+try:  # transformers asks for every library that code from the Hub imports, but in a try
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 from .launch_triton import (
     Config,

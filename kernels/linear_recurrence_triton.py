@@ -22,8 +22,12 @@ Log decays below -30, a factor of 1e-13, count as -30: sums of them would lose t
 import functools
 
 import torch
-import triton
-import triton.language as tl
+
+try:  # transformers asks for every library that code from the Hub imports, but in a try
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 from .launch_triton import (
     Config,

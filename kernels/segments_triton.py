@@ -9,8 +9,12 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
+
+try:  # transformers asks for every library that code from the Hub imports, but in a try
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 from .launch_triton import num_processors
 

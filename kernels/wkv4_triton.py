@@ -32,8 +32,12 @@ are the gradients of e^l x and of e^l, times e^l.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
+
+try:  # transformers asks for every library that code from the Hub imports, but in a try
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 from .launch_triton import (
     LOG2E,

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 ROOT = Path(__file__).resolve().parent.parent
 # A room and those it may import from, beside itself. kernels/ stands in zoo/ as a link.
@@ -119,6 +120,14 @@ def test_modelling_file_imports(path):
             assert other in ROOMS[room] | {room}, f"{room} must not know of {other}"
             needs_triton = module.endswith("_triton") and not path.stem.endswith("_triton")
         assert guarded or not needs_triton, f"imports {module} where it may be missing"
+
+
+@modelling_file
+def test_modelling_file_loads_from_the_hub(path):
+    # From there transformers asks for whatever any of the files imports outside of a try, inside
+    # functions too, before it runs one. A folder's other files it does not look into.
+    optional = {"triton", "liger_kernel"}
+    assert set(get_imports(path)) <= (LIBRARIES - optional) | sys.stdlib_module_names
 
 
 @modelling_file

@@ -30,6 +30,7 @@ SIZES = {
     "num_attention_heads": 2,
     "pad_token_id": 256,
 }
+COMMIT = "0123456789" * 4
 RUN = {
     "recipe": {"name": "tiny", "data": "stdlib", "steps": 3, "learning_rate": 0.001},
     "command": "accelerate launch recipes/pretrain.py recipes/tiny.toml",
@@ -93,6 +94,11 @@ def elsewhere(folder, model):
     reference = {name: x.contiguous() for name, x in reference.items()}
     save_file(reference, folder / "reference.safetensors")
     (folder / "work").mkdir()
+    # What huggingface_hub keeps of a repository that it has downloaded.
+    cached = folder / "home" / "hub" / "models--owner--tiny"
+    shutil.copytree(folder / "tiny", cached / "snapshots" / COMMIT)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
         "HF_HUB_OFFLINE": "1",
@@ -118,6 +124,7 @@ def elsewhere(folder, model):
     {
         "config_and_model_are_of_one_module": "transformers_modules",
         "logits": True,
+        "logits_by_its_name_on_the_hub": True,
         "hidden_states": True,
         "greedy": True,
         "beams": True,

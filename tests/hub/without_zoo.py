@@ -56,6 +56,12 @@ def logits():
     return torch.equal(logits_of(load()), reference["logits"])
 
 
+def logits_by_its_name_on_the_hub():
+    # Unlike a folder's, transformers looks into every file for libraries that must be there.
+    model = AutoModelForCausalLM.from_pretrained("owner/tiny", **REMOTE).eval()
+    return torch.equal(logits_of(model), reference["logits"])
+
+
 def hidden_states():
     output = load(AutoModel)(ids, attention_mask=mask)
     return torch.equal(output.last_hidden_state, reference["last_hidden_state"])
@@ -190,6 +196,7 @@ CHECKS = (
     sequence_classification,  # before anything else has told transformers of the decoder's class
     config_and_model_are_of_one_module,
     logits,
+    logits_by_its_name_on_the_hub,
     hidden_states,
     greedy,
     beams,

@@ -43,11 +43,14 @@ from .generation import StateGeneration
 from .replay import replay
 from .sequence import Sequence, restarting_positions
 from .state import (
+    CACHE,
+    CACHE_NAMES,
     LAYERS,
     Inputs,
     State,
     StateLayer,
     new_cache,
+    one_cache,
     put_together,
     state_size,
     take_apart,
@@ -75,7 +78,7 @@ class ZooConfig(PreTrainedConfig):
         ValueError: an unknown field, a value of the wrong type or out of range.
     """
 
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     # The cache layer and the attention pattern of each block; accelerate reads these names to
     # refuse splitting a sequence over devices, which would restart a recurrent state in silence.
@@ -260,7 +263,7 @@ class ZooPreTrainedModel(PreTrainedModel):
     config: ZooConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _can_compile_fullgraph = True
     # Parameters that learn at another rate: name pattern (fnmatch) -> factor on the learning rate.
     learning_rate_scales: ClassVar[dict[str, float]] = {}
@@ -442,6 +445,7 @@ class ZooModel(ZooPreTrainedModel):
         use_cache: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
+        cache: DynamicCache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Runs the decoder over new tokens, from the state in `past_key_values` if there is one.
@@ -456,6 +460,7 @@ class ZooModel(ZooPreTrainedModel):
             use_cache: whether to return the state.
             cu_seq_lens_q: [N + 1] document boundaries for B = 1, as in FlashAttention.
             seq_idx: [B, T], index of each token's document.
+            cache: another name of past_key_values, which transformers uses from 5.24 on.
 
         Returns:
             last_hidden_state [B, T, D], zero on padding, and past_key_values.
@@ -463,6 +468,7 @@ class ZooModel(ZooPreTrainedModel):
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds; no tokens; wrong shapes.
         """
+        cache = one_cache(past_key_values, cache)
         wants_weights = kwargs.get("output_attentions") or self.config.output_attentions
         if wants_weights and not torch.compiler.is_compiling():
             logger.warning_once(
@@ -473,23 +479,23 @@ class ZooModel(ZooPreTrainedModel):
             raise ValueError("pass exactly one of input_ids [B, T] and inputs_embeds [B, T, D].")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = new_cache(self.config)
-        if past_key_values is not None:
-            self._check_cache(past_key_values, inputs_embeds)
-            check_past_columns(attention_mask, past_key_values, inputs_embeds.shape[1])
+        if use_cache and cache is None:
+            cache = new_cache(self.config)
+        if cache is not None:
+            self._check_cache(cache, inputs_embeds)
+            check_past_columns(attention_mask, cache, inputs_embeds.shape[1])
         replays = self.training and torch.is_grad_enabled() and self.replay_segment_length
         run = self._run
         if replays and inputs_embeds.shape[1] > self.replay_segment_length:
             run = self._run_with_replay
         output = run(
             Inputs(inputs_embeds, attention_mask, position_ids),
-            past_key_values,
+            cache,
             cu_seq_lens_q,
             seq_idx,
             **kwargs,
         )
-        output["past_key_values"] = past_key_values if use_cache else None
+        output[CACHE] = cache if use_cache else None
         return output
 
     def _run(self, inputs, cache, cu_seq_lens_q=None, seq_idx=None, **kwargs):
@@ -783,6 +789,7 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: DynamicCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Next-token logits and, with labels, their cross entropy.
@@ -805,6 +812,7 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )
@@ -831,7 +839,7 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
         outputs = {
             "loss": loss,
             "logits": logits,
-            "past_key_values": output.past_key_values,
+            CACHE: output[CACHE] if CACHE in output else None,
             "hidden_states": output.hidden_states,
         }
         if z_loss is not None:
@@ -897,12 +905,13 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
 
     @staticmethod
     def create_masks_for_generate(
-        config, inputs_embeds, attention_mask, past_key_values=None, **kwargs
+        config, inputs_embeds, attention_mask, past_key_values=None, cache=None, **kwargs
     ):
         """The padding mask of the new tokens, in the same shape at every step; not one in 4D."""
+        cache = one_cache(past_key_values, cache)
         if attention_mask is not None:
-            check_past_columns(attention_mask, past_key_values, inputs_embeds.shape[1])
-        layers = getattr(past_key_values, "layers", ())
+            check_past_columns(attention_mask, cache, inputs_embeds.shape[1])
+        layers = getattr(cache, "layers", ())
         if attention_mask is None or any(getattr(x, "pending_length", 0) for x in layers):
             return attention_mask
         new = attention_mask[:, -inputs_embeds.shape[1] :]

@@ -7,6 +7,8 @@ So rows that have ended are not run on, and what only a cache of keys can do is 
 from transformers import GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
+from .state import one_cache
+
 
 class EndedRows(StoppingCriteriaList):
     """Stopping criteria that remember which rows have ended.
@@ -47,6 +49,7 @@ class StateGeneration(GenerationMixin):
         inputs_embeds=None,
         is_first_iteration=False,
         ended_rows=None,
+        cache=None,
         **kwargs,
     ):
         """As in transformers; a row that has ended gets padding, which leaves its state as it was.
@@ -54,8 +57,9 @@ class StateGeneration(GenerationMixin):
         Its state is then that after its last token, and a second turn whose attention mask hides
         the padding goes on from there.
         """
+        cache = one_cache(past_key_values, cache)
         ended_B = None if ended_rows is None else ended_rows.before_last
-        if ended_B is not None and past_key_values is not None:
+        if ended_B is not None and cache is not None:
             if attention_mask is None:
                 attention_mask = input_ids.new_ones(len(input_ids), 1)
             # In place: the loop appends to this tensor, and knows nothing of rows that have ended.
@@ -63,7 +67,7 @@ class StateGeneration(GenerationMixin):
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length,
-            past_key_values,
+            cache,
             attention_mask,
             inputs_embeds,
             is_first_iteration,

@@ -18,12 +18,33 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 FORMAT = "zoo state 1"
+
+# What transformers calls a cache, as an argument and in what a model returns: up to 5.23 the one,
+# from then on the other. Our models take both, and return the installed library's.
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE = next(x for x in CACHE_NAMES if x in BaseModelOutputWithPast.__dataclass_fields__)
 
 # While a cache records its past for assisted decoding, at least this many of its last tokens can be
 # taken back. Drafts are 5 to 20 tokens long.
 ROLLBACK_TOKENS = 128
+
+
+def one_cache(past_key_values, cache):
+    """The cache that was given by either of its names, or None.
+
+    Raises:
+        ValueError: two that are not the same.
+    """
+    if past_key_values is None or cache is past_key_values:
+        return cache
+    if cache is None:
+        return past_key_values
+    raise ValueError(
+        "past_key_values and cache are two names of one argument, got two caches; pass one."
+    )
 
 
 class StateSpec(NamedTuple):
