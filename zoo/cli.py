@@ -80,6 +80,7 @@ def _parser():
     )
     command.add_argument("--list", action="store_true", help="name the formats and stop")
     _add_overwrite(command, "DST")
+    _add_size(command)
     command.set_defaults(run=_convert)
 
     command = _add(
@@ -103,9 +104,7 @@ def _parser():
         metavar="OWNER/NAME",
         help="on the Hub, which these weights are or were made from (what their source says)",
     )
-    command.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (%(default)s)"
-    )
+    _add_size(command)
     command.add_argument(
         "--format",
         default="zoo",
@@ -161,6 +160,20 @@ def _add_overwrite(command, folder):
     command.add_argument("--overwrite", action="store_true", help=text)
 
 
+def _add_size(command):
+    command.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="of a weight file, and of the memory that is needed (%(default)s)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="to round the weights to (as they are)",
+    )
+
+
 def _list_formats():
     from .hub.convert import FORMATS
 
@@ -175,7 +188,14 @@ def _convert(arguments):
 
     _hide_progress_bars()
     run = convert_back if arguments.reverse else convert
-    report = run(arguments.format, arguments.src, arguments.dst, arguments.overwrite)
+    report = run(
+        arguments.format,
+        arguments.src,
+        arguments.dst,
+        arguments.overwrite,
+        arguments.max_shard_size,
+        arguments.dtype,
+    )
     dtype = str(report.dtype).removeprefix("torch.")
     print(
         f"{arguments.dst}: {report.num_parameters:,} parameters in {report.num_tensors} tensors, "
@@ -226,6 +246,7 @@ def _export(arguments):
         arguments.max_shard_size,
         arguments.format,
         arguments.base_model,
+        arguments.dtype,
     )
     runs_on = f"transformers' {exported.model_class}"
     if exported.code:

@@ -211,6 +211,11 @@ def _training(origin):
             f"The weights were converted from {_code(origin.source)} by "
             f"{_code('zoo convert ' + origin.format)}, {exactness}."
         )
+    if origin.rounding:
+        parts.append(
+            f"The weights were rounded {_plain(origin.rounding)} when this folder was written. "
+            "What was measured before that, was measured with the unrounded ones."
+        )
     if origin.training:
         parts.append(_table("", "", [(_plain(a), _code(b)) for a, b in origin.training]))
     if not parts:

@@ -23,13 +23,15 @@ from .files import TOKENIZER_FILES, carry_tokenizer, new_folder
 from .folder import (
     build_model,
     check_tokenizer,
+    find_dtype,
     load_tokenizer,
     open_tensors,
     read_config,
     read_generation_config,
     read_json,
+    rounding,
 )
-from .messages import HUB_ID, not_found
+from .messages import HUB_ID, about, not_found
 from .origin import check_license, origin_of_checkpoint
 from .saving import save_model
 
@@ -69,6 +71,7 @@ def export(
     max_shard_size="5GB",
     format="zoo",
     base_model=None,
+    dtype=None,
 ):
     """Writes a checkpoint as a folder for the Hugging Face Hub.
 
@@ -84,6 +87,7 @@ def export(
         format: "zoo", with our code beside the weights, or "native", for transformers' own class.
         base_model: name on the Hub of the model that these weights are, or were made from. None:
             what the checkpoint says.
+        dtype: name of one to round the weights to. None: as they are.
 
     Returns:
         An `Exported`.
@@ -95,6 +99,7 @@ def export(
     """
     if format not in EXPORT_FORMATS:
         raise ValueError(f"format is {' or '.join(EXPORT_FORMATS)}, got {format!r}.")
+    dtype = find_dtype(dtype)
     if license is not None:
         check_license(license)
     if base_model is not None and not HUB_ID.fullmatch(base_model):
@@ -111,9 +116,13 @@ def export(
             check_tokenizer(tokenizer, config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
-    model, tensors = build_model(architecture, config, open_tensors(checkpoint), checkpoint)
+    found = open_tensors(checkpoint)
+    model, tensors = build_model(architecture, config, found, checkpoint, dtype)
     model.generation_config = _generation_config(checkpoint, config, tokenizer)
     origin, remarks = _origin(checkpoint, license, base_model)
+    if rounded := rounding(found.values(), dtype):
+        remarks.append(f"the weights are rounded {rounded}")
+        origin.add_rounding(rounded)
     with new_folder(out, overwrite) as new:
         if native is None:
             code, notes = _save_with_code(model, tensors, architecture, new, max_shard_size), []
@@ -122,7 +131,7 @@ def export(
             try:
                 notes = write_model(native, model, tensors, new, max_shard_size)[1]
             except ValueError as error:
-                raise ValueError(f"{checkpoint}: {error}") from None
+                raise about(checkpoint, error) from None
             model.generation_config.save_pretrained(new)
         carry_tokenizer(checkpoint, new)
         origin.write(new)

@@ -27,6 +27,7 @@ NOT_WEIGHTS = (
     "rng_state",
 )
 PICKLES = (".bin", ".pt", ".pth")
+DTYPES = ("float32", "bfloat16", "float16")  # that weights are written in, if asked
 
 
 def read_json(path):
@@ -247,6 +248,31 @@ def build_model(architecture, config, tensors, source, dtype=None):
     dtype = dtype or common_dtype(tensors.values())
     model.to(dtype).tie_weights()
     return model, {name: cast(tensors[name], dtype, f"{source}: {name}") for name in expected}
+
+
+def find_dtype(name):
+    """The dtype of a name that weights may be written in, or None of None.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype is {', '.join(DTYPES)} or none, as in the source; got {name!r}.")
+    return None if name is None else getattr(torch, name)
+
+
+def rounding(tensors, dtype):
+    """Which dtypes lose digits in another one, in words ("from float32 to bfloat16"), or None.
+
+    Args:
+        tensors: of any dtypes.
+        dtype: that they are written in; None loses nothing.
+    """
+    wide = {x.dtype for x in tensors if dtype and torch.promote_types(x.dtype, dtype) != dtype}
+    if not wide:
+        return None
+    names = sorted(str(dtype).removeprefix("torch.") for dtype in wide)
+    return f"from {' and '.join(names)} to {str(dtype).removeprefix('torch.')}"
 
 
 def common_dtype(tensors):

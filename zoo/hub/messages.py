@@ -33,3 +33,9 @@ def not_found(path, expected="folder or file"):
         name = Path(path).name
         hint = f"; a model on the Hub comes first to here: hf download {path} --local-dir {name}"
     return ValueError(f"{path}: no such {expected}{hint}.")
+
+
+def about(source, error):
+    """A ValueError that says which checkpoint another one is about, if that does not say it."""
+    text = str(error)
+    return ValueError(text if text.startswith(str(source)) else f"{source}: {text}")

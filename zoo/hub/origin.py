@@ -42,6 +42,7 @@ class Origin:
         format: of the foreign checkpoint they were converted from.
         source: name of that checkpoint.
         is_rounded: whether some weights are not the source's bit for bit.
+        rounding: to another dtype, when the folder was written ("from float32 to bfloat16").
         data: what it was trained on: a name on the Hub, or in words.
         data_is_on_the_hub: whether `data` is such a name.
         bits_per_byte: of held-out text of the same data.
@@ -55,10 +56,19 @@ class Origin:
     format: str | None = None
     source: str | None = None
     is_rounded: bool = False
+    rounding: str | None = None
     data: str | None = None
     data_is_on_the_hub: bool = False
     bits_per_byte: float | None = None
     training: list = field(default_factory=list)
+
+    def add_rounding(self, rounding):
+        """Takes down that the weights are rounded, `folder.rounding` in words; None: they are not.
+
+        Once rounded, they may be again.
+        """
+        if rounding:
+            self.rounding = f"{self.rounding}, then {rounding}" if self.rounding else rounding
 
     def write(self, folder):
         """Puts what is known into a model's folder."""

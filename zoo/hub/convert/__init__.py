@@ -19,15 +19,17 @@ from ..files import carry_files, carry_tokenizer, new_folder
 from ..folder import (
     build_model,
     check_tokenizer,
+    find_dtype,
     load_tokenizer,
     open_tensors,
     read_config,
     read_generation_config,
     read_json,
+    rounding,
     settings,
 )
 from ..lazy import are_equal
-from ..messages import not_found, one_line
+from ..messages import about, not_found, one_line
 from ..origin import origin_of_checkpoint, origin_of_source
 from ..saving import save_model, save_one_file, save_tensors
 from . import (
@@ -89,10 +91,11 @@ class Report(NamedTuple):
     is_rounded: bool = False
 
 
-def convert(format, src, dst, overwrite=False, max_shard_size="5GB"):
+def convert(format, src, dst, overwrite=False, max_shard_size="5GB", dtype=None):
     """Converts a foreign checkpoint to a folder that `from_pretrained` loads.
 
-    Every weight keeps its value exactly; where a format forces a rounding, the report says so.
+    Every weight keeps its value exactly; where a format or `dtype` forces a rounding, the report
+    says so. A tensor is read when it is written, so that the memory is of a file, not of the model.
     Weights of several dtypes are written in the one that holds them all.
 
     Args:
@@ -102,6 +105,7 @@ def convert(format, src, dst, overwrite=False, max_shard_size="5GB"):
         dst: the folder to write.
         overwrite: replace a model that is there; files that are not its own stay.
         max_shard_size: a file of weights is at most this large, and so is the memory it takes.
+        dtype: name of one to round the weights to. None: the one that holds them all exactly.
 
     Returns:
         A `Report`.
@@ -110,7 +114,7 @@ def convert(format, src, dst, overwrite=False, max_shard_size="5GB"):
         ValueError: an unknown format, a checkpoint of another kind, weights or settings without a
             counterpart in our model, damaged files, or something in the way at `dst`.
     """
-    chosen = _find_format(format)
+    chosen, dtype = _find_format(format), find_dtype(dtype)
     src = _existing(src, dst)
     folder = src if src.is_dir() else src.parent
     with new_folder(dst, overwrite) as new:
@@ -123,14 +127,19 @@ def convert(format, src, dst, overwrite=False, max_shard_size="5GB"):
         except StrictDataclassError as error:
             raise ValueError(f"{src}: {one_line(error)}") from None
         except ValueError as error:
-            raise ValueError(f"{src}: {error}") from None
+            raise about(src, error) from None
         architecture = next(a for a in MODELS.values() if a.config is type(config))
-        model, tensors = build_model(architecture, config, pairs, src)
+        model, tensors = build_model(architecture, config, pairs, src, dtype)
         generation_config = read_generation_config(folder)
         if generation_config is not None:
             model.generation_config = generation_config
         save_model(model, tensors, new, max_shard_size)
         origin = origin_of_source(src, chosen.name)
+        rounded = rounding(pairs.values(), dtype)
+        if rounded:
+            fields.is_rounded = True
+            fields.notes.append(f"the weights are rounded {rounded}")
+        origin.add_rounding(rounded)
         origin.is_rounded |= fields.is_rounded
         origin.write(new)
         has_tokenizer = _carry_tokenizer(folder, new, config.vocab_size, fields.notes)
@@ -145,7 +154,7 @@ def convert(format, src, dst, overwrite=False, max_shard_size="5GB"):
     )
 
 
-def convert_back(format, src, dst, overwrite=False, max_shard_size="5GB"):
+def convert_back(format, src, dst, overwrite=False, max_shard_size="5GB", dtype=None):
     """Converts one of our checkpoints to a foreign format.
 
     What is written is read again as `convert` does and compared, so a model that the format cannot
@@ -157,6 +166,7 @@ def convert_back(format, src, dst, overwrite=False, max_shard_size="5GB"):
         dst: the folder to write.
         overwrite: replace a model that is there.
         max_shard_size: a file of weights is at most this large, where the format allows several.
+        dtype: name of one to round the weights to. None: as they are.
 
     Returns:
         A `Report`.
@@ -165,7 +175,7 @@ def convert_back(format, src, dst, overwrite=False, max_shard_size="5GB"):
         ValueError: an unknown format, one without a way back, a model that it cannot express,
             damaged files, or something in the way at `dst`.
     """
-    chosen = _find_format(format)
+    chosen, dtype = _find_format(format), find_dtype(dtype)
     if chosen.architecture is None:
         names = ", ".join(f.name for f in FORMATS.values() if f.architecture)
         raise ValueError(f"{format} is only read; what can be written is {names}.")
@@ -175,16 +185,28 @@ def convert_back(format, src, dst, overwrite=False, max_shard_size="5GB"):
         raise ValueError(f"{src} is {architecture.name}; {format} holds {chosen.architecture}.")
     others = [chosen.weight_file] if chosen.weight_file else []
     with new_folder(dst, overwrite, chosen.config_file, others) as new:
-        model, tensors = build_model(architecture, config, open_tensors(src), src)
+        found = open_tensors(src)
+        model, tensors = build_model(architecture, config, found, src, dtype)
         try:
             num_tensors, notes = write_model(chosen, model, tensors, new, max_shard_size)
         except ValueError as error:
-            raise ValueError(f"{src}: {error}") from None
+            raise about(src, error) from None
         carry_files(src, new, ("generation_config.json",))
-        origin_of_checkpoint(src).write(new)
+        origin, rounded = origin_of_checkpoint(src), rounding(found.values(), dtype)
+        if rounded:
+            notes.append(f"the weights are rounded {rounded}")
+        origin.add_rounding(rounded)
+        origin.write(new)
         has_tokenizer = _carry_tokenizer(src, new, config.vocab_size, notes)
     num_parameters = sum(p.numel() for p in model.parameters())
-    return Report(num_tensors, num_parameters, model.dtype, notes, has_tokenizer)
+    return Report(
+        num_tensors,
+        num_parameters,
+        model.dtype,
+        notes,
+        has_tokenizer,
+        is_rounded=rounded is not None,
+    )
 
 
 def write_model(format, model, tensors, folder, max_shard_size="5GB"):

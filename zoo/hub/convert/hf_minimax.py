@@ -236,9 +236,9 @@ def write_weights(weights, config):
             yield from write_lightning(weights, config, layer)
         for ours, theirs in tensor_names(config, layer).items():
             yield f"{here}.{theirs}.weight", weights.take(f"{here}.{ours}.weight")
-        embedding = weights.tensors["model.embed_tokens.weight"]
+        dtype = weights.tensors["model.embed_tokens.weight"].dtype
         router = f"{here}.block_sparse_moe.gate.weight"
-        yield router, embedding.new_zeros(1, config.hidden_size)
+        yield router, torch.zeros(1, config.hidden_size, dtype=dtype)
     if not config.tie_word_embeddings:
         yield "lm_head.weight", weights.take("lm_head.weight")
 
