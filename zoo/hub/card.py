@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedConfig
 
 from .. import Architecture
-from .folder import one_line, settings
+from .folder import settings
+from .messages import one_line
 from .origin import LICENSE, Origin
 
 ZOO = Path(__file__).resolve().parent.parent

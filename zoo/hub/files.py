@@ -14,6 +14,8 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from .guard import check_file
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -89,7 +91,8 @@ def code_files(config, read):
 def read_text(path):
     """A file's text, or None if there is none or it is not text."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        # Of a pipe one would wait for ever.
+        return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else None
     except (OSError, ValueError):
         return None
 
@@ -145,8 +148,29 @@ def carry_files(src, dst, names):
     return found
 
 
+def check_tokenizer_files(folder):
+    """Raises a ValueError if a file of a tokenizer is none, or holds no JSON where it should."""
+    for name in TOKENIZER_FILES:
+        path = Path(folder) / name
+        check_file(path)
+        if path.suffix != ".json" or not path.is_file():
+            continue
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} cannot be read as JSON, so the tokenizer does not load "
+                f"({str(error)[:200]}); replace or remove it."
+            ) from None
+
+
 def carry_tokenizer(src, dst):
-    """Copies the files of a tokenizer. Returns their names."""
+    """Copies the files of a tokenizer. Returns their names.
+
+    Raises:
+        ValueError: as `check_tokenizer_files`.
+    """
+    check_tokenizer_files(src)
     templates = sorted(Path(src).glob(f"{CHAT_TEMPLATES}/*.jinja"))
     names = [*TOKENIZER_FILES, *(f"{CHAT_TEMPLATES}/{path.name}" for path in templates)]
     return carry_files(src, dst, names)

@@ -1,7 +1,6 @@
 """Model folders: reading weights, configs and tokenizers, with checks."""
 
 import functools
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,8 @@ from transformers import AutoTokenizer, GenerationConfig
 from .. import MODELS
 from ..core.base import ZooConfig
 from .adapters import ADAPTER, CONFIG, WEIGHTS, base_of, check_base, has_adapter, merge
+from .files import check_tokenizer_files
+from .guard import check_file, check_numbers, empty_model, parse_json
 from .lazy import are_equal, cast, value_of
 from .messages import not_found, one_line, some
 from .shards import SHARDS, has_shards, open_shards
@@ -37,11 +38,11 @@ def read_json(path):
         ValueError: the file is missing, unreadable, or holds something else.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; expected it beside the weights.") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {one_line(error)}.") from None
+        raise ValueError(f"{path} cannot be read as JSON: {one_line(error)[:200]}.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}.")
     return value
@@ -65,6 +66,8 @@ def find_weights(src):
     if not src.is_dir():
         raise not_found(src)
     for name in ("model.safetensors", "pytorch_model.bin"):
+        check_file(src / name)
+        check_file(src / f"{name}.index.json")
         if (src / f"{name}.index.json").is_file() and (src / name).is_file():
             # transformers would load the one file, whichever is newer.
             raise ValueError(
@@ -96,9 +99,14 @@ def _shards(index):
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: expected an index with a weight_map, got none.")
-    names = sorted(set(map(str, weight_map.values())))
+    odd = [place for place in weight_map.values() if not isinstance(place, str)]
+    if odd:
+        raise ValueError(
+            f"{index} names {str(odd[0])[:80]} as a shard, which is no name of a file."
+        )
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or "\\" in name or "\0" in name:
             raise ValueError(f"{index} names the shard {name!r}, which is outside of its folder.")
         if not (index.parent / name).is_file():
             raise ValueError(f"{index.parent / name} is missing; {index.name} names it as a shard.")
@@ -165,7 +173,7 @@ def read_config(folder):
     fields = read_json(path)
     by_type = {a.config.model_type: a for a in MODELS.values()}
     model_type = fields.get("model_type")
-    if model_type not in by_type:
+    if not isinstance(model_type, str) or model_type not in by_type:
         raise ValueError(
             f"{path}: expected model_type {' or '.join(map(repr, by_type))}, got {model_type!r}; "
             "a foreign checkpoint goes through `zoo convert` first (`zoo convert --list`)."
@@ -173,6 +181,7 @@ def read_config(folder):
     architecture = by_type[model_type]
     wanted = architecture.causal_lm.__name__
     classes = fields.get("architectures") or [wanted]
+    classes = classes if isinstance(classes, list) else [classes]
     if wanted not in classes:
         raise ValueError(f"{path}: expected a language model ({wanted}), got {some(classes)}.")
     if fields.get("quantization_config"):
@@ -180,6 +189,7 @@ def read_config(folder):
             f"{path} has a quantization_config: the weights are quantised; "
             "give the checkpoint they were made from."
         )
+    check_numbers(fields, path)
     try:
         return architecture, architecture.config.from_dict(fields)
     except (StrictDataclassError, ValueError, TypeError) as error:
@@ -218,8 +228,7 @@ def build_model(architecture, config, tensors, source, dtype=None):
             f"{source}: pad_token_id is below vocab_size = {config.vocab_size}, got {padding}; "
             "correct config.json, or set it to null."
         )
-    with torch.device("meta"):
-        model = architecture.causal_lm(config)
+    model = empty_model(architecture.causal_lm, config, source, len(tensors))
     expected = model.state_dict()
     tied = model._tied_weights_keys if config.tie_word_embeddings else {}
     tensors = dict(tensors)
@@ -284,10 +293,11 @@ def load_tokenizer(folder):
     """The tokenizer in a folder.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or needs code of its own, which is never run.
     """
+    check_tokenizer_files(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each kind of tokenizer has its own ways to fail
         raise ValueError(
             f"the tokenizer does not load ({type(error).__name__}: {one_line(error)[:200]}); "
@@ -311,6 +321,7 @@ def read_generation_config(folder):
     Raises:
         ValueError: it is damaged or contradicts itself.
     """
+    check_file(Path(folder) / "generation_config.json")
     if not (Path(folder) / "generation_config.json").is_file():
         return None
     fields = read_json(Path(folder) / "generation_config.json")

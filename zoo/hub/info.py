@@ -3,11 +3,10 @@
 import difflib
 from pathlib import Path
 
-import torch
-
 from .. import MODELS
 from .card import state_in_words
 from .folder import read_config, settings
+from .guard import empty_model
 from .messages import HUB_ID, not_found
 
 
@@ -33,8 +32,7 @@ def describe(model):
         near = difflib.get_close_matches(model, MODELS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(MODELS)}."
         raise ValueError(f"{model!r} is neither a folder nor an architecture; {hint}")
-    with torch.device("meta"):
-        network = architecture.causal_lm(config)
+    network = empty_model(architecture.causal_lm, config, model)
     constant = network.state_size(0)
     num_parameters = sum(p.numel() for p in network.parameters())
     lines = [

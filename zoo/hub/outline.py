@@ -7,7 +7,8 @@ from safetensors import SafetensorError, safe_open
 
 from .. import MODELS
 from .files import INDEX, is_weights
-from .folder import build_model, find_weights, one_line, read_config, read_json, some
+from .folder import build_model, find_weights, read_config, read_json
+from .messages import one_line, some
 
 _DTYPES = {
     "F64": torch.float64,

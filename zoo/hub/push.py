@@ -38,7 +38,8 @@ from .files import (
     read_text,
     recorded_files,
 )
-from .folder import find_weights, not_found, one_line, read_json
+from .folder import find_weights, read_json
+from .messages import not_found, one_line
 from .outline import check_weights
 from .secrets import quiet_about_secrets, without_secrets
 
@@ -244,6 +245,7 @@ def files_to_push(exported):
     # transformers' own classes bring their code.
     is_ours = any(config.get("model_type") == a.config.model_type for a in MODELS.values())
     lacks_code = is_ours and "auto_map" not in config
+    _check_auto_map(exported, config)
     card = read_text(exported / "README.md")
     if lacks_code or card is None:
         raise ValueError(
@@ -268,6 +270,18 @@ def files_to_push(exported):
             "`cp -rL`, or export it again."
         )
     return sorted(inside), _others(exported, inside)
+
+
+def _check_auto_map(exported, config):
+    """Refuses a config whose users would be asked to trust code that is not in the folder."""
+    auto_map = config.get("auto_map", {})
+    for name, place in auto_map.items() if isinstance(auto_map, dict) else [("auto_map", auto_map)]:
+        module, _, class_name = str(place).partition(".")
+        if not (isinstance(place, str) and module.isidentifier() and class_name.isidentifier()):
+            raise ValueError(
+                f"{exported / 'config.json'}: auto_map names {str(place)[:80]!r} as {name}; "
+                "expected module.Class of a .py file beside it. Export it again."
+            )
 
 
 def _others(folder, files):

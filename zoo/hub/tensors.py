@@ -10,6 +10,7 @@ import zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .guard import check_pickle, check_tensors
 from .lazy import Lazy
 from .messages import one_line, some
 
@@ -95,6 +96,7 @@ def _can_be_mapped(path):
 
 
 def _open_pickle(path, others):
+    check_pickle(path)
     try:
         is_mapped = _can_be_mapped(path)
         tensors = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_mapped)
@@ -116,6 +118,7 @@ def _open_pickle(path, others):
         raise ValueError(f"{path}: expected tensors only, but {names} is something else.")
     for name in strange:
         others[name] = tensors.pop(name)
+    check_tensors(path, tensors.values())
     return tensors
 
 

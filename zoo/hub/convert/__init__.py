@@ -28,6 +28,7 @@ from ..folder import (
     rounding,
     settings,
 )
+from ..guard import check_numbers
 from ..lazy import are_equal
 from ..messages import about, not_found, one_line
 from ..origin import origin_of_checkpoint, origin_of_source
@@ -128,6 +129,12 @@ def convert(format, src, dst, overwrite=False, max_shard_size="5GB", dtype=None)
             raise ValueError(f"{src}: {one_line(error)}") from None
         except ValueError as error:
             raise about(src, error) from None
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            # The file says a list where the format has a number, or nothing, or zero.
+            raise ValueError(
+                f"{src}: {chosen.config_file or 'the weights'} cannot be understood as "
+                f"{chosen.name} ({type(error).__name__}: {one_line(error)[:200]}); correct it."
+            ) from None
         architecture = next(a for a in MODELS.values() if a.config is type(config))
         model, tensors = build_model(architecture, config, pairs, src, dtype)
         generation_config = read_generation_config(folder)
@@ -291,6 +298,7 @@ def _open(chosen, src, folder):
         if _what_it_is(folder, names):
             raise ValueError(f"{src}: {_other_format(chosen, folder, names)}")
     fields = Fields(read_json(path), chosen.config_file)
+    check_numbers(fields.values, path)
     # What tells the formats apart is in the config: the weights are read once it is right.
     if not chosen.recognizes(fields.values, ()):
         raise ValueError(f"{path}: {_other_format(chosen, folder, _names(src))}")

@@ -1,0 +1,353 @@
+"""What somebody made to do harm, or a disk to look like it: one line that names the file, no more.
+
+No code is run, no address asked, nothing written, no memory taken for what a file merely claims.
+"""
+
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import socket
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+import zoo
+from zoo.cli import main
+from zoo.hub.export import export
+
+GOLDENS = Path(__file__).resolve().parent.parent / "parity" / "goldens"
+BYTE = Path(__file__).resolve().parent.parent.parent / "tokenizers" / "byte"
+SIZES = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+MEMORY = 2 * 1024**3  # bytes that a refusal may take at most: of address space, so of anything
+SECONDS = 20
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+GENERATION, CARD = "generation_config.json", "README.md"
+
+
+class Evil:
+    """Pickled, it writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def config(**changes):
+    """Fields of config.json, changed."""
+
+    def damage(folder):
+        path = folder / CONFIG
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def write(name, content):
+    """A file with other content."""
+
+    def damage(folder):
+        path = folder / name
+        path.unlink(missing_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return damage
+
+
+def replace(name, old, new):
+    """A file whose text has another passage."""
+
+    def damage(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return damage
+
+
+def directory(name):
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+
+    return damage
+
+
+def pipe(name):
+    """A named pipe, which whoever opens it waits at."""
+
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+def device(name):
+    """A link to what never ends."""
+
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("/dev/zero")
+
+    return damage
+
+
+def huge(name):
+    """100 GB of nothing, which lie on no disk."""
+
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        with open(folder / name, "wb") as file:
+            file.truncate(100 * 10**9)
+
+    return damage
+
+
+def header(entries, content=b""):
+    """model.safetensors with a header of one's own."""
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return write(WEIGHTS, struct.pack("<Q", len(text)) + text + content)
+
+
+def tensor(shape, offsets, dtype="F32"):
+    return {"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+def weights(change):
+    """model.safetensors with other tensors."""
+
+    def damage(folder):
+        tensors = load_file(folder / WEIGHTS)
+        name = next(name for name in tensors if name.endswith("q_proj.weight"))
+        save_file(change(tensors, name), folder / WEIGHTS)
+
+    return damage
+
+
+def index(**places):
+    """An index beside the weights, instead of them."""
+
+    def damage(folder):
+        (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
+        names = load_file(folder / "model-00001-of-00001.safetensors")
+        mapped = dict.fromkeys(names, "model-00001-of-00001.safetensors") | places
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": mapped}))
+        (folder.parent / "outside.safetensors").write_bytes(b"")
+
+    return damage
+
+
+def pickled(name, make):
+    """Weights in a pickle instead."""
+
+    def damage(folder):
+        (folder / WEIGHTS).unlink(missing_ok=True)
+        make(folder / name, folder.parent / "evil")
+
+    return damage
+
+
+def with_code(path, evil):
+    torch.save({"x": torch.zeros(2), "y": Evil(evil)}, path)
+
+
+def bare_code(path, evil):
+    path.write_bytes(pickle.dumps(Evil(evil)))
+
+
+def compressed(path, evil):
+    """A file of 64 kB that unpacks to 64 MB."""
+    stored = io.BytesIO()
+    torch.save({"x": torch.zeros(256)}, stored)
+    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            if "/data/" not in name:
+                new.writestr(name, old.read(name))
+                continue
+            with new.open(name, "w", force_zip64=True) as part:
+                for _ in range(64):
+                    part.write(bytes(1 << 20))
+
+
+def expanded(path, evil):
+    """One number, seen as 4 TB of them."""
+    torch.save({"x": torch.zeros(1).expand(10**12)}, path)
+
+
+def deep(path, evil):
+    path.write_bytes(pickle.PROTO + b"\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
+
+
+OURS = [
+    ("unknown field", config(rotary_tpye=1), CONFIG, "no field 'rotary_tpye'"),
+    ("wrong type", config(hidden_size="32"), CONFIG, "hidden_size"),
+    ("a truth for a number", config(rms_norm_eps=[1e-6]), CONFIG, "rms_norm_eps"),
+    ("NaN", replace(CONFIG, "{", '{"x": NaN,'), CONFIG, "NaN"),
+    ("infinity", replace(CONFIG, "{", '{"x": -Infinity,'), CONFIG, "Infinity"),
+    ("a key twice", replace(CONFIG, "{", '{"vocab_size": 1,'), CONFIG, "'vocab_size' twice"),
+    ("no UTF-8", write(CONFIG, b'{"a": "\xff\xfe"}'), CONFIG, "utf-8"),
+    ("UTF-16", write(CONFIG, "{}".encode("utf-16")), CONFIG, "cannot be read as JSON"),
+    ("empty", write(CONFIG, b""), CONFIG, "cannot be read as JSON"),
+    ("a list", write(CONFIG, b"[1]"), CONFIG, "expected a JSON object, got list"),
+    ("deep", write(CONFIG, b'{"a":' * 200_000), CONFIG, "nested too deep"),
+    ("a number of a million digits", write(CONFIG, b'{"a":' + b"1" * 10**6), CONFIG, "digits"),
+    ("a directory", directory(CONFIG), CONFIG, "missing"),
+    ("a pipe", pipe(CONFIG), CONFIG, "missing"),
+    ("a device", device(CONFIG), CONFIG, "missing"),
+    ("100 GB", huge(CONFIG), CONFIG, "more than any such"),
+    ("vocabulary of a trillion", config(vocab_size=10**12), "", "[1000000000000, 32] by the"),
+    ("vocabulary beyond 64 bits", config(vocab_size=10**30), CONFIG, "vocab_size"),
+    ("width of 2^62", config(hidden_size=2**62), CONFIG, "hidden_size"),
+    ("a billion layers", config(num_hidden_layers=10**9), CONFIG, "num_hidden_layers"),
+    ("a million heads", config(num_attention_heads=10**6), CONFIG, "multiple of"),
+    ("fewer than no layers", config(num_hidden_layers=-3), CONFIG, "at least 1, got -3"),
+    ("a vocabulary below nothing", config(vocab_size=-1), CONFIG, "vocab_size is at least 1"),
+    ("no heads", config(num_attention_heads=0), CONFIG, "num_attention_heads"),
+    ("a type that is a list", config(model_type=["zoo_retnet"]), CONFIG, "expected model_type"),
+    ("a type that is a path", config(model_type="../evil"), CONFIG, "expected model_type"),
+    ("a number of architectures", config(architectures=7), CONFIG, "expected a language model"),
+    ("another head", config(architectures=["Evil"]), CONFIG, "expected a language model"),
+    ("weights renamed", pickled(WEIGHTS, with_code), WEIGHTS, "not a readable safetensors file"),
+    ("bare code renamed", pickled(WEIGHTS, bare_code), WEIGHTS, "not a readable safetensors file"),
+    ("code", pickled("pytorch_model.bin", with_code), "pytorch_model.bin", "runs code"),
+    ("bare code", pickled("pytorch_model.bin", bare_code), "pytorch_model.bin", "runs code"),
+    ("code elsewhere", pickled("x.pth", with_code), "x.pth", "runs code"),
+    (
+        "a bomb",
+        pickled("pytorch_model.bin", compressed),
+        "pytorch_model.bin",
+        "would unpack to 67,",
+    ),
+    ("4 TB of one number", pickled("x.pth", expanded), "x.pth", "would unpack to 4,000,"),
+    ("a deep pickle", pickled("x.pth", deep), "x.pth", "damaged"),
+    ("an empty pickle", pickled("x.pth", lambda path, _: path.touch()), "x.pth", "damaged"),
+    ("no weights", lambda folder: (folder / WEIGHTS).unlink(), "", "found none"),
+    ("empty weights", write(WEIGHTS, b""), WEIGHTS, "not a readable safetensors file"),
+    ("half of a header", write(WEIGHTS, b"\x09"), WEIGHTS, "not a readable safetensors file"),
+    ("a header of 2^60", write(WEIGHTS, struct.pack("<Q", 2**60) + b"{}"), WEIGHTS, "header"),
+    ("a header of 90 MB", write(WEIGHTS, struct.pack("<Q", 9 * 10**7)), WEIGHTS, "header"),
+    ("no JSON", header(b"{]"), WEIGHTS, "header"),
+    ("a deep header", header(b'{"x":' * 100_000), WEIGHTS, "header"),
+    ("a header of bytes", header(b"\xff\xff\xff"), WEIGHTS, "header"),
+    ("a trillion numbers", header(tensor([10**12], [0, 8]), bytes(8)), WEIGHTS, "not a readable"),
+    ("2^80 numbers", header(tensor([2**40, 2**40], [0, 8]), bytes(8)), WEIGHTS, "not a readable"),
+    ("minus one number", header(tensor([-1], [0, 8]), bytes(8)), WEIGHTS, "not a readable"),
+    ("offsets beyond", header(tensor([2], [2**40, 2**40 + 8]), bytes(8)), WEIGHTS, "not a read"),
+    ("offsets backwards", header(tensor([2], [8, 0]), bytes(8)), WEIGHTS, "not a readable"),
+    ("more than its header says", header(tensor([2], [0, 8]), bytes(99)), WEIGHTS, "not a readab"),
+    ("a wrong shape", weights(lambda x, n: x | {n: x[n][:-1].clone()}), "", "by the config"),
+    ("a wrong type", weights(lambda x, n: x | {n: x[n].long()}), "", "not a float"),
+    ("one too few", weights(lambda x, n: {k: x[k] for k in x if k != n}), "", "fit: no "),
+    ("one too many", weights(lambda x, n: x | {"evil": x[n].clone()}), "", "no place for evil"),
+    ("weights that are a pipe", pipe(WEIGHTS), WEIGHTS, "is no file"),
+    ("weights that are a device", device(WEIGHTS), WEIGHTS, "is no file"),
+    ("weights that are a directory", directory(WEIGHTS), WEIGHTS, "is no file"),
+    ("a shard outside", index(x="../outside.safetensors"), INDEX, "outside of its folder"),
+    ("a shard at the root", index(x="/etc/passwd"), INDEX, "outside of its folder"),
+    ("a shard below", index(x="a/b.safetensors"), INDEX, "outside of its folder"),
+    ("a shard that is the folder", index(x="."), INDEX, "outside of its folder"),
+    ("a shard that is missing", index(x="b.safetensors"), "b.safetensors", "is missing"),
+    ("a shard with a zero byte", index(x="b\0.safetensors"), INDEX, "outside of its folder"),
+    ("a shard of no name", index(x=7), INDEX, "no name of a file"),
+    ("an index of nothing", write(INDEX, b"{}"), INDEX, ""),
+    ("a tokenizer of garbage", write(TOKENIZER, b"\x00\xff"), TOKENIZER, "does not load"),
+    ("a tokenizer of nothing", write(TOKENIZER, b"{}"), "", "does not load"),
+    ("a deep tokenizer", write(TOKENIZER, b'{"a":' * 100_000), TOKENIZER, "does not load"),
+    ("a tokenizer that is a pipe", pipe(TOKENIZER), TOKENIZER, "is no file"),
+    ("a tokenizer that is a directory", directory(TOKENIZER), TOKENIZER, "is no file"),
+    (
+        "a tokenizer of code elsewhere",
+        write(
+            TOKENIZER_CONFIG,
+            '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["a/b--c.Evil", null]}}',
+        ),
+        "tokenizer",
+        "code",
+    ),
+    (
+        "a tokenizer of code here",
+        lambda folder: [
+            write("evil.py", "import os\nos.mkdir('evil')\nclass Evil: pass\n")(folder),
+            write(TOKENIZER_CONFIG, '{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')(folder),
+        ],
+        "tokenizer",
+        "code",
+    ),
+    ("settings of garbage", write(GENERATION, b"{"), GENERATION, "cannot be read as JSON"),
+    ("settings that are a list", write(GENERATION, b"[]"), GENERATION, "expected a JSON object"),
+    ("settings that are a pipe", pipe(GENERATION), GENERATION, "is no file"),
+    ("settings of a wrong type", write(GENERATION, b'{"top_k": "x"}'), GENERATION, ""),
+]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Folders without damage: a checkpoint of ours, and what it is exported to."""
+    folder = tmp_path_factory.mktemp("good")
+    zoo.RetNetForCausalLM(zoo.RetNetConfig(**SIZES)).save_pretrained(folder / "ours")
+    AutoTokenizer.from_pretrained(BYTE).save_pretrained(folder / "ours")
+    export(folder / "ours", folder / "out", license="mit")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch):
+    """Nothing may ask the network, start a process, wait, or take much memory."""
+
+    def refuse(*arguments, **_):
+        raise AssertionError(f"asked for {arguments}")
+
+    def late(*_):
+        raise AssertionError(f"not refused in {SECONDS} seconds")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr("builtins.input", refuse)
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def refused(capsys, folder, arguments):
+    """The line with which a command refuses, after which all is as before."""
+    names = sorted(str(path) for path in folder.rglob("*"))
+    capsys.readouterr()
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert re.fullmatch(r"zoo: error: .+\n", said.err), said.err
+    assert said.out == "" and len(said.err) < 1000
+    assert sorted(str(path) for path in folder.rglob("*")) == names
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "message"), [c[1:] for c in OURS], ids=[c[0] for c in OURS]
+)
+def test_export(good, tmp_path, capsys, monkeypatch, damage, file, message):
+    monkeypatch.chdir(tmp_path)
+    ours = shutil.copytree(good / "ours", tmp_path / "ours")
+    damage(ours)
+    error = refused(capsys, tmp_path, ["export", "ours", "out", "--license", "mit"])
+    assert f"ours/{file}".rstrip("/") in error or file in error, error
+    assert message in error, error
