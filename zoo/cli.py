@@ -109,7 +109,8 @@ def _parser():
         "--format",
         default="zoo",
         choices=("zoo", "native"),
-        help="native: for transformers' own class, where it has one (%(default)s: with our code)",
+        help="native: for transformers' own class, else flash-linear-attention's, where there is "
+        "one (%(default)s: with our code)",
     )
     command.set_defaults(run=_export)
 
@@ -248,7 +249,7 @@ def _export(arguments):
         arguments.base_model,
         arguments.dtype,
     )
-    runs_on = f"transformers' {exported.model_class}"
+    runs_on = f"{exported.library} {exported.model_class}"
     if exported.code:
         runs_on = f"{exported.model_class} and the code it runs on, {len(exported.code)} files"
     print(f"{arguments.out}: {exported.num_parameters:,} parameters, {runs_on}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fla_models import RECORD, recorded_weights
 from rwkv_files import authors_shapes, fla_shapes, random_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
@@ -494,6 +495,11 @@ def make_source(format, folder):
     elif format == "torchscale-longnet":
         (folder / "config.json").write_text(json.dumps(LONGNET_CONFIG))
         save_file(random_weights(longnet_shapes()), folder / "model.safetensors")
+    elif format == "fla-gated-deltanet":
+        record = json.loads(RECORD.read_text())["models"]["gated-deltanet"]
+        fields = record["fields"] | {"model_type": "gated_deltanet"}
+        (folder / "config.json").write_text(json.dumps(fields))
+        save_file(recorded_weights("gated-deltanet"), folder / "model.safetensors")
     elif format in FLA_CONFIGS:
         ranks = (4, 5) if format == "fla-rwkv6" else (5, 6, 7, 8)
         shapes = fla_shapes(format[-1], 32, 2, 32, 32, 64, 2, 19, ranks, True, False)

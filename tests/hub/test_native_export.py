@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 import zoo
 from zoo.cli import main
-from zoo.hub.convert import FORMATS, convert
+from zoo.hub.convert import convert
+from zoo.hub.convert.formats import native_format
 from zoo.hub.export import export
 from zoo.hub.push import files_to_push
 
@@ -123,7 +124,7 @@ def test_files(folder, models, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_converts_back(folder, models, name, tmp_path):
-    native = next(f for f in FORMATS.values() if f.architecture == CONFIGS[name][0] and f.is_native)
+    native = native_format(CONFIGS[name][0])
     assert f"`zoo convert {native.name} SRC DST`" in (folder / name / "README.md").read_text()
     convert(native.name, folder / name, tmp_path / "ours")
     weights = load_file(tmp_path / "ours" / "model.safetensors")
@@ -168,14 +169,14 @@ REFUSED = [
     ("rwkv4", {"attention_hidden_size": 64}, "transformers cannot decode when they differ"),
     ("rwkv4", {"embedding_norm": False}, "transformers' model always has that norm"),
     ("lightning", {}, "norm_weight is False: transformers' model has True"),  # TransNormerLLM
-    ("retnet", {}, "transformers has no class for retnet, .* it has for .*sliding_window"),
+    ("rwkv5", {}, "no other library has a class for rwkv5 .* transformers for .*sliding_window"),
 ]
 
 
 @pytest.mark.parametrize(("architecture", "fields", "message"), REFUSED)
 def test_what_no_class_computes_is_refused(architecture, fields, message, tmp_path):
     sizes = MISTRAL if architecture == "sliding_window" else SIZES
-    if architecture in ("retnet", "lightning"):
+    if architecture in ("rwkv5", "lightning"):
         sizes = sizes | {"num_attention_heads": 2}
     save_checkpoint(tmp_path / "checkpoint", architecture, sizes | fields)
     with pytest.raises(ValueError, match=message) as error:

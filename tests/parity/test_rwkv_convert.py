@@ -449,6 +449,11 @@ def test_fla_variants_step_by_step_and_back(variant, tmp_path):
         logits, _ = run(model, ids, way)
         assert worst(logits, expected) < 1e-10, way
 
+    if variant == "7, wide values":
+        # fla reads such a file's config and then fails to initialise the model (0.6.0).
+        with pytest.raises(ValueError, match="value_size is 48: fla's RWKV-7 has hidden_size, 24"):
+            convert_back(format, tmp_path / "ours", tmp_path / "back")
+        return
     convert_back(format, tmp_path / "ours", tmp_path / "back")
     if variant == "7, old names":
         for i in range(3):
@@ -498,7 +503,7 @@ NOT_BACK = [
     ),
     ("fla-rwkv7", "rwkv7", {"key_size": 16, "head_norm_eps": 16e-5}, "key_size is 16"),
     ("fla-rwkv7", "rwkv7", {"value_size": 48, "head_norm_eps": 16e-5}, "value_size is 48"),
-    ("rwkv-pth", "rwkv7", {}, "only read; what can be written is hf-rwkv, fla-rwkv6, fla-rwkv7"),
+    ("rwkv-pth", "rwkv7", {}, "only read; what can be written is .*hf-rwkv, fla-rwkv6, fla-"),
 ]
 
 

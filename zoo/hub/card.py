@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedConfig
 
 from .. import Architecture
+from .convert.format import Format
 from .folder import settings
 from .messages import one_line
 from .origin import LICENSE, Origin
@@ -33,7 +34,7 @@ class Subject(NamedTuple):
         state_bytes: recurrent state of one sequence, without what grows with its tokens.
         state_bytes_per_token: what grows.
         origin: where the weights come from, and under which license.
-        native_format: name of the format whose class in transformers loads it; None: ours does.
+        native_format: the format whose class in another library loads it; None: ours does.
         native_config: config.json of that class.
         notes: on what was left out for it.
     """
@@ -47,7 +48,7 @@ class Subject(NamedTuple):
     state_bytes: int
     state_bytes_per_token: int
     origin: Origin
-    native_format: str | None = None
+    native_format: Format | None = None
     native_config: dict | None = None
     notes: list[str] = []
 
@@ -82,7 +83,9 @@ def render_card(subject):
         config=_config_table(values),
         model_class=subject.model_class,
         architecture=subject.architecture.name,
-        format=subject.native_format,
+        format=None if is_ours else subject.native_format.name,
+        library=None if is_ours else subject.native_format.library.possessive,
+        needs=None if is_ours else subject.native_format.library.needs,
         notes="".join(f"\n- {note}" for note in subject.notes) + "\n" * bool(subject.notes),
         usage=_usage(subject),
         training=_training(origin),
@@ -90,7 +93,8 @@ def render_card(subject):
     for name in ("license", "license_name", "license_link", "base_model"):
         card.data[name] = getattr(origin, name)
     if not is_ours:
-        card.data.tags = [values["model_type"]]
+        package = subject.native_format.library.to_import
+        card.data.tags = [values["model_type"], *([package] if package else [])]
     if origin.data_is_on_the_hub:
         card.data.datasets = [origin.data]
     if origin.bits_per_byte is not None:
@@ -188,6 +192,9 @@ def _usage(subject):
         f"name = {json.dumps(subject.name, ensure_ascii=False)}  # this folder, or its Hub name",
         f"model = AutoModelForCausalLM.from_pretrained(name{trust})",
     ]
+    package = None if subject.native_format is None else subject.native_format.library.to_import
+    if package is not None:
+        load.insert(0, f"import {package}  # its classes become known to transformers")
     if has_tokenizer:
         load += [
             f"tokenizer = AutoTokenizer.from_pretrained(name{trust})",
@@ -200,7 +207,7 @@ def _usage(subject):
             "output = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=64)",
             "print(output[0].tolist())  # token ids: this model came without a tokenizer",
         ]
-        load.insert(0, "import torch")
+        load.insert(load.index(""), "import torch")
     return "\n".join(load)
 
 

@@ -4,8 +4,9 @@ Beside weights, config and tokenizer it holds the architecture's own source file
 `from_pretrained(OUT, trust_remote_code=True)` needs torch and transformers only. Where `zoo` is
 imported, its classes are used instead.
 
-With `--format native` it becomes a model of transformers' own class instead, where there is one
-that computes the same: no code goes along, and none has to be trusted.
+With `--format native` it becomes a model of another library's own class instead, transformers' or
+flash-linear-attention's, where one has a class that computes the same: no code goes along, and none
+has to be trusted.
 """
 
 import ast
@@ -18,7 +19,8 @@ from typing import NamedTuple
 from transformers import GenerationConfig
 
 from .card import Subject, render_card
-from .convert import native_format, write_model
+from .convert import write_model
+from .convert.formats import native_format
 from .files import TOKENIZER_FILES, carry_tokenizer, new_folder
 from .folder import (
     build_model,
@@ -50,10 +52,11 @@ class Exported(NamedTuple):
 
     Attributes:
         num_parameters: written.
-        code: names of the source files beside the weights; none in transformers' own format.
+        code: names of the source files beside the weights; none for another library's class.
         has_tokenizer: whether there is a tokenizer.
         model_class: name of the class that loads it.
-        notes: on what transformers' own format left out, and what else to know.
+        notes: on what the other library's format left out, and what else to know.
+        library: whose class that is, as in "transformers'"; None: ours.
     """
 
     num_parameters: int
@@ -61,6 +64,7 @@ class Exported(NamedTuple):
     has_tokenizer: bool
     model_class: str
     notes: list[str]
+    library: str | None = None
 
 
 def export(
@@ -84,7 +88,8 @@ def export(
             training run of ours is apache-2.0; if it says nothing, neither does the card. The
             code's own license is in LICENSE.
         max_shard_size: a file of weights is at most this large.
-        format: "zoo", with our code beside the weights, or "native", for transformers' own class.
+        format: "zoo", with our code beside the weights, or "native", for another library's own
+            class: transformers', else flash-linear-attention's.
         base_model: name on the Hub of the model that these weights are, or were made from. None:
             what the checkpoint says.
         dtype: name of one to round the weights to. None: as they are.
@@ -94,8 +99,8 @@ def export(
 
     Raises:
         ValueError: not a checkpoint of ours, damaged files, a tokenizer of another model, a model
-            that transformers' own class cannot express, no license's or model's name, or something
-            in the way at `out`.
+            that the other library's class cannot express, no license's or model's name, or
+            something in the way at `out`.
     """
     if format not in EXPORT_FORMATS:
         raise ValueError(f"format is {' or '.join(EXPORT_FORMATS)}, got {format!r}.")
@@ -145,7 +150,7 @@ def export(
             state_bytes=model.state_size(0),
             state_bytes_per_token=model.state_size(1) - model.state_size(0),
             origin=origin,
-            native_format=native and native.name,
+            native_format=native,
             native_config=native and read_json(new / "config.json"),
             notes=notes,
         )
@@ -156,6 +161,7 @@ def export(
         tokenizer is not None,
         subject.model_class,
         notes + remarks,
+        native and native.library.possessive,
     )
 
 

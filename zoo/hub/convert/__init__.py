@@ -5,7 +5,6 @@ comes from. Whatever is left over, on either side, is an error: with a weight th
 setting that nobody read, it would be a different model.
 """
 
-import difflib
 import json
 import math
 from pathlib import Path
@@ -33,41 +32,9 @@ from ..lazy import are_equal
 from ..messages import about, not_found, one_line
 from ..origin import origin_of_checkpoint, origin_of_source
 from ..saving import save_model, save_one_file, save_tensors
-from . import (
-    fla_retnet,
-    fla_rwkv6,
-    fla_rwkv7,
-    hf_minimax,
-    hf_mistral,
-    hf_rwkv,
-    infini_beomi,
-    infini_lucidrains,
-    meliad,
-    mistral_consolidated,
-    rwkv_pth,
-    torchscale_longnet,
-    torchscale_retnet,
-    transnormerllm,
-)
 from .format import Fields, Weights
-
-_FILES = (
-    torchscale_retnet,
-    fla_retnet,
-    rwkv_pth,
-    hf_rwkv,
-    fla_rwkv6,
-    fla_rwkv7,
-    transnormerllm,
-    hf_minimax,
-    hf_mistral,
-    meliad,
-    mistral_consolidated,
-    infini_beomi,
-    infini_lucidrains,
-    torchscale_longnet,
-)
-FORMATS = {file.FORMAT.name: file.FORMAT for file in _FILES}
+from .formats import FORMATS, find_format
+from .recognise import names_of, other_format, what_it_is
 
 
 class Report(NamedTuple):
@@ -115,7 +82,7 @@ def convert(format, src, dst, overwrite=False, max_shard_size="5GB", dtype=None)
         ValueError: an unknown format, a checkpoint of another kind, weights or settings without a
             counterpart in our model, damaged files, or something in the way at `dst`.
     """
-    chosen, dtype = _find_format(format), find_dtype(dtype)
+    chosen, dtype = find_format(format), find_dtype(dtype)
     src = _existing(src, dst)
     folder = src if src.is_dir() else src.parent
     with new_folder(dst, overwrite) as new:
@@ -182,7 +149,7 @@ def convert_back(format, src, dst, overwrite=False, max_shard_size="5GB", dtype=
         ValueError: an unknown format, one without a way back, a model that it cannot express,
             damaged files, or something in the way at `dst`.
     """
-    chosen, dtype = _find_format(format), find_dtype(dtype)
+    chosen, dtype = find_format(format), find_dtype(dtype)
     if chosen.architecture is None:
         names = ", ".join(f.name for f in FORMATS.values() if f.architecture)
         raise ValueError(f"{format} is only read; what can be written is {names}.")
@@ -250,32 +217,6 @@ def write_model(format, model, tensors, folder, max_shard_size="5GB"):
     return len(theirs), notes
 
 
-def native_format(architecture):
-    """The format of transformers' own class for an architecture.
-
-    Args:
-        architecture: a key of `zoo.MODELS`.
-
-    Raises:
-        ValueError: there is none that can be written.
-    """
-    natives = {f.architecture: f for f in FORMATS.values() if f.is_native and f.architecture}
-    if architecture not in natives:
-        raise ValueError(
-            f"transformers has no class for {architecture}, or none that can be written; it has "
-            f"for {', '.join(natives)}. Export it with its own code instead (--format zoo)."
-        )
-    return natives[architecture]
-
-
-def _find_format(name):
-    if name in FORMATS:
-        return FORMATS[name]
-    near = difflib.get_close_matches(name, FORMATS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FORMATS)}."
-    raise ValueError(f"unknown format {name!r}; {hint}")
-
-
 def _existing(src, dst):
     if not Path(src).exists():
         raise not_found(src)
@@ -291,59 +232,22 @@ def _open(chosen, src, folder):
         weights = Weights(open_tensors(src, others), others)
         if chosen.recognizes({}, weights.tensors):
             return Fields({}), weights
-        raise ValueError(f"{src}: {_other_format(chosen, folder, weights.tensors)}")
+        raise ValueError(f"{src}: {other_format(chosen, folder, weights.tensors)}")
     path = folder / chosen.config_file
     if not path.is_file():
-        names = _names(src)
-        if _what_it_is(folder, names):
-            raise ValueError(f"{src}: {_other_format(chosen, folder, names)}")
+        names = names_of(src)
+        if what_it_is(folder, names):
+            raise ValueError(f"{src}: {other_format(chosen, folder, names)}")
     fields = Fields(read_json(path), chosen.config_file)
     check_numbers(fields.values, path)
     # What tells the formats apart is in the config: the weights are read once it is right.
     if not chosen.recognizes(fields.values, ()):
-        raise ValueError(f"{path}: {_other_format(chosen, folder, _names(src))}")
+        raise ValueError(f"{path}: {other_format(chosen, folder, names_of(src))}")
     try:
         file = chosen.find_weights(src) if chosen.find_weights else src
     except ValueError as error:
         raise ValueError(f"{src}: {error}") from None
     return fields, Weights(open_tensors(file))
-
-
-def _names(src):
-    """The tensors' names, for a message: none, if they cannot be read."""
-    try:
-        return open_tensors(src, {}).keys()
-    except ValueError:
-        return ()
-
-
-def _values(folder, config_file):
-    """A config's fields, for a message: none, if it is not there or cannot be read."""
-    try:
-        return read_json(folder / config_file) if config_file else {}
-    except ValueError:
-        return {}
-
-
-def _what_it_is(folder, names):
-    """What a checkpoint is by its configs and the names of its tensors, in words, or None."""
-    for format in FORMATS.values():
-        if format.recognizes(_values(folder, format.config_file), names):
-            return f"looks like {format.name}"
-    model_type = _values(folder, "config.json").get("model_type")
-    if any(model_type == a.config.model_type for a in MODELS.values()):
-        return "is already a checkpoint of ours"
-    return None
-
-
-def _other_format(chosen, folder, names):
-    message = f"{chosen.name} expects {chosen.expects}"
-    values = _values(folder, "config.json")
-    if chosen.config_file == "config.json" and values:
-        message += f", got model_type {values.get('model_type')!r}"
-    if what := _what_it_is(folder, names):
-        return f"{message}; this {what}."
-    return f"{message}; `zoo convert --list` names the formats."
 
 
 def _check_way_back(chosen, values, theirs, config, ours):

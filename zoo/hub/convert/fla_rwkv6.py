@@ -12,7 +12,7 @@ import torch
 
 from ...models.rwkv6 import MIXED, RWKV6Config
 from .fla import expanded, read_rwkv, rwkv_mlp_width, rwkv_names, write_rwkv
-from .format import Format, read_by_name, write_by_name
+from .format import FLA, Format, read_by_name, write_by_name
 
 MIXED_THERE = "rwkvg"
 AUTHORS_EPS = 64e-5
@@ -129,6 +129,7 @@ FORMAT = Format(
     expects="model_type 'rwkv6' with fla's fields (proj_low_rank_dim, ...)",
     read_config=read_config,
     read_weights=read_weights,
+    library=FLA,
     architecture="rwkv6",
     write_config=write_config,
     write_weights=write_weights,

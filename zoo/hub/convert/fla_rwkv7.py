@@ -12,7 +12,7 @@ import torch
 
 from ...models.rwkv7 import MIXED, RWKV7Config
 from .fla import read_rwkv, rwkv_mlp_width, rwkv_names, write_rwkv
-from .format import Format, read_by_name, write_by_name
+from .format import FLA, Format, read_by_name, write_by_name
 
 FUSED_REMOVAL_EPS = 1e-6
 # Our name of a low-rank projection, fla's, its rank in fla's config and fla's default.
@@ -91,10 +91,15 @@ def write_config(config):
         raise ValueError(
             f"key_size is {config.key_size}: fla's RWKV-7 has hidden_size, {config.hidden_size}."
         )
-    if config.value_size % config.hidden_size:
+    if config.value_size != config.hidden_size:
         raise ValueError(
-            f"value_size is {config.value_size}: fla's RWKV-7 has a multiple of hidden_size, "
-            f"{config.hidden_size}."
+            f"value_size is {config.value_size}: fla's RWKV-7 has hidden_size, "
+            f"{config.hidden_size} (its value_dim takes more, its initialisation does not)."
+        )
+    if config.num_hidden_layers == 1:
+        raise ValueError(
+            "num_hidden_layers is 1: fla's RWKV-7 has 2 at least (its initialisation divides by "
+            "one less)."
         )
     values = write_rwkv(config) | {
         "architectures": ["RWKV7ForCausalLM"],
@@ -159,6 +164,7 @@ FORMAT = Format(
     expects="model_type 'rwkv7' with fla's fields (a_low_rank_dim, ...)",
     read_config=read_config,
     read_weights=read_weights,
+    library=FLA,
     architecture="rwkv7",
     write_config=write_config,
     write_weights=write_weights,

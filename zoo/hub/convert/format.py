@@ -186,6 +186,36 @@ def _start_of(x):
     return f"{list(x.shape)} [{first}, ...]"
 
 
+class Library(NamedTuple):
+    """A library with classes of its own for models that we have too.
+
+    Attributes:
+        name: as its users know it.
+        to_import: the package whose import makes its classes known to transformers; None: they are
+            transformers' own.
+        needs: what a folder for it needs, in words.
+    """
+
+    name: str
+    to_import: str | None
+    needs: str
+
+    @property
+    def possessive(self):
+        """The name before what is the library's."""
+        return f"{self.name}'" if self.name.endswith("s") else f"{self.name}'s"
+
+
+TRANSFORMERS = Library("transformers", None, "torch and transformers, and no code but theirs")
+FLA = Library(
+    "flash-linear-attention",
+    "fla",
+    "`pip install flash-linear-attention` and `import fla`, and no code but theirs",
+)
+# Where several have a class for an architecture, the first is chosen.
+LIBRARIES = (TRANSFORMERS, FLA)
+
+
 class Format(NamedTuple):
     """A foreign checkpoint format.
 
@@ -197,7 +227,7 @@ class Format(NamedTuple):
         read_config: (Fields, Weights) -> our config.
         read_weights: (Weights, our config) -> pairs of our name and the tensor.
         config_file: name of the config beside the weights; None: all follows from the weights.
-        is_native: whether a class of transformers itself loads it, without code of anyone else.
+        library: whose own class loads it; None: no class that a package brings, or not exactly.
         find_weights: (SRC) -> the file to read, where others may lie beside it; None: there is one.
         architecture: for the way back, a key of `zoo.MODELS`; None: there is no way back.
         write_config: (our config) -> (their config file as a dict, notes for the report).
@@ -214,7 +244,7 @@ class Format(NamedTuple):
     read_config: Callable
     read_weights: Callable
     config_file: str | None = "config.json"
-    is_native: bool = False
+    library: Library | None = None
     find_weights: Callable | None = None
     architecture: str | None = None
     write_config: Callable | None = None

@@ -11,7 +11,7 @@ import torch
 from ...layers.decay_slopes import log_decay
 from ...layers.positions import num_rotated_channels
 from ...models.lightning import LightningConfig
-from .format import Format
+from .format import TRANSFORMERS, Format
 
 NO_EFFECT_ALONE = ("num_experts_per_tok", "router_aux_loss_coef", "router_jitter_noise")
 OF_SOFTMAX_LAYERS = (
@@ -292,7 +292,7 @@ FORMAT = Format(
     title="transformers' MiniMaxForCausalLM with one expert, hybrids too; both ways",
     recognizes=is_one,
     expects="model_type 'minimax'",
-    is_native=True,
+    library=TRANSFORMERS,
     read_config=read_config,
     read_weights=read_weights,
     architecture="lightning",

@@ -6,7 +6,7 @@ attention; one that lacks the field has transformers' default, 4096.
 
 from ...layers.positions import num_rotated_channels
 from ...models.sliding_window import SlidingWindowConfig
-from .format import Format, llama_names, read_by_name, write_by_name
+from .format import TRANSFORMERS, Format, llama_names, read_by_name, write_by_name
 
 
 def is_one(config, names):
@@ -115,7 +115,7 @@ FORMAT = Format(
     title="transformers' MistralForCausalLM (mistralai/Mistral-7B-*, zephyr-7b); both ways",
     recognizes=is_one,
     expects="model_type 'mistral'",
-    is_native=True,
+    library=TRANSFORMERS,
     read_config=read_config,
     read_weights=read_weights,
     architecture="sliding_window",

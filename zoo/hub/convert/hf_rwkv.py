@@ -7,7 +7,7 @@ epsilons of the norms. We compute the one without.
 """
 
 from ...models.rwkv4 import RWKV4Config
-from .format import Format, read_by_name, write_by_name
+from .format import TRANSFORMERS, Format, read_by_name, write_by_name
 
 LAST_NORM_EPS = 1e-5
 
@@ -127,7 +127,7 @@ FORMAT = Format(
     title="transformers' RwkvForCausalLM, RWKV-4 (RWKV/rwkv-4-*-pile); both ways",
     recognizes=is_one,
     expects="model_type 'rwkv'",
-    is_native=True,
+    library=TRANSFORMERS,
     read_config=read_config,
     read_weights=read_weights,
     architecture="rwkv4",
