@@ -10,11 +10,11 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 from .guard import check_file
+from .unfinished import clear_unfinished, replace_files, unfinished_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -191,17 +191,16 @@ def new_folder(path, overwrite=False, config_file="config.json", others=()):
         An empty folder beside `path` to fill.
 
     Raises:
-        ValueError: something is in the way.
+        ValueError: something is in the way, or another process is writing there.
     """
     path = Path(path).absolute()
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; expected a new folder's name.")
+    clear_unfinished(path)
     old_names = _replaceable(path, overwrite, config_file, others)
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", dir=path.parent))
-    try:
+    with unfinished_folder(path) as work:
         new = work / "new"
-        new.mkdir()
         yield new
         new_names = _finish_record(new)
         for name in new_names:
@@ -218,10 +217,7 @@ def new_folder(path, overwrite=False, config_file="config.json", others=()):
         # The config goes first and comes last: without one, nobody takes what is there for whole.
         old_names = sorted(old_names, key=lambda name: name != config_file)
         new_names = sorted(new_names, key=lambda name: name == config_file)
-        moves = [(path / name, work / "old" / name) for name in old_names]
-        _move_all(moves + [(new / name, path / name) for name in new_names])
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        replace_files(work, path, old_names, new_names)
 
 
 def _finish_record(folder):
@@ -261,17 +257,3 @@ def _replaceable(path, overwrite, config_file, others):
             "choose another name."
         )
     return written_files(path, {config_file, *others})
-
-
-def _move_all(moves):
-    """Renames files, all or none."""
-    done = []
-    try:
-        for source, target in moves:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source, target)
-            done.append((source, target))
-    except BaseException:
-        for source, target in reversed(done):
-            os.replace(target, source)
-        raise
