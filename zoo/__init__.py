@@ -9,7 +9,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -38,6 +40,18 @@ class Architecture(NamedTuple):
     model: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
     sequence_classifier: type[PreTrainedModel]
+    token_classifier: type[PreTrainedModel]
+    question_answerer: type[PreTrainedModel]
+
+
+# What the classes of an architecture are called after its name, and what loads each.
+_PARTS = {
+    "Model": AutoModel,
+    "ForCausalLM": AutoModelForCausalLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+}
 
 
 def _architectures():
@@ -46,18 +60,15 @@ def _architectures():
         name = getattr(config, "model_type", "")
         if name.startswith("zoo_"):
             stem = config.__name__.removesuffix("Config")
-            parts = ("Model", "ForCausalLM", "ForSequenceClassification")
-            classes = [globals()[stem + part] for part in parts]
+            classes = [globals()[stem + part] for part in _PARTS]
             yield Architecture(name.removeprefix("zoo_"), config, *classes)
 
 
 MODELS: dict[str, Architecture] = {x.name: x for x in _architectures()}
 __all__ = ["MODELS", "Architecture", "__version__"]
 
-for _name, *_classes in MODELS.values():
-    _config, _model, _causal_lm, _sequence_classifier = _classes
+for _name, _config, *_classes in MODELS.values():
     AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _model)
-    AutoModelForCausalLM.register(_config, _causal_lm)
-    AutoModelForSequenceClassification.register(_config, _sequence_classifier)
-    __all__ += [x.__name__ for x in _classes]
+    for _auto, _class in zip(_PARTS.values(), _classes, strict=True):
+        _auto.register(_config, _class)
+    __all__ += [x.__name__ for x in (_config, *_classes)]

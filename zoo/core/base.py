@@ -1,4 +1,4 @@
-"""What all architectures share: config, decoder, language model with its loss, classifier.
+"""What all architectures share: config, decoder, language model with its loss.
 
 An architecture subclasses these, names its mixer and MLP, and says what differs. The decoder is
 the usual one: embed, blocks of (norm, mixer, norm, MLP) around a residual stream, norm. A mixer is
@@ -29,10 +29,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GradientCheckpointingLayer,
-)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -918,26 +915,11 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
         return new.clone(memory_format=torch.contiguous_format)  # of one stride, too
 
 
-class ZooForSequenceClassification(GenericForSequenceClassification, ZooPreTrainedModel):
-    """The decoder with a classifier on each row's last token."""
-
-    model_class: type[ZooModel]
-
-    def __init__(self, config):
-        # transformers' own constructor asks AutoModel for the decoder, which exported code cannot.
-        ZooPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = self.model_class(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
-        self.post_init()
-
-
 __all__ = [
     "Constant",
     "ZooBlock",
     "ZooConfig",
     "ZooForCausalLM",
-    "ZooForSequenceClassification",
     "ZooModel",
     "ZooPreTrainedModel",
     "check_activation",

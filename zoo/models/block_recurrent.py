@@ -46,10 +46,14 @@ from ..core.base import (
     ZooBlock,
     ZooConfig,
     ZooForCausalLM,
-    ZooForSequenceClassification,
     ZooModel,
     ZooPreTrainedModel,
     check_head_dim,
+)
+from ..core.heads import (
+    ZooForQuestionAnswering,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
 )
 from ..core.segment_passes import run_by_segment
 from ..core.state import SlidingStateLayer
@@ -280,7 +284,21 @@ class BlockRecurrentForCausalLM(BlockRecurrentPreTrainedModel, ZooForCausalLM, G
 class BlockRecurrentForSequenceClassification(
     BlockRecurrentPreTrainedModel, ZooForSequenceClassification
 ):
-    """A Block-Recurrent Transformer as a classifier."""
+    """A Block-Recurrent Transformer as a classifier of texts."""
+
+    model_class = BlockRecurrentModel
+
+
+class BlockRecurrentForTokenClassification(
+    BlockRecurrentPreTrainedModel, ZooForTokenClassification
+):
+    """A Block-Recurrent Transformer as a classifier of tokens."""
+
+    model_class = BlockRecurrentModel
+
+
+class BlockRecurrentForQuestionAnswering(BlockRecurrentPreTrainedModel, ZooForQuestionAnswering):
+    """A Block-Recurrent Transformer as a finder of answers in a text."""
 
     model_class = BlockRecurrentModel
 
@@ -290,4 +308,6 @@ __all__ = [
     "BlockRecurrentModel",
     "BlockRecurrentForCausalLM",
     "BlockRecurrentForSequenceClassification",
+    "BlockRecurrentForTokenClassification",
+    "BlockRecurrentForQuestionAnswering",
 ]

@@ -32,13 +32,17 @@ from ..core.base import (
     ZooBlock,
     ZooConfig,
     ZooForCausalLM,
-    ZooForSequenceClassification,
     ZooModel,
     ZooPreTrainedModel,
     check_activation,
     in_range,
 )
 from ..core.flops import linear_flops, product_flops
+from ..core.heads import (
+    ZooForQuestionAnswering,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
+)
 from ..core.state import StateSpec
 from ..kernels.delta_recurrence import delta_recurrence
 from ..kernels.linear_recurrence import accumulator_dtype
@@ -222,7 +226,19 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, ZooForCausalLM, Gen
 class GatedDeltaNetForSequenceClassification(
     GatedDeltaNetPreTrainedModel, ZooForSequenceClassification
 ):
-    """Gated DeltaNet as a classifier."""
+    """Gated DeltaNet as a classifier of texts."""
+
+    model_class = GatedDeltaNetModel
+
+
+class GatedDeltaNetForTokenClassification(GatedDeltaNetPreTrainedModel, ZooForTokenClassification):
+    """Gated DeltaNet as a classifier of tokens."""
+
+    model_class = GatedDeltaNetModel
+
+
+class GatedDeltaNetForQuestionAnswering(GatedDeltaNetPreTrainedModel, ZooForQuestionAnswering):
+    """Gated DeltaNet as a finder of answers in a text."""
 
     model_class = GatedDeltaNetModel
 
@@ -232,4 +248,6 @@ __all__ = [
     "GatedDeltaNetModel",
     "GatedDeltaNetForCausalLM",
     "GatedDeltaNetForSequenceClassification",
+    "GatedDeltaNetForTokenClassification",
+    "GatedDeltaNetForQuestionAnswering",
 ]

@@ -31,13 +31,17 @@ from ..core.base import (
     ZooBlock,
     ZooConfig,
     ZooForCausalLM,
-    ZooForSequenceClassification,
     ZooModel,
     ZooPreTrainedModel,
     check_activation,
     check_head_dim,
 )
 from ..core.flops import linear_flops, mean_of_segments, mean_visible
+from ..core.heads import (
+    ZooForQuestionAnswering,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
+)
 from ..core.state import SlidingStateLayer, StateSpec, dtype_of
 from ..kernels.export_scan import without_autocast
 from ..layers.compressive_memory import memory_figures, recall, segments_of
@@ -308,9 +312,28 @@ class InfiniForCausalLM(InfiniPreTrainedModel, ZooForCausalLM, GenerationMixin):
 
 
 class InfiniForSequenceClassification(InfiniPreTrainedModel, ZooForSequenceClassification):
-    """Infini-Transformer as a classifier."""
+    """Infini-Transformer as a classifier of texts."""
 
     model_class = InfiniModel
 
 
-__all__ = ["InfiniConfig", "InfiniModel", "InfiniForCausalLM", "InfiniForSequenceClassification"]
+class InfiniForTokenClassification(InfiniPreTrainedModel, ZooForTokenClassification):
+    """Infini-Transformer as a classifier of tokens."""
+
+    model_class = InfiniModel
+
+
+class InfiniForQuestionAnswering(InfiniPreTrainedModel, ZooForQuestionAnswering):
+    """Infini-Transformer as a finder of answers in a text."""
+
+    model_class = InfiniModel
+
+
+__all__ = [
+    "InfiniConfig",
+    "InfiniModel",
+    "InfiniForCausalLM",
+    "InfiniForSequenceClassification",
+    "InfiniForTokenClassification",
+    "InfiniForQuestionAnswering",
+]

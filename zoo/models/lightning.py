@@ -32,15 +32,13 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from ..core.base import (
-    Constant,
-    ZooForCausalLM,
-    ZooForSequenceClassification,
-    ZooModel,
-    check_activation,
-    in_range,
-)
+from ..core.base import Constant, ZooForCausalLM, ZooModel, check_activation, in_range
 from ..core.flops import linear_flops
+from ..core.heads import (
+    ZooForQuestionAnswering,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
+)
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import linear_recurrence
 from ..layers.decay_slopes import check_slopes, log_decay
@@ -292,7 +290,19 @@ class LightningForCausalLM(LightningPreTrainedModel, ZooForCausalLM, GenerationM
 
 
 class LightningForSequenceClassification(LightningPreTrainedModel, ZooForSequenceClassification):
-    """TransNormerLLM as a classifier."""
+    """TransNormerLLM as a classifier of texts."""
+
+    model_class = LightningModel
+
+
+class LightningForTokenClassification(LightningPreTrainedModel, ZooForTokenClassification):
+    """TransNormerLLM as a classifier of tokens."""
+
+    model_class = LightningModel
+
+
+class LightningForQuestionAnswering(LightningPreTrainedModel, ZooForQuestionAnswering):
+    """TransNormerLLM as a finder of answers in a text."""
 
     model_class = LightningModel
 
@@ -302,4 +312,6 @@ __all__ = [
     "LightningModel",
     "LightningForCausalLM",
     "LightningForSequenceClassification",
+    "LightningForTokenClassification",
+    "LightningForQuestionAnswering",
 ]

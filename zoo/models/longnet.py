@@ -30,15 +30,13 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin
 
-from ..core.base import (
-    Constant,
-    ZooConfig,
-    ZooForCausalLM,
-    ZooForSequenceClassification,
-    ZooModel,
-    check_activation,
-)
+from ..core.base import Constant, ZooConfig, ZooForCausalLM, ZooModel, check_activation
 from ..core.flops import linear_flops
+from ..core.heads import (
+    ZooForQuestionAnswering,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
+)
 from ..core.state import SlidingStateLayer, dtype_of
 from ..kernels.dilated_branches import branches_of
 from ..layers.dilated_slots import DilatedSlots, tokens_behind
@@ -289,7 +287,19 @@ class LongNetForCausalLM(LongNetPreTrainedModel, ZooForCausalLM, GenerationMixin
 
 
 class LongNetForSequenceClassification(LongNetPreTrainedModel, ZooForSequenceClassification):
-    """LongNet as a classifier."""
+    """LongNet as a classifier of texts."""
+
+    model_class = LongNetModel
+
+
+class LongNetForTokenClassification(LongNetPreTrainedModel, ZooForTokenClassification):
+    """LongNet as a classifier of tokens."""
+
+    model_class = LongNetModel
+
+
+class LongNetForQuestionAnswering(LongNetPreTrainedModel, ZooForQuestionAnswering):
+    """LongNet as a finder of answers in a text."""
 
     model_class = LongNetModel
 
@@ -299,4 +309,6 @@ __all__ = [
     "LongNetModel",
     "LongNetForCausalLM",
     "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
+    "LongNetForQuestionAnswering",
 ]

@@ -28,16 +28,13 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 
-from ..core.base import (
-    Constant,
-    ZooConfig,
-    ZooForCausalLM,
-    ZooForSequenceClassification,
-    ZooModel,
-    check_activation,
-    in_range,
-)
+from ..core.base import Constant, ZooConfig, ZooForCausalLM, ZooModel, check_activation, in_range
 from ..core.flops import linear_flops
+from ..core.heads import (
+    ZooForQuestionAnswering,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
+)
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import linear_recurrence
 from ..layers.norms import WideRMSNorm
@@ -295,9 +292,28 @@ class RetNetForCausalLM(RetNetPreTrainedModel, ZooForCausalLM, GenerationMixin):
 
 
 class RetNetForSequenceClassification(RetNetPreTrainedModel, ZooForSequenceClassification):
-    """RetNet as a classifier."""
+    """RetNet as a classifier of texts."""
 
     model_class = RetNetModel
 
 
-__all__ = ["RetNetConfig", "RetNetModel", "RetNetForCausalLM", "RetNetForSequenceClassification"]
+class RetNetForTokenClassification(RetNetPreTrainedModel, ZooForTokenClassification):
+    """RetNet as a classifier of tokens."""
+
+    model_class = RetNetModel
+
+
+class RetNetForQuestionAnswering(RetNetPreTrainedModel, ZooForQuestionAnswering):
+    """RetNet as a finder of answers in a text."""
+
+    model_class = RetNetModel
+
+
+__all__ = [
+    "RetNetConfig",
+    "RetNetModel",
+    "RetNetForCausalLM",
+    "RetNetForSequenceClassification",
+    "RetNetForTokenClassification",
+    "RetNetForQuestionAnswering",
+]

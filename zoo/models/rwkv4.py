@@ -25,8 +25,13 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 
-from ..core.base import ZooForCausalLM, ZooForSequenceClassification, scale_
+from ..core.base import ZooForCausalLM, scale_
 from ..core.flops import linear_flops
+from ..core.heads import (
+    ZooForQuestionAnswering,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
+)
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.wkv4 import EMPTY_MAX, wkv4
@@ -184,9 +189,28 @@ class RWKV4ForCausalLM(RWKV4PreTrainedModel, ZooForCausalLM, GenerationMixin):
 
 
 class RWKV4ForSequenceClassification(RWKV4PreTrainedModel, ZooForSequenceClassification):
-    """RWKV-4 as a classifier."""
+    """RWKV-4 as a classifier of texts."""
 
     model_class = RWKV4Model
 
 
-__all__ = ["RWKV4Config", "RWKV4Model", "RWKV4ForCausalLM", "RWKV4ForSequenceClassification"]
+class RWKV4ForTokenClassification(RWKV4PreTrainedModel, ZooForTokenClassification):
+    """RWKV-4 as a classifier of tokens."""
+
+    model_class = RWKV4Model
+
+
+class RWKV4ForQuestionAnswering(RWKV4PreTrainedModel, ZooForQuestionAnswering):
+    """RWKV-4 as a finder of answers in a text."""
+
+    model_class = RWKV4Model
+
+
+__all__ = [
+    "RWKV4Config",
+    "RWKV4Model",
+    "RWKV4ForCausalLM",
+    "RWKV4ForSequenceClassification",
+    "RWKV4ForTokenClassification",
+    "RWKV4ForQuestionAnswering",
+]

@@ -24,8 +24,13 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 
-from ..core.base import ZooForCausalLM, ZooForSequenceClassification, in_range
+from ..core.base import ZooForCausalLM, in_range
 from ..core.flops import linear_flops
+from ..core.heads import (
+    ZooForQuestionAnswering,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
+)
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype, linear_recurrence
 from .rwkv import (
@@ -160,9 +165,28 @@ class RWKV5ForCausalLM(RWKV5PreTrainedModel, ZooForCausalLM, GenerationMixin):
 
 
 class RWKV5ForSequenceClassification(RWKV5PreTrainedModel, ZooForSequenceClassification):
-    """RWKV-5 as a classifier."""
+    """RWKV-5 as a classifier of texts."""
 
     model_class = RWKV5Model
 
 
-__all__ = ["RWKV5Config", "RWKV5Model", "RWKV5ForCausalLM", "RWKV5ForSequenceClassification"]
+class RWKV5ForTokenClassification(RWKV5PreTrainedModel, ZooForTokenClassification):
+    """RWKV-5 as a classifier of tokens."""
+
+    model_class = RWKV5Model
+
+
+class RWKV5ForQuestionAnswering(RWKV5PreTrainedModel, ZooForQuestionAnswering):
+    """RWKV-5 as a finder of answers in a text."""
+
+    model_class = RWKV5Model
+
+
+__all__ = [
+    "RWKV5Config",
+    "RWKV5Model",
+    "RWKV5ForCausalLM",
+    "RWKV5ForSequenceClassification",
+    "RWKV5ForTokenClassification",
+    "RWKV5ForQuestionAnswering",
+]

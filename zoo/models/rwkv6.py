@@ -24,8 +24,13 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 
-from ..core.base import ZooForCausalLM, ZooForSequenceClassification, in_range
+from ..core.base import ZooForCausalLM, in_range
 from ..core.flops import linear_flops, product_flops
+from ..core.heads import (
+    ZooForQuestionAnswering,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
+)
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype, linear_recurrence
 from .rwkv import (
@@ -227,9 +232,28 @@ class RWKV6ForCausalLM(RWKV6PreTrainedModel, ZooForCausalLM, GenerationMixin):
 
 
 class RWKV6ForSequenceClassification(RWKV6PreTrainedModel, ZooForSequenceClassification):
-    """RWKV-6 as a classifier."""
+    """RWKV-6 as a classifier of texts."""
 
     model_class = RWKV6Model
 
 
-__all__ = ["RWKV6Config", "RWKV6Model", "RWKV6ForCausalLM", "RWKV6ForSequenceClassification"]
+class RWKV6ForTokenClassification(RWKV6PreTrainedModel, ZooForTokenClassification):
+    """RWKV-6 as a classifier of tokens."""
+
+    model_class = RWKV6Model
+
+
+class RWKV6ForQuestionAnswering(RWKV6PreTrainedModel, ZooForQuestionAnswering):
+    """RWKV-6 as a finder of answers in a text."""
+
+    model_class = RWKV6Model
+
+
+__all__ = [
+    "RWKV6Config",
+    "RWKV6Model",
+    "RWKV6ForCausalLM",
+    "RWKV6ForSequenceClassification",
+    "RWKV6ForTokenClassification",
+    "RWKV6ForQuestionAnswering",
+]

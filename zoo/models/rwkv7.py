@@ -31,8 +31,13 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 
-from ..core.base import ZooForCausalLM, ZooForSequenceClassification, in_range
+from ..core.base import ZooForCausalLM, in_range
 from ..core.flops import linear_flops, product_flops
+from ..core.heads import (
+    ZooForQuestionAnswering,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
+)
 from ..core.state import StateSpec
 from ..kernels.delta_recurrence import delta_recurrence
 from ..kernels.linear_recurrence import accumulator_dtype
@@ -300,9 +305,28 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, ZooForCausalLM, GenerationMixin):
 
 
 class RWKV7ForSequenceClassification(RWKV7PreTrainedModel, ZooForSequenceClassification):
-    """RWKV-7 as a classifier."""
+    """RWKV-7 as a classifier of texts."""
 
     model_class = RWKV7Model
 
 
-__all__ = ["RWKV7Config", "RWKV7Model", "RWKV7ForCausalLM", "RWKV7ForSequenceClassification"]
+class RWKV7ForTokenClassification(RWKV7PreTrainedModel, ZooForTokenClassification):
+    """RWKV-7 as a classifier of tokens."""
+
+    model_class = RWKV7Model
+
+
+class RWKV7ForQuestionAnswering(RWKV7PreTrainedModel, ZooForQuestionAnswering):
+    """RWKV-7 as a finder of answers in a text."""
+
+    model_class = RWKV7Model
+
+
+__all__ = [
+    "RWKV7Config",
+    "RWKV7Model",
+    "RWKV7ForCausalLM",
+    "RWKV7ForSequenceClassification",
+    "RWKV7ForTokenClassification",
+    "RWKV7ForQuestionAnswering",
+]

@@ -32,10 +32,14 @@ from ..core.base import (
     ZooBlock,
     ZooConfig,
     ZooForCausalLM,
-    ZooForSequenceClassification,
     ZooModel,
     check_activation,
     check_head_dim,
+)
+from ..core.heads import (
+    ZooForQuestionAnswering,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
 )
 from ..layers.mlp import GatedMLP
 from ..layers.positions import RotaryPositions, check_rope_parameters
@@ -191,7 +195,19 @@ class SlidingWindowForCausalLM(SlidingWindowPreTrainedModel, ZooForCausalLM, Gen
 class SlidingWindowForSequenceClassification(
     SlidingWindowPreTrainedModel, ZooForSequenceClassification
 ):
-    """A sliding-window Transformer as a classifier."""
+    """A sliding-window Transformer as a classifier of texts."""
+
+    model_class = SlidingWindowModel
+
+
+class SlidingWindowForTokenClassification(SlidingWindowPreTrainedModel, ZooForTokenClassification):
+    """A sliding-window Transformer as a classifier of tokens."""
+
+    model_class = SlidingWindowModel
+
+
+class SlidingWindowForQuestionAnswering(SlidingWindowPreTrainedModel, ZooForQuestionAnswering):
+    """A sliding-window Transformer as a finder of answers in a text."""
 
     model_class = SlidingWindowModel
 
@@ -201,4 +217,6 @@ __all__ = [
     "SlidingWindowModel",
     "SlidingWindowForCausalLM",
     "SlidingWindowForSequenceClassification",
+    "SlidingWindowForTokenClassification",
+    "SlidingWindowForQuestionAnswering",
 ]
