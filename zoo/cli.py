@@ -31,7 +31,7 @@ def main(argv=None):
         if argv[:1] == ["convert"] and "--list" in argv:
             # Without what it otherwise requires.
             return _list_formats()
-        arguments = _parser().parse_args(argv)
+        arguments = _parser(is_auto="--auto" in argv).parse_args(argv)
         return arguments.run(arguments)
     except BrokenPipeError:
         # Whoever read the output has seen enough; keep Python from complaining at exit.
@@ -49,7 +49,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser():
+def _parser(is_auto=False):
     parser = argparse.ArgumentParser(
         prog="zoo",
         description="The model zoo's tools.",
@@ -68,9 +68,14 @@ def _parser():
         "turn a foreign checkpoint into one of ours, or back",
         """
         zoo convert rwkv-pth RWKV-x070-World-0.4B.pth models/rwkv7
+        zoo convert --auto RWKV-x070-World-0.4B.pth models/rwkv7
         zoo convert hf-mistral --reverse models/mistral models/mistral-for-transformers""",
     )
-    command.add_argument("format", metavar="FORMAT", help="the foreign one; see --list")
+    if not is_auto:
+        command.add_argument("format", metavar="FORMAT", help="the foreign one; see --list")
+    command.add_argument(
+        "--auto", action="store_true", help="in place of FORMAT: recognise it by SRC's contents"
+    )
     command.add_argument(
         "src", metavar="SRC", help="folder with config and weights, or weight file"
     )
@@ -186,8 +191,14 @@ def _list_formats():
 
 def _convert(arguments):
     from .hub.convert import convert, convert_back
+    from .hub.convert.recognise import recognise
 
     _hide_progress_bars()
+    if arguments.auto:
+        if arguments.reverse:
+            raise ValueError("--auto says what SRC is; with --reverse name the FORMAT to write.")
+        arguments.format = recognise(arguments.src)
+        print(f"{arguments.src}: {arguments.format}")
     run = convert_back if arguments.reverse else convert
     report = run(
         arguments.format,

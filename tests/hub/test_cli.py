@@ -67,6 +67,16 @@ def test_convert_there_and_back(tmp_path, capsys):
     assert all(torch.equal(*pair) for pair in zip(*(sorted_values(w) for w in weights)))
 
 
+def test_convert_recognises_the_format(tmp_path, capsys):
+    source, ours = GOLDENS / "rwkv4-hf", tmp_path / "ours"
+    assert main(["convert", "--auto", str(source), str(ours)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{source}: hf-rwkv" and lines[1].startswith(f"{ours}: 142,016 parameters")
+    # What is to be written nobody can see in the source.
+    assert main(["convert", str(ours), "--reverse", str(tmp_path / "back"), "--auto"]) == 2
+    assert "with --reverse name the FORMAT to write" in capsys.readouterr().err
+
+
 def sorted_values(tensors):
     return [tensors[name] for name in sorted(tensors)]
 
@@ -147,7 +157,7 @@ def test_every_help_has_an_example_that_parses(command, capsys):
     assert examples
     for example in examples:
         if command != "contract":  # which parses its own
-            assert _parser().parse_args(example.split()).run
+            assert _parser(is_auto="--auto" in example).parse_args(example.split()).run
 
 
 def test_convert_says_what_to_do_next(tmp_path, capsys, monkeypatch):

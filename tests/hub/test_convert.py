@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 
 from zoo.hub.convert import FORMATS, convert
 from zoo.hub.convert.meliad import tensor_names
+from zoo.hub.convert.recognise import recognise
+from zoo.hub.folder import find_weights
 from zoo.models.block_recurrent import BlockRecurrentConfig, BlockRecurrentForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -628,6 +630,8 @@ def test_others_refused_in_one_line(format, damage, message, tmp_path):
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_right_format_is_named(format, tmp_path):
     source = make_source(format, tmp_path / "source")
+    assert recognise(source) == format
+    assert recognise(find_weights(source)[0]) == format
     convert(format, source, tmp_path / "ours")
     for other in FORMATS.keys() - {format}:
         with pytest.raises(ValueError, match=f"{other} expects .*this looks like {format}"):
@@ -668,6 +672,41 @@ def test_rwkv_report_says_what_was_left_out(tmp_path):
         source = make_source(format, tmp_path / format)
         notes = convert(format, source, tmp_path / f"{format} ours").notes
         assert any(note in line for line in notes), notes
+
+
+UNRECOGNISED = {
+    "ours": (
+        lambda folder: config(model_type="zoo_rwkv7")(folder),
+        "is already a checkpoint of ours; there is nothing to convert",
+    ),
+    "another model's": (
+        lambda folder: config(model_type="gpt2")(folder),
+        "of no format that zoo knows: .* has model_type 'gpt2', and its tensors are head.weight, "
+        r"rwkv.blocks.0.attention.key.weight, .* and 57 more",
+    ),
+    "two": (
+        lambda folder: (folder / "params.json").write_text(json.dumps(CONSOLIDATED)),
+        "may be hf-rwkv or mistral-consolidated; name the format that you mean",
+    ),
+    "damaged": (
+        lambda folder: (
+            config(model_type="gpt2")(folder),
+            (folder / "model.safetensors").write_bytes(b"..."),
+        ),
+        "is not a readable safetensors file",
+    ),
+    "none": (shutil.rmtree, "no such folder or file"),
+}
+
+
+@pytest.mark.parametrize("kind", UNRECOGNISED)
+def test_what_is_of_no_one_format_is_said_in_a_line(kind, tmp_path):
+    source = make_source("hf-rwkv", tmp_path / "source")
+    change, message = UNRECOGNISED[kind]
+    change(source)
+    with pytest.raises(ValueError, match=message) as error:
+        recognise(source)
+    assert "\n" not in str(error.value)
 
 
 def test_unknown_format_names_the_nearest(tmp_path):
