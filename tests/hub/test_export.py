@@ -321,8 +321,12 @@ DAMAGES = {
     "broken config": (lambda c: (c / "config.json").write_text("{"), "cannot be read as JSON"),
     "wrong model type": (lambda c: edit_config(c, model_type="llama"), "got 'llama'"),
     "wrong head": (
-        lambda c: edit_config(c, architectures=["RetNetForSequenceClassification"]),
+        lambda c: edit_config(c, architectures=["RetNetModel"]),
         "expected a language model",
+    ),
+    "another head": (
+        lambda c: edit_config(c, architectures=["RetNetForSequenceClassification"]),
+        r"do not fit: no score.weight, no place for lm_head.weight",
     ),
     "unknown field": (lambda c: edit_config(c, num_haeds=2), "num_haeds"),
     "wrong size": (lambda c: edit_config(c, vocab_size=300), r"\[300, 32\] by the config"),

@@ -288,6 +288,16 @@ class ZooPreTrainedModel(PreTrainedModel):
         # guards against initialisers that ignore what is loaded already; ours do not.
         super()._initialize_weights(module, is_custom_code=False)
 
+    def state_size(self, num_tokens=None):
+        """Bytes of state for one sequence.
+
+        Args:
+            num_tokens: of the text so far, for a model whose state grows with it; others have one
+                size at any length.
+        """
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return state_size(self.base_model.state_specs(), dtype, num_tokens)
+
     def optimizer_groups(self, learning_rate_scales=None):
         """How to train each parameter that is trained, as data for any optimizer.
 
@@ -883,16 +893,6 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
     def flops_per_token(self, length):
         """As of `ZooModel`, with the projection onto the vocabulary."""
         return self.model.flops_per_token(length) + linear_flops(self.lm_head)
-
-    def state_size(self, num_tokens=None):
-        """Bytes of state for one sequence.
-
-        Args:
-            num_tokens: of the text so far, for a model whose state grows with it; others have one
-                size at any length.
-        """
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        return state_size(self.model.state_specs(), dtype, num_tokens)
 
     @property
     def has_constant_state(self):

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedConfig
 
 from .. import Architecture
+from .classifier_cards import task_of, text_of_classifier, usage_of_classifier
 from .convert.format import Format
 from .folder import settings
 from .messages import one_line
@@ -37,6 +38,7 @@ class Subject(NamedTuple):
         native_format: the format whose class in another library loads it; None: ours does.
         native_config: config.json of that class.
         notes: on what was left out for it.
+        head: the field of `architecture` whose class it is.
     """
 
     name: str
@@ -51,12 +53,13 @@ class Subject(NamedTuple):
     native_format: Format | None = None
     native_config: dict | None = None
     notes: list[str] = []
+    head: str = "causal_lm"
 
     @property
     def model_class(self):
         """Name of the class that loads it."""
         if self.native_format is None:
-            return self.architecture.causal_lm.__name__
+            return getattr(self.architecture, self.head).__name__
         return self.native_config["architectures"][0]
 
 
@@ -72,6 +75,10 @@ def render_card(subject):
     is_ours, origin = subject.native_format is None, subject.origin
     kind = subject.architecture.name if is_ours else "native"
     card = ModelCard(find_template(kind).read_text(encoding="utf-8"), ignore_metadata_errors=False)
+    if subject.head != "causal_lm":
+        template = find_template("classifier").read_text(encoding="utf-8")
+        card.text = text_of_classifier(template, card.text, subject)
+        card.data.pipeline_tag = task_of(subject.head)
     values = settings(subject.config) if is_ours else subject.native_config
     card.text = Template(card.text).substitute(
         name=_plain(subject.name),
@@ -87,7 +94,7 @@ def render_card(subject):
         library=None if is_ours else subject.native_format.library.possessive,
         needs=None if is_ours else subject.native_format.library.needs,
         notes="".join(f"\n- {note}" for note in subject.notes) + "\n" * bool(subject.notes),
-        usage=_usage(subject),
+        usage=_usage(subject) if subject.head == "causal_lm" else usage_of_classifier(subject),
         training=_training(origin),
     )
     for name in ("license", "license_name", "license_link", "base_model"):
@@ -97,7 +104,7 @@ def render_card(subject):
         card.data.tags = [values["model_type"], *([package] if package else [])]
     if origin.data_is_on_the_hub:
         card.data.datasets = [origin.data]
-    if origin.bits_per_byte is not None:
+    if origin.bits_per_byte is not None and subject.head == "causal_lm":
         data = origin.data or "held-out text"
         card.data.model_name = subject.name
         card.data.eval_results = [

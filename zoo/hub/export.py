@@ -26,6 +26,7 @@ from .folder import (
     build_model,
     check_tokenizer,
     find_dtype,
+    head_of,
     load_tokenizer,
     open_tensors,
     read_config,
@@ -44,6 +45,8 @@ AUTO_CLASSES = {
     "AutoModel": "model",
     "AutoModelForCausalLM": "causal_lm",
     "AutoModelForSequenceClassification": "sequence_classifier",
+    "AutoModelForTokenClassification": "token_classifier",
+    "AutoModelForQuestionAnswering": "question_answerer",
 }
 
 
@@ -112,7 +115,8 @@ def export(
     checkpoint = find_checkpoint(checkpoint)
     if checkpoint.resolve().is_relative_to(Path(out).resolve()):
         raise ValueError(f"{out} contains the checkpoint itself; choose a folder beside it.")
-    architecture, config = read_config(checkpoint)
+    # Other libraries' classes are language models here.
+    architecture, config = read_config(checkpoint, classifiers=format != "native")
     tokenizer = None
     try:
         native = native_format(architecture.name) if format == "native" else None
@@ -123,7 +127,9 @@ def export(
         raise ValueError(f"{checkpoint}: {error}") from None
     found = open_tensors(checkpoint)
     model, tensors = build_model(architecture, config, found, checkpoint, dtype)
-    model.generation_config = _generation_config(checkpoint, config, tokenizer)
+    head = head_of(architecture, config)
+    if head == "causal_lm":
+        model.generation_config = _generation_config(checkpoint, config, tokenizer)
     origin, remarks = _origin(checkpoint, license, base_model)
     if rounded := rounding(found.values(), dtype):
         remarks.append(f"the weights are rounded {rounded}")
@@ -153,6 +159,7 @@ def export(
             native_format=native,
             native_config=native and read_json(new / "config.json"),
             notes=notes,
+            head=head,
         )
         (new / "README.md").write_text(render_card(subject), encoding="utf-8")
     return Exported(

@@ -28,6 +28,8 @@ NOT_WEIGHTS = (
     "rng_state",
 )
 PICKLES = (".bin", ".pt", ".pth")
+# Fields of `zoo.Architecture`: models with a whole set of weights that are no language models.
+CLASSIFIERS = ("sequence_classifier", "token_classifier", "question_answerer")
 DTYPES = ("float32", "bfloat16", "float16")  # that weights are written in, if asked
 
 
@@ -157,17 +159,18 @@ def weight_files(src):
     return find_weights(src)
 
 
-def read_config(folder):
+def read_config(folder, classifiers=False):
     """The architecture and config of one of our checkpoints.
 
     Args:
         folder: holds config.json.
+        classifiers: whether a model with one of `CLASSIFIERS` will do, beside a language model.
 
     Returns:
         (the `zoo.Architecture`, its config).
 
     Raises:
-        ValueError: not a config of ours.
+        ValueError: not a config of ours, or of a model with another head.
     """
     path = Path(folder) / "config.json"
     fields = read_json(path)
@@ -182,8 +185,12 @@ def read_config(folder):
     wanted = architecture.causal_lm.__name__
     classes = fields.get("architectures") or [wanted]
     classes = classes if isinstance(classes, list) else [classes]
-    if wanted not in classes:
-        raise ValueError(f"{path}: expected a language model ({wanted}), got {some(classes)}.")
+    known = [getattr(architecture, name).__name__ for name in CLASSIFIERS]
+    if wanted not in classes and not (classifiers and set(known) & set(map(str, classes))):
+        others = f" or a classifier ({', '.join(known)})" if classifiers else ""
+        raise ValueError(
+            f"{path}: expected a language model ({wanted}){others}, got {some(classes)}."
+        )
     if fields.get("quantization_config"):
         raise ValueError(
             f"{path} has a quantization_config: the weights are quantised; "
@@ -196,6 +203,13 @@ def read_config(folder):
         raise ValueError(f"{path}: {one_line(error)}") from None
 
 
+def head_of(architecture, config):
+    """Which of an architecture's classes a config is of: "causal_lm", or one of `CLASSIFIERS`."""
+    names = config.architectures or []
+    heads = {getattr(architecture, name).__name__: name for name in CLASSIFIERS}
+    return next((heads[name] for name in names if name in heads), "causal_lm")
+
+
 def settings(config):
     """The fields of one of our configs that say what the model is, by name, in order."""
     classes = [c for c in type(config).__mro__ if issubclass(c, ZooConfig)]
@@ -205,7 +219,7 @@ def settings(config):
 
 
 def build_model(architecture, config, tensors, source, dtype=None):
-    """The outline of the language model that given weights make, and the weights it is to have.
+    """The outline of the model that given weights make, and the weights it is to have.
 
     Args:
         architecture: a `zoo.Architecture`.
@@ -228,9 +242,11 @@ def build_model(architecture, config, tensors, source, dtype=None):
             f"{source}: pad_token_id is below vocab_size = {config.vocab_size}, got {padding}; "
             "correct config.json, or set it to null."
         )
-    model = empty_model(architecture.causal_lm, config, source, len(tensors))
+    model_class = getattr(architecture, head_of(architecture, config))
+    model = empty_model(model_class, config, source, len(tensors))
     expected = model.state_dict()
-    tied = model._tied_weights_keys if config.tie_word_embeddings else {}
+    # A head that is not tied to the embedding names nothing here.
+    tied = (config.tie_word_embeddings and model._tied_weights_keys) or {}
     tensors = dict(tensors)
     for alias, original in tied.items():
         copy = tensors.pop(alias, None)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .. import MODELS
 from .card import state_in_words
-from .folder import read_config, settings
+from .folder import head_of, read_config, settings
 from .guard import empty_model
 from .messages import HUB_ID, not_found
 
@@ -25,18 +25,19 @@ def describe(model):
     if model in MODELS:
         architecture, config = MODELS[model], MODELS[model].config()
     elif Path(model).is_dir():
-        architecture, config = read_config(model)
+        architecture, config = read_config(model, classifiers=True)
     else:
         if HUB_ID.fullmatch(model):
             raise not_found(model, "folder or architecture")
         near = difflib.get_close_matches(model, MODELS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(MODELS)}."
         raise ValueError(f"{model!r} is neither a folder nor an architecture; {hint}")
-    network = empty_model(architecture.causal_lm, config, model)
+    model_class = getattr(architecture, head_of(architecture, config))
+    network = empty_model(model_class, config, model)
     constant = network.state_size(0)
     num_parameters = sum(p.numel() for p in network.parameters())
     lines = [
-        f"{architecture.name}: {architecture.causal_lm.__name__}, model_type {config.model_type}",
+        f"{architecture.name}: {model_class.__name__}, model_type {config.model_type}",
         f"parameters {num_parameters:,}",
         f"{state_in_words(constant, network.state_size(1) - constant)} (float32)",
         "config",

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 
 from .. import MODELS
 from .files import INDEX, is_weights
-from .folder import build_model, find_weights, read_config, read_json
+from .folder import CLASSIFIERS, build_model, find_weights, read_config, read_json
 from .messages import one_line, some
 
 _DTYPES = {
@@ -68,14 +68,14 @@ def outline(folder):
 def check_weights(folder):
     """Raises a ValueError if an exported folder's weights do not fit its config.
 
-    Of transformers' own classes, and of heads, whose names are not a language model's, the files
-    alone are checked.
+    Of other libraries' classes, and of a decoder without a head, the files alone are checked.
 
     Args:
         folder: the exported one.
     """
     tensors, config = outline(folder), read_json(Path(folder) / "config.json")
     of_ours = [a for a in MODELS.values() if a.config.model_type == config.get("model_type")]
-    if any(a.causal_lm.__name__ in (config.get("architectures") or []) for a in of_ours):
-        architecture, config = read_config(folder)
+    heads = {getattr(a, head).__name__ for a in of_ours for head in ("causal_lm", *CLASSIFIERS)}
+    if heads & set(map(str, config.get("architectures") or [])):
+        architecture, config = read_config(folder, classifiers=True)
         build_model(architecture, config, tensors, folder)
