@@ -52,6 +52,7 @@ from .state import (
     state_size,
     take_apart,
 )
+from .versions import FORMAT_VERSION, current_fields, renamed_weights
 
 LOSS_IGNORES = -100
 
@@ -100,6 +101,12 @@ class ZooConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        version = kwargs.pop("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{type(self).__name__} takes the fields of format version {FORMAT_VERSION}, got "
+                f"those of {version!r}; from_pretrained and from_dict read earlier ones."
+            )
         layer_types = kwargs.pop("layer_types", None)
         for name in self._unknown(kwargs):
             known = sorted(field.name for field in fields(self))
@@ -109,6 +116,19 @@ class ZooConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if layer_types is not None:
             self.layer_types = layer_types
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """A config from the fields of a config.json, of this format version or an earlier one.
+
+        Args:
+            config_dict: the fields.
+            kwargs: fields of this version that take their places, and transformers' own options.
+
+        Raises:
+            ValueError: fields of a later version, or of a model that this one does not have.
+        """
+        return super().from_dict(current_fields(config_dict, cls.model_type), **kwargs)
 
     @property
     def layer_types(self):
@@ -133,7 +153,7 @@ class ZooConfig(PreTrainedConfig):
         An attribute that somebody set and that is no field stays out, with a warning: a config.json
         with it would not load.
         """
-        values = super().to_dict()
+        values = super().to_dict() | {"format_version": FORMAT_VERSION}
         for name in self._unknown(values):
             logger.warning_once(
                 f"{type(self).__name__} has no field {name!r}: this attribute is not saved."
@@ -194,6 +214,7 @@ _TRANSFORMERS_KEYWORDS = frozenset(GenerationConfig._get_default_generation_para
     "attn_implementation",
     "auto_map",
     "experts_implementation",
+    "format_version",
     "model_type",
     "name_or_path",
     "num_labels",
@@ -204,6 +225,19 @@ _TRANSFORMERS_KEYWORDS = frozenset(GenerationConfig._get_default_generation_para
     "torch_dtype",
     "transformers_version",
 }
+
+
+# Arguments of `from_pretrained` that say which file of a repository is meant, and how to get it.
+_OF_DOWNLOADS = (
+    "_commit_hash",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
 
 
 class Constant(nn.Module):
@@ -264,6 +298,44 @@ class ZooPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # Parameters that learn at another rate: name pattern (fnmatch) -> factor on the learning rate.
     learning_rate_scales: ClassVar[dict[str, float]] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, key_mapping=None, **kwargs):
+        """As in transformers; the weights of folders of an earlier format version get their names.
+
+        Args:
+            pretrained_model_name_or_path: a folder or Hub id, or None, with weights by their
+                present names in `state_dict`.
+            key_mapping: as in transformers; it comes first.
+
+        Raises:
+            ValueError: a folder of a later version, or of a model that this one does not have.
+        """
+        renamed = cls._renamed_weights(pretrained_model_name_or_path, kwargs)
+        if not renamed:
+            kwargs["key_mapping"] = key_mapping
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        kwargs["key_mapping"] = (key_mapping or {}) | renamed
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        # transformers would give them back their names when it saves the model, with a config.json
+        # of the present version.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if c.source_patterns[0] not in renamed]
+        return loaded
+
+    @classmethod
+    def _renamed_weights(cls, source, options):
+        """How weights of a folder or Hub id are renamed; read only if an earlier version's are."""
+        model_type = cls.config_class.model_type
+        if source is None or not renamed_weights({}, model_type):
+            return {}
+        options = {name: options[name] for name in _OF_DOWNLOADS if name in options}
+        try:
+            fields, _ = PreTrainedConfig.get_config_dict(source, **options)
+        except OSError:  # no config.json: there is a config given, or transformers says what to do
+            return {}
+        return renamed_weights(fields, model_type)
 
     @classmethod
     def _supports_default_dynamic_cache(cls):

@@ -25,6 +25,7 @@ from .files import TOKENIZER_FILES, carry_tokenizer, new_folder
 from .folder import (
     build_model,
     check_tokenizer,
+    current_names,
     find_dtype,
     head_of,
     load_tokenizer,
@@ -125,7 +126,7 @@ def export(
             check_tokenizer(tokenizer, config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
-    found = open_tensors(checkpoint)
+    found = current_names(checkpoint, open_tensors(checkpoint))
     model, tensors = build_model(architecture, config, found, checkpoint, dtype)
     head = head_of(architecture, config)
     if head == "causal_lm":

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from .. import MODELS
 from ..core.base import ZooConfig
+from ..core.versions import current_name, renamed_weights
 from .adapters import ADAPTER, CONFIG, WEIGHTS, base_of, check_base, has_adapter, merge
 from .files import check_tokenizer_files
 from .guard import check_file, check_numbers, empty_model, parse_json
@@ -208,6 +209,18 @@ def head_of(architecture, config):
     names = config.architectures or []
     heads = {getattr(architecture, name).__name__: name for name in CLASSIFIERS}
     return next((heads[name] for name in names if name in heads), "causal_lm")
+
+
+def current_names(folder, tensors):
+    """Weights of one of our checkpoints by the names that they have in this version.
+
+    Args:
+        folder: holds config.json, which says of which version it is.
+        tensors: its weights by name.
+    """
+    fields = read_json(Path(folder) / "config.json")
+    renamed = renamed_weights(fields, fields.get("model_type"))
+    return {current_name(name, renamed): x for name, x in tensors.items()}
 
 
 def settings(config):

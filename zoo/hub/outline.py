@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 
 from .. import MODELS
 from .files import INDEX, is_weights
-from .folder import CLASSIFIERS, build_model, find_weights, read_config, read_json
+from .folder import CLASSIFIERS, build_model, current_names, find_weights, read_config, read_json
 from .messages import one_line, some
 
 _DTYPES = {
@@ -78,4 +78,4 @@ def check_weights(folder):
     heads = {getattr(a, head).__name__ for a in of_ours for head in ("causal_lm", *CLASSIFIERS)}
     if heads & set(map(str, config.get("architectures") or [])):
         architecture, config = read_config(folder, classifiers=True)
-        build_model(architecture, config, tensors, folder)
+        build_model(architecture, config, current_names(folder, tensors), folder)

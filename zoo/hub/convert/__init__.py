@@ -18,6 +18,7 @@ from ..files import carry_files, carry_tokenizer, new_folder
 from ..folder import (
     build_model,
     check_tokenizer,
+    current_names,
     find_dtype,
     load_tokenizer,
     open_tensors,
@@ -159,7 +160,7 @@ def convert_back(format, src, dst, overwrite=False, max_shard_size="5GB", dtype=
         raise ValueError(f"{src} is {architecture.name}; {format} holds {chosen.architecture}.")
     others = [chosen.weight_file] if chosen.weight_file else []
     with new_folder(dst, overwrite, chosen.config_file, others) as new:
-        found = open_tensors(src)
+        found = current_names(src, open_tensors(src))
         model, tensors = build_model(architecture, config, found, src, dtype)
         try:
             num_tensors, notes = write_model(chosen, model, tensors, new, max_shard_size)
