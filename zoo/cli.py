@@ -77,7 +77,10 @@ def _parser(is_auto=False):
         "--auto", action="store_true", help="in place of FORMAT: recognise it by SRC's contents"
     )
     command.add_argument(
-        "src", metavar="SRC", help="folder with config and weights, or weight file"
+        "src",
+        metavar="SRC",
+        help="folder with config and weights, or weight file; or OWNER/NAME[@REVISION][/FILE] on "
+        "the Hub",
     )
     command.add_argument("dst", metavar="DST", help="folder to write")
     command.add_argument(
@@ -96,7 +99,11 @@ def _parser(is_auto=False):
         zoo export runs/retnet_demo exported/retnet_demo
         zoo export models/rwkv7 exported/rwkv7 --license apache-2.0""",
     )
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model or a run")
+    command.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="folder of a model or a run, or OWNER/NAME[@REVISION] on the Hub",
+    )
     command.add_argument("out", metavar="OUT", help="folder to write")
     _add_overwrite(command, "OUT")
     command.add_argument(
@@ -127,7 +134,11 @@ def _parser(is_auto=False):
         zoo info rwkv7
         zoo info runs/retnet_demo""",
     )
-    command.add_argument("model", metavar="MODEL", help="an architecture's name, or a folder")
+    command.add_argument(
+        "model",
+        metavar="MODEL",
+        help="an architecture's name, a folder, or OWNER/NAME[@REVISION] on the Hub",
+    )
     command.set_defaults(run=_info)
 
     command = _add(
@@ -191,18 +202,23 @@ def _list_formats():
 
 def _convert(arguments):
     from .hub.convert import convert, convert_back
+    from .hub.convert.formats import find_format
     from .hub.convert.recognise import recognise
+    from .hub.download import fetch
 
+    if not arguments.auto:
+        find_format(arguments.format)  # before anything large is downloaded
+    src = fetch(arguments.src)
     _hide_progress_bars()
     if arguments.auto:
         if arguments.reverse:
             raise ValueError("--auto says what SRC is; with --reverse name the FORMAT to write.")
-        arguments.format = recognise(arguments.src)
+        arguments.format = recognise(src)
         print(f"{arguments.src}: {arguments.format}")
     run = convert_back if arguments.reverse else convert
     report = run(
         arguments.format,
-        arguments.src,
+        src,
         arguments.dst,
         arguments.overwrite,
         arguments.max_shard_size,
@@ -245,13 +261,15 @@ def _print_notes(notes):
 
 
 def _export(arguments):
+    from .hub.download import fetch
     from .hub.export import export, require_license
 
+    checkpoint = fetch(arguments.checkpoint, expected="folder of a checkpoint or run")
     _hide_progress_bars()
     if arguments.license is None:
-        require_license(arguments.checkpoint)
+        require_license(checkpoint)
     exported = export(
-        arguments.checkpoint,
+        checkpoint,
         arguments.out,
         arguments.overwrite,
         arguments.license,

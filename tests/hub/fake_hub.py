@@ -23,7 +23,8 @@ class FakeHub(ThreadingHTTPServer):
 
     Attributes:
         url: its address, for HF_ENDPOINT.
-        repositories: name -> {"files": {name: bytes}, "commits": [...], "private": bool}.
+        repositories: name -> {"files": {name: bytes}, "commits": [...], "private": bool}; of one
+            to download, "gated" as well, and "revisions", name -> files, beside the main one.
         objects: hash -> content of the large files that went up, committed or not.
         requests: (method, path) of all there were.
         role: what the token may do, "write" or "read".
@@ -44,11 +45,12 @@ class FakeHub(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         """A client that went away is nothing to tell of."""
 
-    def create(self, name, private=False, files=()):
+    def create(self, name, private=False, files=(), gated=False, revisions=()):
         """A repository as the Hub makes it: its first commit holds .gitattributes."""
         content = {".gitattributes": b"*.safetensors filter=lfs\n", **dict(files)}
         first = {"title": "initial commit", "oid": _sha("first")}
         self.repositories[name] = {"files": content, "commits": [first], "private": private}
+        self.repositories[name] |= {"gated": gated, "revisions": dict(revisions)}
         return self.repositories[name]
 
 
@@ -177,13 +179,32 @@ class _Handler(BaseHTTPRequestHandler):
         auth = {"type": "access_token", "accessToken": token}
         return self._answer({"type": "user", "name": "me", "orgs": [], "auth": auth})
 
-    def _info(self, name, _revision=None, _body=b""):
-        if name not in self.server.repositories:
+    def _at(self, name, revision):
+        """The files and the commit of a revision; None, and an answer is given, if it is hidden."""
+        found = self.server.repositories.get(name)
+        if found is None:
             headers = {"X-Error-Code": "RepoNotFound"}
             return self._answer({"error": "Repository not found"}, 404, headers)
-        found = self.server.repositories[name]
+        if found["private"] and self.headers.get("Authorization") is None:
+            # As the Hub says it: whether there is such a repository is no stranger's business.
+            return self._answer({"error": "Invalid username or password."}, 401)
+        head = found["commits"][-1]["oid"]
+        commits = {_sha((name, n)): files for n, files in found["revisions"].items()}
+        if revision in found["revisions"]:
+            revision = _sha((name, revision))
+        if revision in commits:
+            return commits[revision], revision
+        if revision not in (None, "main", head):
+            headers = {"X-Error-Code": "RevisionNotFound"}
+            return self._answer({"error": f"Invalid rev id: {revision}"}, 404, headers)
+        return found["files"], head
+
+    def _info(self, name, revision=None, _body=b""):
+        if (at := self._at(name, revision)) is None:
+            return
+        (files, sha), found = at, self.server.repositories[name]
         siblings = []
-        for file, content in sorted(found["files"].items()):
+        for file, content in sorted(files.items()):
             siblings.append({"rfilename": file})
             if "blobs=" in self.path:
                 siblings[-1] |= {"blobId": _blob(content), "size": len(content)}
@@ -191,7 +212,6 @@ class _Handler(BaseHTTPRequestHandler):
                 digest = hashlib.sha256(content).hexdigest()
                 lfs = {"sha256": digest, "size": len(content), "pointerSize": 130}
                 siblings[-1] |= {"blobId": _sha(digest), "lfs": lfs}
-        sha = found["commits"][-1]["oid"]
         answer = {"id": name, "private": found["private"], "siblings": siblings, "sha": sha}
         return self._answer(answer)
 
@@ -242,20 +262,26 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.server.url}/{name}/commit/{oid}"
         return self._answer({"commitOid": oid, "commitUrl": url})
 
-    def _resolve(self, name, _revision, file, _body):
-        found = self.server.repositories.get(name, {"files": {}})
-        if file not in found["files"]:
+    def _resolve(self, name, revision, file, _body):
+        if (at := self._at(name, revision)) is None:
+            return
+        files, sha = at
+        if self.server.repositories[name]["gated"]:
+            return self._answer({"error": "restricted"}, 403, {"X-Error-Code": "GatedRepo"})
+        if file not in files:
             return self._answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
-        content = found["files"][file]
+        content = files[file]
         headers = {
             "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
-            "X-Repo-Commit": found["commits"][-1]["oid"],
+            "X-Repo-Commit": sha,
             "Accept-Ranges": "bytes",
         }
         return self._answer(content, 200, headers)
 
-    def _tree(self, name, _revision, _body):
-        files = self.server.repositories[name]["files"].items()
+    def _tree(self, name, revision, _body):
+        if (at := self._at(name, revision)) is None:
+            return
+        files = at[0].items()
         listed = [{"type": "file", "path": n, "size": len(c), "oid": _sha(c)} for n, c in files]
         return self._answer(listed)
 

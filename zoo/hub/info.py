@@ -5,16 +5,16 @@ from pathlib import Path
 
 from .. import MODELS
 from .card import state_in_words
+from .download import NAME, fetch
 from .folder import head_of, read_config, settings
 from .guard import empty_model
-from .messages import HUB_ID, not_found
 
 
 def describe(model):
-    """A text about an architecture or one of our model folders.
+    """A text about an architecture or one of our models.
 
     Args:
-        model: a key of `zoo.MODELS`, for its default config, or a folder.
+        model: a key of `zoo.MODELS`, for its default config, or a folder, or OWNER/NAME on the Hub.
 
     Returns:
         Lines of text.
@@ -26,9 +26,9 @@ def describe(model):
         architecture, config = MODELS[model], MODELS[model].config()
     elif Path(model).is_dir():
         architecture, config = read_config(model, classifiers=True)
+    elif NAME.fullmatch(model):
+        architecture, config = read_config(fetch(model, weights=False), classifiers=True)
     else:
-        if HUB_ID.fullmatch(model):
-            raise not_found(model, "folder or architecture")
         near = difflib.get_close_matches(model, MODELS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(MODELS)}."
         raise ValueError(f"{model!r} is neither a folder nor an architecture; {hint}")

@@ -95,19 +95,25 @@ def origin_of_source(src, format):
         src: the foreign folder or weight file.
         format: its name.
     """
-    src = Path(src).resolve()
+    # A file in the Hub's cache is a link to one whose name says nothing: its own place counts.
+    src = Path(src).resolve() if Path(src).is_dir() else Path(src).parent.resolve() / Path(src).name
     folder = src if src.is_dir() else src.parent
     origin = _recorded(folder)
     origin.format, origin.source = format, src.name
-    # What the Hub's own cache calls its folders: models--owner--name/snapshots/revision.
-    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{src.as_posix()}/")
     loaded_from = read_fields(folder / "config.json").get("_name_or_path")
-    if cached:
-        origin.base_model = "/".join(cached.groups())
-        origin.source = origin.base_model if src.is_dir() else f"{origin.base_model}/{src.name}"
+    if cached := _name_in_cache(src):
+        origin.base_model = cached
+        origin.source = cached if src.is_dir() else f"{cached}/{src.name}"
     elif isinstance(loaded_from, str) and HUB_ID.fullmatch(loaded_from):
         origin.base_model = loaded_from
     return origin
+
+
+def _name_in_cache(path):
+    """The name on the Hub of what lies in the Hub's own cache, or None."""
+    # As it calls its folders: models--owner--name/snapshots/revision.
+    found = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{path.as_posix()}/")
+    return "/".join(found.groups()) if found else None
 
 
 def origin_of_checkpoint(folder):
@@ -119,6 +125,7 @@ def origin_of_checkpoint(folder):
     """
     folder, measured = Path(folder).resolve(), "bits_per_byte"
     origin = _recorded(folder)
+    origin.base_model = origin.base_model or _name_in_cache(folder)
     made_by = ("run.json", "checkpoint.json")
     if folder.name == "ema" and any((folder.parent / name).is_file() for name in made_by):
         folder, measured = folder.parent, "ema_bits_per_byte"
