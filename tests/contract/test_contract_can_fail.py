@@ -128,7 +128,7 @@ def test_what_is_not_run_is_not_passed():
 def test_command_line(tmp_path, capsys):
     LlamaForCausalLM(LlamaConfig(**TINY, eos_token_id=None)).save_pretrained(tmp_path / "llama")
     file = tmp_path / "report.json"
-    arguments = ["--points", "4,7", "--tokens", "2000", "--json", str(file)]
+    arguments = ["--strict", "--points", "4,7", "--tokens", "2000", "--json", str(file)]
     assert main([str(tmp_path / "llama"), *arguments]) == 1
     printed = capsys.readouterr().out
     assert "no future leaks: passed" in printed

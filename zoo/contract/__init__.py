@@ -2,6 +2,10 @@
 
 Ten points; each check compares a figure with a bound. What could not be checked here, for want of a
 GPU or because the model cannot be asked, is reported as not run and never as passed.
+
+Models of the zoo are held to every check (`run`). Of a model of others a referee asks what its
+users rely on (`judge`): what its class does not offer does not apply, what nobody promises is told
+apart, and a failure comes with the smallest input that shows it.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import transformers
 
 from zoo import MODELS
 
+from . import printing
 from .points_library import files, generation
 from .points_numerics import initialization, low_precision
 from .points_scale import constant_state, training_and_compiling
@@ -27,7 +32,19 @@ from .points_sequence import (
     padding_changes_nothing,
     whole_equals_pieces,
 )
-from .report import FAILED, NOT_RUN, PASSED, Check, Checks, Report, first_line
+from .referee import DEFAULT_BUDGET, Verdicts
+from .referee import judge as _judge
+from .report import (
+    DOES_NOT_APPLY,
+    FAILED,
+    NOT_PROMISED,
+    NOT_RUN,
+    PASSED,
+    Check,
+    Checks,
+    Report,
+    first_line,
+)
 from .subject import Subject, find_subject, variants_of, zoo_subject
 
 POINTS = {
@@ -44,24 +61,31 @@ POINTS = {
 }
 
 DEFAULT_TOKENS = 1_000_000
+# With a budget: what breaks most often and takes least before what takes longest.
+MOST_TELLING = (1, 4, 2, 3, 5, 10, 6, 9, 8, 7)
 EXAMPLES = """examples:
   zoo contract retnet --points 1,2,3
   zoo contract models/rwkv7 --json rwkv7.json
+  zoo contract MistralForCausalLM --budget 60 --markdown mistral.md
 """
 
 
-def run(subject, points=None, num_tokens=DEFAULT_TOKENS, after_point=None):
-    """Checks a subject against points of the contract.
+def run(subject, points=None, num_tokens=DEFAULT_TOKENS, after_point=None, budget=None):
+    """Checks a subject against points of the contract, every one as for a model of the zoo.
 
     Args:
         subject: a `Subject`.
         points: their numbers; None: all.
         num_tokens: length of the long prefill of point 7.
         after_point: called with the report and a point's number as soon as it is done.
+        budget: seconds; the most telling points come first then, and what there was no time for
+            is not run. None: no limit.
 
     Returns:
         A `Report`.
     """
+    began = time.perf_counter()
+    subject.deadline = None if budget is None else began + budget
     report = Report(
         subject.name,
         versions={
@@ -70,18 +94,43 @@ def run(subject, points=None, num_tokens=DEFAULT_TOKENS, after_point=None):
             "transformers": transformers.__version__,
         },
     )
-    for number in points or POINTS:
-        report.titles[number], function = POINTS[number]
+    numbers = list(points or POINTS)
+    report.titles = {number: POINTS[number][0] for number in numbers}
+    if budget is not None:
+        numbers.sort(key=MOST_TELLING.index)
+    for number in numbers:
+        function = POINTS[number][1]
         checks = Checks(number)
         started = time.perf_counter()
         with checks.case(""), _quiet():
+            if budget is not None:
+                subject.check_time()
             function(subject, checks, **({"num_tokens": num_tokens} if number == 7 else {}))
         report.seconds[number] = time.perf_counter() - started
         report.checks += checks.found
         report.notes[number] = checks.notes
         if after_point is not None:
             after_point(report, number)
+    if budget is not None:
+        # As they were asked for, whatever came first.
+        report.checks.sort(key=lambda check: list(report.titles).index(check.point))
     return report
+
+
+def judge(subject, points=None, budget=DEFAULT_BUDGET):
+    """The verdicts on a model of others, on what its users rely on.
+
+    Args:
+        subject: a `Subject`, as `find_subject` gives it.
+        points: numbers of the contract's points; None: all.
+        budget: seconds; None: no limit.
+
+    Returns:
+        `Verdicts`, a `Report` with the smallest input of each failure.
+    """
+    with _quiet():
+        titles = {number: title for number, (title, _) in POINTS.items()}
+        return _judge(subject, titles, points, budget)
 
 
 @contextlib.contextmanager
@@ -119,7 +168,8 @@ def main(argv=None):
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a model of the zoo, a folder of any Hugging Face causal LM, or package.module:Class",
+        help="a model of the zoo; or of others: a folder, a class of transformers such as "
+        "LlamaForCausalLM, or package.module:Class",
     )
     parser.add_argument(
         "--variant", help="of a model of the zoo; 'all' for every one (default: the first)"
@@ -137,35 +187,73 @@ def main(argv=None):
         "--verbose", action="store_true", help="print every check, not a line for each point"
     )
     parser.add_argument("--json", metavar="FILE", help="write every figure there as well")
+    parser.add_argument("--markdown", metavar="FILE", help="write the verdicts there as well")
+    parser.add_argument(
+        "--budget",
+        type=_seconds,
+        metavar="SECONDS",
+        help="spent on the most telling checks first; what was not run is said "
+        f"(default: none for ours, {DEFAULT_BUDGET:g} for a model of others)",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="hold a model of others to every check that ours keep, promised or not",
+    )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that lies in the folder"
     )
     arguments = parser.parse_args(argv)
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        print(f"zoo contract: no folder to write {arguments.json} into", file=sys.stderr)
-        return 2
+    for file in filter(None, (arguments.json, arguments.markdown)):
+        if not Path(file).absolute().parent.is_dir():
+            print(f"zoo contract: no folder to write {file} into", file=sys.stderr)
+            return 2
     try:
-        subjects = _subjects(arguments)
+        with _quiet():
+            subjects = _subjects(arguments)
     except (ValueError, OSError, ImportError, AttributeError) as error:
         print(f"zoo contract: {first_line(error)}", file=sys.stderr)
         return 2
-    reports = []
-    for subject in subjects:
-        if arguments.verbose:
-            reports.append(run(subject, arguments.points, arguments.tokens))
-            print(reports[-1].table(), flush=True)
-        else:
-            print(f"{subject.name}: the figure nearest to its bound, of each point", flush=True)
-            reports.append(run(subject, arguments.points, arguments.tokens, _print_summary))
-            print(f"{reports[-1].totals()}; --verbose prints each", flush=True)
+    reports = [_report(subject, arguments) for subject in subjects]
     if arguments.json:
         content = json.dumps([report.as_dict() for report in reports], indent=2)
         Path(arguments.json).write_text(content + "\n")
+    if arguments.markdown:
+        texts = [printing.markdown(report) for report in reports]
+        Path(arguments.markdown).write_text("\n".join(texts))
     return int(any(report.failed() for report in reports))
+
+
+def _report(subject, arguments):
+    """Checks a subject as the command line asks for, and prints what was found."""
+    if not (arguments.strict or getattr(subject, "is_ours", True)):
+        budget = DEFAULT_BUDGET if arguments.budget is None else arguments.budget
+        report = judge(subject, arguments.points, budget)
+        print(report.table() if arguments.verbose else printing.summary(report), flush=True)
+        return report
+    settings = {"budget": arguments.budget}
+    if arguments.verbose:
+        report = run(subject, arguments.points, arguments.tokens, **settings)
+        print(report.table(), flush=True)
+        return report
+    print(f"{subject.name}: the figure nearest to its bound, of each point", flush=True)
+    report = run(subject, arguments.points, arguments.tokens, _print_summary, **settings)
+    print(f"{report.totals()}; --verbose prints each", flush=True)
+    return report
 
 
 def _print_summary(report, point):
     print(report.summary(point), flush=True)
+
+
+def _seconds(text):
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds, more than 0, got {text!r}")
+    return seconds
 
 
 def _numbers(text):
@@ -188,7 +276,9 @@ def _subjects(arguments):
 
 
 __all__ = [
+    "DOES_NOT_APPLY",
     "FAILED",
+    "NOT_PROMISED",
     "NOT_RUN",
     "PASSED",
     "POINTS",
@@ -196,7 +286,9 @@ __all__ = [
     "Checks",
     "Report",
     "Subject",
+    "Verdicts",
     "find_subject",
+    "judge",
     "main",
     "run",
     "variants_of",

@@ -6,10 +6,18 @@ import math
 from dataclasses import asdict, dataclass, field
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+# Of a model of others: what its class does not offer, and differences that it may show.
+DOES_NOT_APPLY, NOT_PROMISED = "does not apply", "not promised"
+
+BUDGET_SPENT = "the budget was spent"
 
 
 class NotApplicable(Exception):
     """The subject cannot be asked this; the message says why. Recorded as not run."""
+
+
+class OutOfTime(NotApplicable):
+    """The time given is over: what follows is not run."""
 
 
 @dataclass
@@ -115,8 +123,14 @@ class Report:
         ]
 
     def verdict(self, point):
-        """ "failed" if any check failed, else "passed" if any was made, else "not run"."""
-        verdicts = {check.verdict for check in self.checks if check.point == point}
+        """ "failed" if any check failed, else "passed" if any was made, else "not run".
+
+        A point that the budget cut off is not run, whatever of it passed before.
+        """
+        checks = [check for check in self.checks if check.point == point]
+        verdicts = {check.verdict for check in checks}
+        if FAILED not in verdicts and any(check.reason == BUDGET_SPENT for check in checks):
+            return NOT_RUN
         return next((verdict for verdict in (FAILED, PASSED) if verdict in verdicts), NOT_RUN)
 
     def count(self, verdict):

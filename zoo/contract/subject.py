@@ -7,16 +7,19 @@ of the zoo and classes are built tiny; a folder is taken with its own size and w
 import copy
 import importlib
 import inspect
+import time
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from zoo import MODELS
 
 from . import paper_initialization
-from .report import NotApplicable
+from .report import BUDGET_SPENT, NotApplicable, OutOfTime
+from .tiny import tiny_config
 
 TINY = {
     "vocab_size": 97,
@@ -24,21 +27,6 @@ TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 96,
-}
-# For models of others, as far as their config has the field. Mamba-2 needs
-# num_heads * head_dim = expand * hidden_size.
-TINY_ELSEWHERE = TINY | {
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_heads": 8,
-    "expand": 2,
-    "state_size": 16,
-    "n_groups": 1,
-    "chunk_size": 16,
-    "max_position_embeddings": 4096,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
 }
 CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state", "mems")
 
@@ -59,15 +47,39 @@ class Subject:
     def __init__(self, name, build, pretrained=None, initialization=None):
         self.name = name
         self.build = build
+        self.deadline = None  # of time.perf_counter, after which nothing more is run
         self.pretrained = pretrained
         self._weights = pretrained if pretrained is not None else with_all_parts_active(build(0))
         self.config = self._weights.config
         self.vocab_size = self.config.get_text_config().vocab_size
-        cls = type(self._weights)
+        self.model_class = cls = type(self._weights)
         self.initialization = initialization
         self.arguments = set(inspect.signature(cls.forward).parameters)
         self.arguments |= set(inspect.signature(type(self._weights.base_model).forward).parameters)
         self.cache_argument = next((x for x in CACHE_ARGUMENTS if x in self.arguments), None)
+
+    @property
+    def is_ours(self):
+        """Whether it is a model of the zoo, from here or from an exported folder."""
+        return str(getattr(self.config, "model_type", "")).startswith("zoo_")
+
+    @property
+    def is_remote(self):
+        """Whether its code came with its folder."""
+        return self.model_class.__module__.startswith("transformers_modules")
+
+    @property
+    def can_generate(self):
+        """Whether transformers' `generate` takes it."""
+        return bool(self.model_class.can_generate())
+
+    def check_time(self):
+        """Raises OutOfTime after the deadline."""
+        # What is being compiled has no clock.
+        if self.deadline is None or torch.compiler.is_compiling():
+            return
+        if time.perf_counter() > self.deadline:
+            raise OutOfTime(BUDGET_SPENT)
 
     def model(self, dtype=torch.float64, seed=0):
         """The model in eval mode; another seed gives other weights."""
@@ -124,6 +136,7 @@ class Subject:
             inputs["position_ids"] = positions
         for name in inputs:
             self.require(name)
+        self.check_time()
         inputs.setdefault("use_cache", cache is not None)
         return model(**inputs)
 
@@ -263,16 +276,21 @@ def zoo_subject(name, variant=None, **fields):
 
 
 def class_subject(path):
-    """A class `package.module:ClassName`, with its config's defaults made small."""
-    module, _, name = path.partition(":")
-    cls = getattr(importlib.import_module(module), name)
-    defaults = cls.config_class()
+    """A class of transformers by its name, or `package.module:ClassName`; its config made small.
+
+    Raises:
+        ValueError: no such class, or its config cannot be made small.
+    """
+    module, _, name = path.rpartition(":")
+    cls = getattr(importlib.import_module(module or "transformers"), name)
+    if getattr(cls, "config_class", None) is None:
+        raise ValueError(f"expected a class of models with a config_class, got {path}.")
+    config = tiny_config(cls.config_class)
 
     def build(seed):
-        tiny = {k: v for k, v in TINY_ELSEWHERE.items() if hasattr(defaults, k)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(cls.config_class(**tiny))
+            return cls(copy.deepcopy(config))
 
     return Subject(path, build)
 
@@ -293,7 +311,8 @@ def find_subject(model, variant=None, trust_remote_code=False):
     """The subject a command line names.
 
     Args:
-        model: a name in `zoo.MODELS`, a folder, or `package.module:ClassName`.
+        model: a name in `zoo.MODELS`, a folder, a class of transformers by its name, or
+            `package.module:ClassName`.
         variant: for a model of the zoo.
         trust_remote_code: whether code that lies in the folder may be run.
 
@@ -306,9 +325,9 @@ def find_subject(model, variant=None, trust_remote_code=False):
         raise ValueError(f"only models of the zoo have variants, got {model!r} with {variant!r}.")
     if (Path(model) / "config.json").is_file():
         return folder_subject(model, trust_remote_code)
-    if ":" in model:
+    if ":" in model or hasattr(transformers, model):
         return class_subject(model)
     raise ValueError(
-        f"expected a model of the zoo ({', '.join(MODELS)}), a folder with a config.json or "
-        f"package.module:ClassName, got {model!r}."
+        f"expected a model of the zoo ({', '.join(MODELS)}), a folder with a config.json, a class "
+        f"of transformers such as LlamaForCausalLM, or package.module:Class, got {model!r}."
     )
