@@ -83,7 +83,7 @@ def cast(x, dtype, name):
     def read():
         before = value_of(x)
         after = before.to(dtype)
-        if not torch.equal(before.isfinite(), after.isfinite()):
+        if after.isinf().any() and not torch.equal(before.isinf(), after.isinf()):
             largest = before[before.isfinite()].abs().max()
             raise ValueError(
                 f"{name} holds {largest:.4g}, which is beyond {_plain(dtype)} (up to "

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import metadata as index_parts
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
@@ -76,8 +77,11 @@ def open_shards(folder):
 def _damage_is_said(folder):
     try:
         yield
-    except Exception as error:  # of pickle, of torch, of the file system: all of them say damaged
-        reason = " ".join(str(error).split())[:200]
+    # Of pickle, of torch, of the file system: all of them say damaged.
+    except (Exception, CheckpointException) as error:
+        # To torch it is no Exception that one of its processes failed, of which there is one.
+        causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+        reason = " ".join(str(causes[0]).split())[:200]
         raise ValueError(
             f"{folder} is damaged or incomplete ({reason}); take another checkpoint, or a copy."
         ) from None
