@@ -124,6 +124,11 @@ def _parser(is_auto=False):
         help="native: for transformers' own class, else flash-linear-attention's, where there is "
         "one (%(default)s: with our code)",
     )
+    command.add_argument(
+        "--contract",
+        action="store_true",
+        help="measure every way of running what is written, and put the figures on its card",
+    )
     command.set_defaults(run=_export)
 
     command = _add(
@@ -277,6 +282,7 @@ def _export(arguments):
         arguments.format,
         arguments.base_model,
         arguments.dtype,
+        arguments.contract,
     )
     runs_on = f"{exported.library} {exported.model_class}"
     if exported.code:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TOKEN = "hf_right"
+LICENSES = ("apache-2.0", "mit", "other")
 SIGNATURE = "s1gned"  # of the addresses to which large files go
 
 
@@ -215,6 +216,13 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {"id": name, "private": found["private"], "siblings": siblings, "sha": sha}
         return self._answer(answer)
 
+    def _validate(self, body):
+        license = re.search(r"(?m)^license: (.+)$", json.loads(body)["content"])
+        errors = []
+        if license and license[1] not in LICENSES:
+            errors = [{"message": f'"license" must be one of [{", ".join(LICENSES)}]'}]
+        return self._answer({"errors": errors, "warnings": []}, 400 if errors else 200)
+
     def _preupload(self, name, body):
         files = self.server.repositories[name]["files"]
         answer = []
@@ -290,7 +298,7 @@ _NAME = r"([\w.-]+/[\w.-]+)"
 _ROUTES = (
     ("GET /api/whoami-v2", _Handler._who),
     ("POST /api/repos/create", _Handler._create),
-    ("POST /api/validate-yaml", lambda self, body: self._answer({"errors": [], "warnings": []})),
+    ("POST /api/validate-yaml", _Handler._validate),
     (f"GET /api/models/{_NAME}", lambda self, name, body: self._info(name)),
     (f"GET /api/models/{_NAME}/revision/([^/]+)", _Handler._info),
     (f"GET /api/models/{_NAME}/tree/([^/]+)", _Handler._tree),

@@ -152,7 +152,7 @@ class Report:
         The figure is the one that came nearest to its bound, or went furthest beyond.
         """
         checks = [check for check in self.checks if check.point == point]
-        worst = max((check for check in checks if _share(check) >= 0), key=_share, default=None)
+        worst = nearest(checks)
         figure = f"{show(worst.measured)} of {show(worst.bound)}" if worst else ""
         num_skipped = sum(check.verdict == NOT_RUN for check in checks)
         skipped = f"  ({num_skipped} not run)" * bool(num_skipped)
@@ -198,6 +198,11 @@ class Report:
             f"{self.count(PASSED)} checks passed, {self.count(FAILED)} failed, "
             f"{self.count(NOT_RUN)} not run, in {sum(self.seconds.values()):.0f} s"
         )
+
+
+def nearest(checks):
+    """The check whose figure came nearest to its bound, or went furthest beyond, if any has one."""
+    return max((check for check in checks if _share(check) >= 0), key=_share, default=None)
 
 
 def _share(check):

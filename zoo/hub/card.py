@@ -6,18 +6,19 @@ Of a folder for transformers' own class, whose code is not ours to describe, hub
 import json
 import re
 from pathlib import Path
-from string import Template
 from typing import NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedConfig
 
 from .. import Architecture
+from .card_holes import check_card, filled, number
 from .classifier_cards import task_of, text_of_classifier, usage_of_classifier
 from .convert.format import Format
+from .files import CURVE_FIGURE, CURVE_NUMBERS, MEASURED
 from .folder import settings
-from .messages import one_line
-from .origin import LICENSE, Origin
+from .measuring import Measured
+from .origin import Origin
 
 ZOO = Path(__file__).resolve().parent.parent
 
@@ -39,6 +40,8 @@ class Subject(NamedTuple):
         native_config: config.json of that class.
         notes: on what was left out for it.
         head: the field of `architecture` whose class it is.
+        has_curve: whether the folder holds a figure of the training's loss.
+        measured: what the contract measured on it, a `measuring.Measured`; None: nothing was.
     """
 
     name: str
@@ -54,6 +57,8 @@ class Subject(NamedTuple):
     native_config: dict | None = None
     notes: list[str] = []
     head: str = "causal_lm"
+    has_curve: bool = False
+    measured: Measured | None = None
 
     @property
     def model_class(self):
@@ -71,6 +76,10 @@ def render_card(subject):
 
     Args:
         subject: a `Subject`.
+
+    Raises:
+        ValueError: something is missing where the card has a number or a word, or what was put
+            together is nothing that the Hub takes.
     """
     is_ours, origin = subject.native_format is None, subject.origin
     kind = subject.architecture.name if is_ours else "native"
@@ -80,12 +89,13 @@ def render_card(subject):
         card.text = text_of_classifier(template, card.text, subject)
         card.data.pipeline_tag = task_of(subject.head)
     values = settings(subject.config) if is_ours else subject.native_config
-    card.text = Template(card.text).substitute(
+    card.text = filled(
+        card.text,
         name=_plain(subject.name),
         license_of_weights=_license(origin),
         dtype=subject.dtype,
-        num_parameters=f"{subject.num_parameters:,}",
-        state_bytes=f"{subject.state_bytes:,}",
+        num_parameters=number("num_parameters", subject.num_parameters),
+        state_bytes=number("state_bytes", subject.state_bytes),
         state=state_in_words(subject.state_bytes, subject.state_bytes_per_token),
         config=_config_table(values),
         model_class=subject.model_class,
@@ -95,9 +105,11 @@ def render_card(subject):
         needs=None if is_ours else subject.native_format.library.needs,
         notes="".join(f"\n- {note}" for note in subject.notes) + "\n" * bool(subject.notes),
         usage=_usage(subject) if subject.head == "causal_lm" else usage_of_classifier(subject),
-        training=_training(origin),
+        training=_training(origin, subject.has_curve),
+        contract=_contract(subject),
     )
-    for name in ("license", "license_name", "license_link", "base_model"):
+    relation = "base_model_relation"
+    for name in ("license", "license_name", "license_link", "base_model", relation):
         card.data[name] = getattr(origin, name)
     if not is_ours:
         package = subject.native_format.library.to_import
@@ -107,6 +119,7 @@ def render_card(subject):
     if origin.bits_per_byte is not None and subject.head == "causal_lm":
         data = origin.data or "held-out text"
         card.data.model_name = subject.name
+        number("bits_per_byte", origin.bits_per_byte)
         card.data.eval_results = [
             EvalResult(
                 task_type="text-generation",
@@ -119,25 +132,6 @@ def render_card(subject):
     text = str(card)
     check_card(text)
     return text
-
-
-def check_card(text):
-    """Raises a ValueError if the metadata of a README.md are not what the Hub takes.
-
-    What can be checked without asking it: they are YAML, and license and figures of a known shape.
-    """
-    try:
-        data = ModelCard(text, ignore_metadata_errors=False).data
-    except Exception as error:  # YAML and the model-index have many ways to be wrong
-        raise ValueError(
-            f"README.md has metadata that cannot be read: {one_line(error)}."
-        ) from None
-    names = data.license if isinstance(data.license, list) else [data.license]
-    for name in names:
-        if name is not None and not LICENSE.fullmatch(str(name)):
-            raise ValueError(
-                f"README.md has license {name!r}, which is no license's name on the Hub."
-            )
 
 
 def state_in_words(num_bytes, num_bytes_per_token):
@@ -218,7 +212,7 @@ def _usage(subject):
     return "\n".join(load)
 
 
-def _training(origin):
+def _training(origin, has_curve):
     parts = []
     if origin.format and origin.source:
         exactness = "some of them rounded" if origin.is_rounded else "every one bit for bit"
@@ -232,7 +226,51 @@ def _training(origin):
             "What was measured before that, was measured with the unrounded ones."
         )
     if origin.training:
+        for what, value in origin.training:
+            if value.strip().lower() in ("", "none", "nan", "inf", "-inf"):
+                raise ValueError(f"a card needs a value for {what}, got {value!r}.")
         parts.append(_table("", "", [(_plain(a), _code(b)) for a, b in origin.training]))
+    if origin.curves:
+        figure = f"![The loss over the training]({CURVE_FIGURE})\n\n" * has_curve
+        parts.append(
+            f"{figure}The loss over the training, in numbers: [{CURVE_NUMBERS}]({CURVE_NUMBERS})."
+        )
     if not parts:
         return "The checkpoint came without the record of its training."
     return "\n\n".join(parts)
+
+
+def _contract(subject):
+    """What is known of the ways to run it: figures with their bounds, or that there are none."""
+    measured = subject.measured
+    if measured is None:
+        how = "`zoo export CHECKPOINT OUT --contract` measures it and writes the figures here"
+        if subject.native_format is not None:
+            how = "`zoo contract FOLDER` judges it"
+        return (
+            "That it gives the same numbers whole, in pieces and token by token, alone and in a "
+            "batch, is tested of its class; on these weights it was not measured. With the "
+            f"`longzoo` package, {how}."
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
+    rows = [
+        (title, verdict, _plain(what), figure, bound, f"{number:,}")
+        for title, verdict, what, figure, bound, number in measured.rows
+    ]
+    header = ("point", "verdict", "nearest to its bound", "measured", "bound", "checks")
+    failed = [f"**Failed:** {_plain('; '.join(measured.failed))}."] if measured.failed else []
+    return "\n\n".join(
+        [
+            "Whether it gives the same numbers however it is run, measured on these weights "
+            f"({_plain(versions)}). Of each point the figure that came nearest to its bound; all "
+            f"are in [{MEASURED}]({MEASURED}).",
+            *failed,
+            _wide_table(header, rows),
+            f"Not measured here: {'; '.join(measured.others)}. `zoo contract FOLDER` measures all.",
+        ]
+    )
+
+
+def _wide_table(header, rows):
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -35,7 +35,8 @@ from .folder import (
     read_json,
     rounding,
 )
-from .messages import HUB_ID, about, not_found
+from .measuring import measure
+from .messages import HUB_ID, about, not_found, some
 from .origin import check_license, origin_of_checkpoint
 from .saving import save_model
 
@@ -80,6 +81,7 @@ def export(
     format="zoo",
     base_model=None,
     dtype=None,
+    contract=False,
 ):
     """Writes a checkpoint as a folder for the Hugging Face Hub.
 
@@ -97,6 +99,8 @@ def export(
         base_model: name on the Hub of the model that these weights are, or were made from. None:
             what the checkpoint says.
         dtype: name of one to round the weights to. None: as they are.
+        contract: measure on the written model whether every way of running it gives the same
+            numbers, and put the figures on its card.
 
     Returns:
         An `Exported`.
@@ -108,6 +112,11 @@ def export(
     """
     if format not in EXPORT_FORMATS:
         raise ValueError(f"format is {' or '.join(EXPORT_FORMATS)}, got {format!r}.")
+    if contract and format != "zoo":
+        raise ValueError(
+            "--contract measures our own classes; of another library's, `zoo contract OUT` judges "
+            "what this has written."
+        )
     dtype = find_dtype(dtype)
     if license is not None:
         check_license(license)
@@ -129,6 +138,8 @@ def export(
     found = current_names(checkpoint, open_tensors(checkpoint))
     model, tensors = build_model(architecture, config, found, checkpoint, dtype)
     head = head_of(architecture, config)
+    if contract and head != "causal_lm":
+        raise ValueError(f"{checkpoint}: --contract measures language models, not classifiers.")
     if head == "causal_lm":
         model.generation_config = _generation_config(checkpoint, config, tokenizer)
     origin, remarks = _origin(checkpoint, license, base_model)
@@ -146,7 +157,8 @@ def export(
                 raise about(checkpoint, error) from None
             model.generation_config.save_pretrained(new)
         carry_tokenizer(checkpoint, new)
-        origin.write(new)
+        has_curve = origin.write(new)
+        measured = measure(new, Path(out).absolute().name) if contract else None
         subject = Subject(
             name=Path(out).absolute().name,
             architecture=architecture,
@@ -161,7 +173,11 @@ def export(
             native_config=native and read_json(new / "config.json"),
             notes=notes,
             head=head,
+            has_curve=has_curve,
+            measured=measured,
         )
+        if measured is not None and measured.failed:
+            remarks.append(f"the contract does not hold: {some(measured.failed)}; see README.md")
         (new / "README.md").write_text(render_card(subject), encoding="utf-8")
     return Exported(
         subject.num_parameters,

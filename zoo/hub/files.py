@@ -33,6 +33,9 @@ CHAT_TEMPLATES = "additional_chat_templates"  # the folder of those that have a 
 RECORD_FILE = "longzoo.json"  # what was written, and where it comes from (origin.py)
 CONFIG_FILES = ("config.json", "generation_config.json", RECORD_FILE)
 TEXTS = ("README.md", "LICENSE")
+# What the card shows: curve.py and measuring.py write it.
+CURVE_NUMBERS, CURVE_FIGURE, MEASURED = "loss_curve.json", "loss_curve.png", "contract.json"
+FIGURES = (CURVE_NUMBERS, CURVE_FIGURE, MEASURED)
 INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX))
 # What a training run leaves: its folder is no export's, however much it looks like a model's.
@@ -115,7 +118,10 @@ def recorded_files(record):
     return {
         n
         for n in map(str, names)
-        if n in CONFIG_FILES + TEXTS or n.endswith(".py") or is_weights(n) or is_tokenizer(n)
+        if n in CONFIG_FILES + TEXTS + FIGURES
+        or n.endswith(".py")
+        or is_weights(n)
+        or is_tokenizer(n)
     }
 
 

@@ -5,13 +5,13 @@ the model was made on.
 """
 
 import json
-import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from huggingface_hub import metadata_load
 
+from .curve import curve_of, is_number, read_curves, write_curves
 from .files import RECORD_FILE, read_fields, read_text
 from .messages import HUB_ID
 
@@ -23,7 +23,12 @@ RECIPE_ROWS = {
     "sequence_length": "tokens per window",
     "learning_rate": "peak learning rate",
     "schedule": "schedule",
+    "warmup_steps": "steps of warm-up",
+    "decay_steps": "steps of decay",
+    "beta1": "AdamW's beta 1",
+    "beta2": "AdamW's beta 2",
     "weight_decay": "weight decay",
+    "gradient_clip": "largest norm of the gradient",
     "seed": "seed",
 }
 # Of files, never of a data set on the Hub.
@@ -47,6 +52,7 @@ class Origin:
         data_is_on_the_hub: whether `data` is such a name.
         bits_per_byte: of held-out text of the same data.
         training: rows of a table on the training: pairs of what, and its value.
+        curves: of its loss, as `curve.curve_of` gives them; they go in a file of their own.
     """
 
     license: str | None = None
@@ -61,6 +67,16 @@ class Origin:
     data_is_on_the_hub: bool = False
     bits_per_byte: float | None = None
     training: list = field(default_factory=list)
+    curves: dict = field(default_factory=dict)
+
+    @property
+    def base_model_relation(self):
+        """What the weights are to those of the base model, in the Hub's word; None: the same."""
+        if self.base_model is None:
+            return None
+        if self.training:
+            return "finetune"
+        return "quantized" if self.rounding else None
 
     def add_rounding(self, rounding):
         """Takes down that the weights are rounded, `folder.rounding` in words; None: they are not.
@@ -71,10 +87,11 @@ class Origin:
             self.rounding = f"{self.rounding}, then {rounding}" if self.rounding else rounding
 
     def write(self, folder):
-        """Puts what is known into a model's folder."""
-        known = {name: value for name, value in asdict(self).items() if value}
+        """Puts what is known into a model's folder. Returns whether that has a figure now."""
+        known = {n: value for n, value in asdict(self).items() if value and n != "curves"}
         text = json.dumps({"origin": known}, indent=2, ensure_ascii=False) + "\n"
         (Path(folder) / RECORD_FILE).write_text(text, encoding="utf-8")
+        return write_curves(self.curves, folder)
 
 
 def check_license(name):
@@ -150,14 +167,13 @@ def origin_of_checkpoint(folder):
     # The record is of how the run was started last, perhaps to go on for longer than to here.
     is_of_this = recipe == _part(run, "recipe")
     lines = map(_fields_of, (read_text(place / "metrics.jsonl") or "").splitlines())
-    held_out = [line for line in lines if line.get("kind") == "held_out"]
-    held_out = [line | {"bits_per_byte": line.get(measured)} for line in held_out]
-    held_out = [line for line in held_out if _is_number(line["bits_per_byte"])]
-    held_out = [
-        line
-        for line in held_out
-        if _is_number(step) and _is_number(line.get("step")) and line["step"] <= step
-    ]
+    lines = [line for line in lines if is_number(line.get("step")) and is_number(step)]
+    lines = [line for line in lines if line["step"] <= step]
+    tested = [line for line in lines if line.get("kind") == "held_out"]
+    held_out = [line | {"bits_per_byte": line.get(measured)} for line in tested]
+    held_out = [line for line in held_out if is_number(line["bits_per_byte"])]
+    trained = [line for line in lines if line.get("kind") == "train"]
+    origin.curves = curve_of(trained + (held_out or tested))
     data = recipe.get("data") or ", ".join(_part(_part(run, "corpus"), "sources"))
     _name_the_data(origin, data, "files" in _part(run, "corpus"))
     _describe(origin, recipe, run if is_of_this else {}, held_out[-1] if held_out else {})
@@ -167,19 +183,25 @@ def origin_of_checkpoint(folder):
 def _describe(origin, recipe, run, held_out):
     """Fills in what a run says: its recipe, the rest of its record, its last line on the text."""
     rows = [("data", origin.data)] if origin.data else []
-    rows += [(label, recipe[name]) for name, label in RECIPE_ROWS.items() if name in recipe]
+    known = {name: value for name, value in recipe.items() if value not in (None, "")}
+    rows += [(label, known[name]) for name, label in RECIPE_ROWS.items() if name in known]
     size = _part(_part(run, "corpus"), "train").get("bytes")
-    if _is_number(size):
+    if is_number(size):
         rows.append(("bytes of training text", f"{size:,}"))
     labels = {"step": "steps", "tokens": "tokens trained on"}
-    rows += [(t, f"{held_out[n]:,}") for n, t in labels.items() if _is_number(held_out.get(n))]
+    rows += [(t, f"{held_out[n]:,}") for n, t in labels.items() if is_number(held_out.get(n))]
     if held_out:
         origin.bits_per_byte = float(held_out["bits_per_byte"])
         rows.append(("held-out bits per byte", f"{origin.bits_per_byte:.4f}"))
         gzip = _part(run, "results").get("gzip_bits_per_byte")
-        if _is_number(gzip):
+        if is_number(gzip):
             rows.append(("gzip -9 of the same text", f"{gzip:.4f}"))
-    rows += [(name, run[name]) for name in ("device", "precision") if name in run]
+    flops, tokens = run.get("training_flops_per_token"), held_out.get("tokens")
+    if is_number(flops) and is_number(tokens):
+        rows.append(("floating-point operations of the training", f"{flops * tokens:.3g}"))
+    rows += [(name, run[name]) for name in ("device", "precision") if run.get(name)]
+    versions = _part(run, "versions")
+    rows += [(name, versions[name]) for name in ("torch", "transformers") if versions.get(name)]
     if "git_commit" in run:
         rows.append(
             ("source", f"{run['git_commit']}{' with changes' * bool(run.get('git_changed'))}")
@@ -210,6 +232,8 @@ def _recorded(folder):
     for entry in fields(Origin):
         if entry.name in found and isinstance(found[entry.name], entry.type):
             setattr(origin, entry.name, found[entry.name])
+    if read_fields(folder / RECORD_FILE):
+        origin.curves = read_curves(folder)
     rows = [row for row in origin.training if isinstance(row, list) and len(row) == 2]
     origin.training = [[str(cell) for cell in row] for row in rows]
     if not LICENSE.fullmatch(origin.license or ""):
@@ -230,7 +254,3 @@ def _fields_of(line):
 def _part(record, name):
     value = record.get(name)
     return value if isinstance(value, dict) else {}
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

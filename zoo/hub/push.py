@@ -24,10 +24,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.sha import git_hash
 
 from .. import MODELS
-from .card import check_card
+from .card_holes import check_card
 from .files import (
     CHAT_TEMPLATES,
     CONFIG_FILES,
+    FIGURES,
     RECORD_FILE,
     TEXTS,
     code_files,
@@ -260,7 +261,7 @@ def files_to_push(exported):
     needed = {"config.json", "README.md", *weights, *code}
     entries = [*exported.iterdir(), *exported.glob(f"{CHAT_TEMPLATES}/*")]
     names = {path.relative_to(exported).as_posix() for path in entries if path.is_file()}
-    allowed = needed | {n for n in names if n in CONFIG_FILES + TEXTS or is_tokenizer(n)}
+    allowed = needed | {n for n in names if n in CONFIG_FILES + TEXTS + FIGURES or is_tokenizer(n)}
     allowed |= _images(exported, card)
     inside = {n for n in allowed if _is_inside(exported, n)}
     for name in sorted(needed - inside):
