@@ -35,7 +35,6 @@ from zoo.contract.finding import smallest
 from zoo.contract.report import BUDGET_SPENT, OutOfTime
 from zoo.contract.tiny import tiny_config
 
-
 # torch collects what `torch.device` governs once, when that is first used, and from_pretrained
 # replaces torch.linspace while it is: used before, so that later tests find torch as it was.
 with torch.device("cpu"):

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from fla_models import RECORD, recorded_weights
-from rwkv_files import authors_shapes, fla_shapes, random_weights
+from rwkv_files import (
+    HF_CONFIG,
+    authors_shapes,
+    fla_shapes,
+    hf_name,
+    hf_shapes,
+    random_weights,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
@@ -497,6 +504,10 @@ def make_source(format, folder):
     elif format == "torchscale-longnet":
         (folder / "config.json").write_text(json.dumps(LONGNET_CONFIG))
         save_file(random_weights(longnet_shapes()), folder / "model.safetensors")
+    elif format == "rwkv6-hf":
+        weights = {hf_name(name): x for name, x in random_weights(hf_shapes()).items()}
+        (folder / "config.json").write_text(json.dumps(HF_CONFIG))
+        save_file(weights, folder / "model.safetensors")
     elif format == "fla-gated-deltanet":
         record = json.loads(RECORD.read_text())["models"]["gated-deltanet"]
         fields = record["fields"] | {"model_type": "gated_deltanet"}

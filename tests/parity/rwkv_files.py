@@ -57,6 +57,57 @@ def authors_shapes(version, layers=LAYERS, width=WIDTH, mlp=MLP, vocab=VOCAB):
     return shapes | {"ln_out.weight": (d,), "ln_out.bias": (d,), "head.weight": (vocab, d)}
 
 
+# The authors' part of a name -> that of Rwkv6ForCausalLM in RWKV/v6-Finch-*-HF.
+HF_NAMES = {
+    "emb.": "rwkv.embeddings.",
+    "blocks.": "rwkv.blocks.",
+    "ln0": "pre_ln",
+    ".att.": ".attention.",
+    ".ffn.": ".feed_forward.",
+    "ln_out": "rwkv.ln_out",
+}
+
+
+def hf_name(name):
+    """The name there of a tensor of the authors'."""
+    for theirs, there in HF_NAMES.items():
+        name = name.replace(theirs, there)
+    return name
+
+
+def hf_shapes(layers=LAYERS, width=WIDTH, vocab=VOCAB):
+    """The authors' name -> shape of a file of version 6 that Rwkv6ForCausalLM can hold."""
+    shapes = authors_shapes("6", layers, width, int(3.5 * width) // 32 * 32, vocab)
+    ranks = {
+        "time_maa_w1": (width, 5 * 32),
+        "time_maa_w2": (5, 32, width),
+        "time_decay_w1": (width, 64),
+        "time_decay_w2": (64, width),
+    }
+    return {name: ranks.get(name.rpartition(".")[2], shape) for name, shape in shapes.items()}
+
+
+HF_CONFIG = {  # as the repositories' are
+    "architectures": ["Rwkv6ForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_rwkv6.Rwkv6ForCausalLM"},
+    "attention_hidden_size": WIDTH,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "head_size": HEAD_SIZE,
+    "head_size_divisor": 8,
+    "hidden_size": WIDTH,
+    "intermediate_size": None,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "rwkv6",
+    "num_attention_heads": 64,
+    "num_hidden_layers": LAYERS,
+    "rescale_every": 6,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": VOCAB,
+}
+
+
 def fla_shapes(version, width, heads, keys, values, mlp, layers, vocab, ranks, pre_norm, tied):
     """Name -> shape of RWKV-6 or 7 of flash-linear-attention."""
     d = width

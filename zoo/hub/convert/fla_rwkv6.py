@@ -55,7 +55,8 @@ def write_config(config):
     if config.head_norm_eps != config.layer_norm_eps:
         raise ValueError(
             f"head_norm_eps is {config.head_norm_eps}, layer_norm_eps {config.layer_norm_eps}: "
-            "fla's RWKV-6 has one epsilon for all norms, and would compute something else."
+            "fla's RWKV-6 has one epsilon for all norms, and would compute something else. (Of the "
+            "authors' two, `zoo convert rwkv6-hf --reverse` makes what llama.cpp reads.)"
         )
     values = write_rwkv(config) | {
         "architectures": ["RWKV6ForCausalLM"],
