@@ -329,21 +329,28 @@ def guarded(monkeypatch):
     signal.signal(signal.SIGALRM, before)
 
 
-def refused(capsys, folder, arguments):
-    """The line with which a command refuses, after which all is as before."""
+def refused(capsys, folder, arguments, out=""):
+    """The line with which a command refuses, after which all is as before.
+
+    Args:
+        out: what it may say before: a pattern.
+    """
     names = sorted(str(path) for path in folder.rglob("*"))
     capsys.readouterr()
     assert main(arguments) == 2
     said = capsys.readouterr()
     assert re.fullmatch(r"zoo: error: .+\n", said.err), said.err
-    assert said.out == "" and len(said.err) < 1000
+    assert re.fullmatch(out, said.out) and len(said.err) < 1000
     assert sorted(str(path) for path in folder.rglob("*")) == names
     return said.err
 
 
-@pytest.mark.parametrize(
-    ("damage", "file", "message"), [c[1:] for c in OURS], ids=[c[0] for c in OURS]
-)
+def table(cases):
+    names = ("damage", "file", "message")
+    return pytest.mark.parametrize(names, [c[1:] for c in cases], ids=[c[0] for c in cases])
+
+
+@table(OURS)
 def test_export(good, tmp_path, capsys, monkeypatch, damage, file, message):
     monkeypatch.chdir(tmp_path)
     ours = shutil.copytree(good / "ours", tmp_path / "ours")
@@ -351,3 +358,197 @@ def test_export(good, tmp_path, capsys, monkeypatch, damage, file, message):
     error = refused(capsys, tmp_path, ["export", "ours", "out", "--license", "mit"])
     assert f"ours/{file}".rstrip("/") in error or file in error, error
     assert message in error, error
+
+
+# What the command does with a config or weights of others, where that differs from the above.
+THEIRS = [
+    ("unknown field", config(evil=1), CONFIG, "fields this converter does not know: evil = 1"),
+    ("a string for a number", config(hidden_size="64"), "", "hidden_size"),
+    ("a list for a number", config(num_heads=[4]), "", ""),
+    ("nothing for a number", config(num_heads=None), "", ""),
+    ("no heads", config(num_heads=0), "", ""),
+    ("fewer than no heads", config(num_heads=-4), "", ""),
+    ("NaN", replace(CONFIG, "{", '{"x": NaN,'), CONFIG, "NaN"),
+    ("a key twice", replace(CONFIG, "{", '{"hidden_size": 1,'), CONFIG, "'hidden_size' twice"),
+    ("deep", write(CONFIG, b'{"a":' * 200_000), CONFIG, "nested too deep"),
+    ("empty", write(CONFIG, b""), CONFIG, "cannot be read as JSON"),
+    ("a list", write(CONFIG, b"[]"), CONFIG, "expected a JSON object"),
+    ("a directory", directory(CONFIG), CONFIG, "is no file"),
+    ("a pipe", pipe(CONFIG), CONFIG, "is no file"),
+    ("a device", device(CONFIG), CONFIG, "is no file"),
+    ("vocabulary of a trillion", config(vocab_size=10**12), "", "[1000000000000, 64] by the"),
+    ("vocabulary beyond 64 bits", config(vocab_size=10**30), CONFIG, "vocab_size is beyond"),
+    ("width of 2^39", config(hidden_size=2**39), "", ""),
+    ("a billion layers", config(num_hidden_layers=10**9), CONFIG, "num_hidden_layers"),
+    ("thousands of layers", config(num_hidden_layers=9_999), "", ""),
+    ("a type that is a list", config(model_type=["retnet"]), "", "expects"),
+    ("another type", config(model_type="../retnet"), "", "expects"),
+    ("weights renamed", pickled(WEIGHTS, with_code), WEIGHTS, "not a readable safetensors file"),
+    ("code", pickled("pytorch_model.bin", with_code), "pytorch_model.bin", "runs code"),
+    ("a bomb", pickled("pytorch_model.bin", compressed), "pytorch_model.bin", "would unpack to"),
+    ("4 TB of one number", pickled("pytorch_model.bin", expanded), "pytorch_model.bin", "unpack"),
+    ("a wrong shape", weights(lambda x, n: x | {n: x[n][:-1].clone()}), "", ""),
+    ("one dimension more", weights(lambda x, n: x | {n: x[n][None].clone()}), "", ""),
+    ("one too many", weights(lambda x, n: x | {"evil": x[n].clone()}), "", "nothing uses evil"),
+    ("a shard outside", index(x="../outside.safetensors"), INDEX, "outside of its folder"),
+    ("weights that are a pipe", pipe(WEIGHTS), WEIGHTS, "is no file"),
+    ("a tokenizer of garbage", write(TOKENIZER, b"\x00\xff"), TOKENIZER, "does not load"),
+    ("a tokenizer that is a pipe", pipe(TOKENIZER), TOKENIZER, "is no file"),
+    ("settings of garbage", write(GENERATION, b"{"), GENERATION, "cannot be read as JSON"),
+]
+
+
+@table(THEIRS)
+@pytest.mark.parametrize("format", ["fla-retnet", "--auto"])
+def test_convert(tmp_path, capsys, monkeypatch, format, damage, file, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(GOLDENS / "retnet-fla" / name, tmp_path / "theirs" / name)
+    damage(tmp_path / "theirs")
+    recognised = "(theirs: .+\n)?" if format == "--auto" else ""
+    error = refused(capsys, tmp_path, ["convert", format, "theirs", "out"], recognised)
+    # Where nothing is recognised, a line says so, and not what is wrong.
+    assert "theirs" in error and (format == "--auto" or file in error and message in error), error
+
+
+PTH = [
+    ("code", with_code, "runs code"),
+    ("bare code", bare_code, "runs code"),
+    ("a bomb", compressed, "would unpack to"),
+    ("4 TB of one number", expanded, "would unpack to 4,000,"),
+    ("nothing", lambda path, _: path.touch(), "damaged"),
+    ("a list", lambda path, _: torch.save([1, 2], path), "expected a dict of tensors, got list"),
+    ("names that are numbers", lambda path, _: torch.save({7: torch.zeros(2)}, path), "expect"),
+    ("a pipe", lambda path, _: os.mkfifo(path), ""),
+    ("a device", lambda path, _: path.symlink_to("/dev/zero"), ""),
+    ("a directory", lambda path, _: path.mkdir(), ""),
+    ("a zip of other things", lambda path, _: zipfile.ZipFile(path, "w").close(), "damaged"),
+]
+
+
+@pytest.mark.parametrize("format", ["rwkv-pth", "--auto"])
+@pytest.mark.parametrize(("make", "message"), [c[1:] for c in PTH], ids=[c[0] for c in PTH])
+def test_convert_pth(tmp_path, capsys, monkeypatch, format, make, message):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "theirs.pth", tmp_path / "evil")
+    recognised = "(theirs.pth: .+\n)?" if format == "--auto" else ""
+    error = refused(capsys, tmp_path, ["convert", format, "theirs.pth", "out"], recognised)
+    assert "theirs.pth" in error and message in error, error
+
+
+IN_INFO = ("config", "NaN", "deep", "a pipe", "100 GB", "vocabulary beyond 64 bits")
+IN_INFO += ("width of 2^62", "a billion layers", "fewer than no layers", "a type that is a list")
+
+
+@table([case for case in OURS if case[0] in IN_INFO])
+def test_info(good, tmp_path, capsys, monkeypatch, damage, file, message):
+    monkeypatch.chdir(tmp_path)
+    damage(shutil.copytree(good / "ours", tmp_path / "ours"))
+    error = refused(capsys, tmp_path, ["info", "ours"])
+    assert f"ours/{file}" in error, error
+
+
+CODE = "retnet.py"
+PUSHED = [
+    ("code elsewhere", config(auto_map={"AutoModel": "a/b--c.Evil"}), CONFIG, "'a/b--c.Evil'"),
+    ("code above", config(auto_map={"AutoModel": "../evil.Evil"}), CONFIG, "'../evil.Evil'"),
+    ("code of no name", config(auto_map={"AutoModel": 7}), CONFIG, "auto_map names '7'"),
+    ("code in a list", config(auto_map=["evil.Evil"]), CONFIG, "auto_map"),
+    ("no code", config(auto_map={}), "", "no auto_map in config.json"),
+    ("code that is missing", lambda folder: (folder / CODE).unlink(), CODE, "is missing"),
+    ("code that is a pipe", pipe(CODE), CODE, "is missing"),
+    ("code that is a link outside", lambda folder: link(folder / CODE), CODE, "leads out of the"),
+    ("weights that are one", lambda folder: link(folder / WEIGHTS), WEIGHTS, "leads out of the"),
+    ("a config that is one", lambda folder: link(folder / CONFIG), CONFIG, "leads out of the"),
+    ("weights renamed", pickled(WEIGHTS, with_code), WEIGHTS, "not a readable safetensors file"),
+    (
+        "code for weights",
+        pickled("pytorch_model.bin", with_code),
+        "pytorch_model.bin",
+        "other names",
+    ),
+    ("a wrong shape", weights(lambda x, n: x | {n: x[n][:-1].clone()}), "", "by the config"),
+    ("one too few", weights(lambda x, n: {k: x[k] for k in x if k != n}), "", "fit: no "),
+    ("a wrong type", weights(lambda x, n: x | {n: x[n].long()}), WEIGHTS, "not a plain float"),
+    ("a shard outside", index(x="../outside.safetensors"), INDEX, "outside of its folder"),
+    ("unknown field", config(rotary_tpye=1), CONFIG, "no field 'rotary_tpye'"),
+    ("a billion layers", config(num_hidden_layers=10**9), CONFIG, "num_hidden_layers"),
+    ("NaN", replace(CONFIG, "{", '{"x": NaN,'), CONFIG, "NaN"),
+    ("a pipe", pipe(CONFIG), CONFIG, "is no file"),
+    ("a card of bytes", write(CARD, b"\xff\xff"), "", "no README.md"),
+    ("a card that is a pipe", pipe(CARD), "", "no README.md"),
+    ("a card of other YAML", write(CARD, "---\nlicense: [\n---\n"), CARD, "cannot be read"),
+    ("a card that runs code", write(CARD, "---\na: !!python/name:os.mkdir\n---\n"), CARD, "cannot"),
+    ("an odd license", write(CARD, "---\nlicense: 'a: b'\n---\n"), CARD, "has license 'a: b'"),
+    ("an odd base", write(CARD, "---\nbase_model: ../a\n---\n"), CARD, "has base_model '../a'"),
+    ("a key twice", replace(CONFIG, "{", '{"vocab_size": 1,'), CONFIG, "'vocab_size' twice"),
+]
+
+
+def link(path):
+    """A file moves out of its folder, and a link stays."""
+    path.rename(path.parent.parent / path.name)
+    path.symlink_to(path.parent.parent / path.name)
+
+
+@table(PUSHED)
+def test_push(good, tmp_path, capsys, monkeypatch, damage, file, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    damage(shutil.copytree(good / "out", tmp_path / "pushed"))
+    error = refused(capsys, tmp_path, ["push", "pushed", "me/tiny"])
+    assert "pushed" in error or file == CARD, error
+    assert file in error and message in error, error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "ours", "out", "--license", "mit\nbase_model: evil/x"], "did you mean"),
+        (["export", "ours", "out", "--license", "[mit"], "got '[mit', did you mean mit?"),
+        (["export", "ours", "out", "--license", ""], "or other, for any license"),
+        (["export", "ours", "out", "--license", "mit", "--base-model", "a/b\nc: d"], "owner/name"),
+        (["export", "ours", "out", "--license", "mit", "--base-model", "../../x"], "owner/name"),
+        (["export", "ours", "out", "--license", "mit", "--max-shard-size", "-1"], ""),
+        (["export", "ours", "out", "--license", "mit", "--max-shard-size", "x"], ""),
+        (["export", "ours", "ours/out", "--license", "mit"], None),
+        (["export", "ours", ".", "--license", "mit"], "contains the checkpoint itself"),
+        (["export", "ours", "ours/config.json", "--license", "mit"], "is a file"),
+        (["push", "out", "me/a b"], "me/a b"),
+        (["push", "out", "me/tiny\nx"], "me/tiny"),
+        (["push", "out", "../../etc"], "etc"),
+        (["info", "../" * 50 + "etc"], "etc"),
+        (["convert", "fla-retnet", "ours", "out"], "ours"),
+        (["convert", "../fla-retnet", "ours", "out"], "unknown format"),
+    ],
+)
+def test_names(good, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    shutil.copytree(good / "ours", tmp_path / "ours")
+    if arguments[0] == "push":
+        shutil.copytree(good / "out", tmp_path / "out")
+    if message is None:
+        assert main(arguments) == 0
+        return
+    assert message in refused(capsys, tmp_path, arguments)
+
+
+def test_code_elsewhere_in_a_checkpoint_is_replaced_by_ours(good, tmp_path, monkeypatch):
+    """What somebody fine-tuned with code of the Hub says so: its export brings our own."""
+    monkeypatch.chdir(tmp_path)
+    ours = shutil.copytree(good / "ours", tmp_path / "ours")
+    config(auto_map={"AutoConfig": "a/b--c.Evil", "AutoModel": "a/b--c.Evil"})(ours)
+    assert main(["export", "ours", "out", "--license", "mit"]) == 0
+    places = json.loads((tmp_path / "out" / CONFIG).read_text())["auto_map"]
+    assert {place.split(".")[0] for place in places.values()} == {"retnet"}
+
+
+def test_a_link_into_a_cache_is_no_attack(good, tmp_path, monkeypatch):
+    """The Hub's cache is made of links."""
+    monkeypatch.chdir(tmp_path)
+    ours = shutil.copytree(good / "ours", tmp_path / "ours")
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        link(ours / name)
+    assert main(["export", "ours", "out", "--license", "mit"]) == 0

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .. import MODELS
-from .files import INDEX, is_weights
+from .files import INDEX
 from .folder import CLASSIFIERS, build_model, current_names, find_weights, read_config, read_json
 from .messages import one_line, some
 
@@ -28,18 +28,11 @@ def outline(folder):
         Name -> tensor on the meta device.
 
     Raises:
-        ValueError: damaged files, weights of other names than an export's, a tensor that is no
-            plain float, or an index that says something else than the shards.
+        ValueError: damaged files, a tensor that is no plain float, or an index that says something
+            else than the shards.
     """
     folder, tensors, places = Path(folder), {}, {}
-    files = find_weights(folder)
-    if not all(is_weights(path.name) for path in files):
-        names = ", ".join(path.name for path in files)
-        raise ValueError(
-            f"{folder} has weights of other names than an export's ({names}); write it with "
-            "`zoo export CHECKPOINT OUT`."
-        )
-    for path in files:
+    for path in find_weights(folder):
         try:
             with safe_open(path, "pt") as file:
                 found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

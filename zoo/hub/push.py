@@ -245,7 +245,7 @@ def files_to_push(exported):
     config = read_json(exported / "config.json")
     # transformers' own classes bring their code.
     is_ours = any(config.get("model_type") == a.config.model_type for a in MODELS.values())
-    lacks_code = is_ours and "auto_map" not in config
+    lacks_code = is_ours and not config.get("auto_map")
     _check_auto_map(exported, config)
     card = read_text(exported / "README.md")
     if lacks_code or card is None:
@@ -255,6 +255,11 @@ def files_to_push(exported):
         )
     check_card(card)
     weights = {path.name for path in find_weights(exported)}
+    if not all(map(is_weights, weights)):
+        raise ValueError(
+            f"{exported} has weights of other names than an export's ({', '.join(weights)}); "
+            "write it with `zoo export CHECKPOINT OUT`."
+        )
     if len(weights) > 1 or "model.safetensors" not in weights:
         weights.add("model.safetensors.index.json")
     code = code_files(config, lambda name: read_text(exported / name))
@@ -265,7 +270,8 @@ def files_to_push(exported):
     allowed |= _images(exported, card)
     inside = {n for n in allowed if _is_inside(exported, n)}
     for name in sorted(needed - inside):
-        what = "leads out of the folder" if (exported / name).exists() else "is missing"
+        there = exported / name
+        what = "leads out of the folder" if there.is_file() else "is missing, or no file"
         raise ValueError(
             f"{exported / name} {what}; expected a whole model's own files: copy the folder with "
             "`cp -rL`, or export it again."

@@ -112,6 +112,8 @@ def _open_pickle(path, others):
     if not isinstance(tensors, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(tensors).__name__}.")
     tensors = dict(tensors)
+    if odd := [name for name in tensors if not isinstance(name, str)]:
+        raise ValueError(f"{path}: expected tensors by name, got {some(odd)} for a name.")
     strange = {name: x for name, x in tensors.items() if not torch.is_tensor(x)}
     if strange and others is None:
         names = some(sorted(map(str, strange)))
