@@ -3,11 +3,14 @@
 # make check   lint and formatting alone
 # make bench   the operators on one core, beside what transformers runs there
 # make aot     every kernel compiled for four GPUs, without one, and checked; in part in make test
+# make compat  every model's export on the oldest and the newest libraries that pyproject.toml
+#              allows, in environments of their own (.venv/compat, made once; gigabytes).
+#              COMPAT="--upgrade" looks for newer ones; python tests/hub/compat.py --help
 # make gpu     the tests that need a GPU, then benchmarks, with PYTHON as it is: installs nothing
 #              (if it has pytest-xdist, tests run side by side: most of their time is compiling)
 # make clean   remove what was built; runs/, exported/ and .venv/ stay
 #
-# demo, test, check, bench and aot create .venv and install into it by themselves, once.
+# demo, test, check, bench, aot and compat create .venv and install into it by themselves, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,7 +28,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): reinstall
 endif
 
-.PHONY: demo test check bench aot gpu clean reinstall
+.PHONY: demo test check bench aot compat gpu clean reinstall
 
 demo: $(STAMP)
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch \
@@ -46,6 +49,9 @@ bench: $(STAMP)
 
 aot: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/resources.py
+
+compat: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/hub/compat.py $(COMPAT)
 
 gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { \

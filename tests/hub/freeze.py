@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers.utils.logging import disable_progress_bar
 
 import zoo
 from zoo.core.versions import FORMAT_VERSION
@@ -107,6 +108,7 @@ def main():
             f"{path} is there: what version {FORMAT_VERSION} writes is frozen already. A change to "
             "the format is a new version (zoo/core/versions.py)."
         )
+    disable_progress_bar()
     FROZEN.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         write_exports(Path(work))
