@@ -437,6 +437,80 @@ def test_convert_pth(tmp_path, capsys, monkeypatch, format, make, message):
     assert "theirs.pth" in error and message in error, error
 
 
+def adapter(weights=None, **changes):
+    """A checkpoint that holds an adapter on a model beside it."""
+
+    def damage(folder):
+        base = folder.rename(folder.parent / "base")
+        (folder / "adapter").mkdir(parents=True)
+        shutil.copyfile(base / CONFIG, folder / CONFIG)
+        fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
+        text = json.dumps(fields | changes)
+        (folder / "adapter" / "adapter_config.json").write_text(text)
+        name = "base_model.model.model.layers.0.mixer.q_proj.lora_{}.weight"
+        tensors = {name.format("A"): torch.zeros(2, 32), name.format("B"): torch.zeros(32, 2)}
+        changed = {name.format(letter): x for letter, x in (weights or {}).items()}
+        path = folder / "adapter" / "adapter_model.safetensors"
+        save_file({n: x for n, x in (tensors | changed).items() if x is not None}, path)
+
+    return damage
+
+
+def circle(folder):
+    """An adapter on an adapter on the first."""
+    adapter(base_model_name_or_path="other")(folder)
+    other = shutil.copytree(folder, folder.parent / "other")
+    replace("adapter/adapter_config.json", '"other"', '"ours"')(other)
+
+
+def shards(content):
+    """A checkpoint in shards, whose index is a pickle."""
+
+    def damage(folder):
+        (folder / WEIGHTS).unlink()
+        (folder / "shards").mkdir()
+        if isinstance(content, bytes):
+            (folder / "shards" / ".metadata").write_bytes(content)
+        else:
+            content(folder / "shards" / ".metadata", folder.parent / "evil")
+
+    return damage
+
+
+RUNS = [
+    ("on no rank", adapter(r=0), "adapter", "got 4 and 0"),
+    ("of a rank that is a word", adapter(r="x"), "adapter", "got 4 and 'x'"),
+    ("of another kind", adapter(peft_type="EVIL"), "adapter", "expected a plain LoRA adapter"),
+    ("half of it", adapter({"B": None}), "adapter", "no counterpart"),
+    ("of another rank", adapter({"B": torch.zeros(32, 3)}), "adapter", "no counterpart"),
+    ("of another width", adapter({"A": torch.zeros(2, 31)}), "adapter", "no place in the model"),
+    ("on nothing", adapter(base_model_name_or_path=7), "", "which is no folder here"),
+    ("on what is not here", adapter(base_model_name_or_path="../../x"), "", "no folder here"),
+    ("on itself", adapter(base_model_name_or_path="ours"), "", "on itself"),
+    ("on one another", circle, "", "on itself"),
+    ("shards of nothing", shards(b""), "shards", "damaged or incomplete"),
+    ("shards of code", shards(bare_code), "shards", "names posix.mkdir"),
+    ("shards of a zip file", shards(b"PK\x03\x04"), "shards", "damaged or incomplete"),
+]
+
+
+@table(RUNS)
+def test_checkpoints_of_runs(good, tmp_path, capsys, monkeypatch, damage, file, message):
+    monkeypatch.chdir(tmp_path)
+    damage(shutil.copytree(good / "ours", tmp_path / "ours"))
+    error = refused(capsys, tmp_path, ["export", "ours", "out", "--license", "mit"])
+    assert "ours" in error and file in error and message in error, error
+
+
+@pytest.mark.parametrize("name", ["longzoo.json", "run.json", "metrics.jsonl", CARD])
+@pytest.mark.parametrize("damage", [pipe, device, directory, lambda name: write(name, b"\xff{[")])
+def test_records_that_are_none_say_nothing(good, tmp_path, monkeypatch, name, damage):
+    """What is worth reading, but not worth failing for."""
+    monkeypatch.chdir(tmp_path)
+    damage(name)(shutil.copytree(good / "ours", tmp_path / "ours"))
+    assert main(["export", "ours", "out", "--license", "mit"]) == 0
+
+
 IN_INFO = ("config", "NaN", "deep", "a pipe", "100 GB", "vocabulary beyond 64 bits")
 IN_INFO += ("width of 2^62", "a billion layers", "fewer than no layers", "a type that is a list")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import zoo
@@ -94,12 +95,16 @@ def test_a_quantised_checkpoint_of_ours(tmp_path, capsys):
     ],
 )
 def test_a_name_on_the_hub_where_a_folder_is_expected(arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     name = "mistralai/Mistral-7B-v0.1"
     assert main([name if word == "ID" else word for word in arguments]) == 2
     error = capsys.readouterr().err
-    expected = (
-        rf"zoo: error: {name}: no such .*: hf download {name} --local-dir Mistral-7B-v0\.1\.\n"
-    )
-    assert re.fullmatch(expected, error)
-    assert list(tmp_path.iterdir()) == []
+    # What is pushed lies here; all else may come from there.
+    expected = f"{name} is not here, and HF_HUB_OFFLINE is set; .*"
+    if arguments[0] == "push":
+        expected = rf"{name}: no such folder; .*: hf download {name} --local-dir Mistral-7B-v0\.1\."
+    assert re.fullmatch(f"zoo: error: {expected}\n", error)
+    assert list((tmp_path / "here").iterdir()) == []

@@ -6,7 +6,8 @@ peft merges the same into a model; here there are tensors and nothing runs.
 
 from pathlib import Path
 
-from .files import file_hash
+from .curve import is_number
+from .files import file_hash, read_fields
 
 ADAPTER, WEIGHTS, CONFIG = "adapter", "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what peft's names begin with
@@ -40,7 +41,18 @@ def base_of(folder, config):
             f"{folder} holds an adapter on the weights of {name}, which is no folder here; run "
             f"this where it is, or put it there (Hub: hf download {name} --local-dir {name})."
         )
+    _check_end(folder, base)
     return base
+
+
+def _check_end(folder, base):
+    """Refuses adapters that lie on one another in a circle, without weights below them."""
+    seen = {Path(folder).resolve()}
+    while has_adapter(base):
+        if base.resolve() in seen:
+            raise ValueError(f"{folder} holds an adapter on {base}, which in the end is on itself.")
+        seen.add(base.resolve())
+        base = Path(str(read_fields(base / ADAPTER / CONFIG).get("base_model_name_or_path")))
 
 
 def check_base(folder, files, manifest):
@@ -54,8 +66,11 @@ def check_base(folder, files, manifest):
     Raises:
         ValueError: a file is missing or another.
     """
-    there = {path.name: path for path in files}
-    for name, expected in ((manifest.get("init_from") or {}).get("sha256") or {}).items():
+    there, begun = {path.name: path for path in files}, manifest.get("init_from") or {}
+    hashes = begun.get("sha256") or {} if isinstance(begun, dict) else begun
+    if not isinstance(hashes, dict):
+        raise ValueError(f"{folder}/checkpoint.json has init_from of no kind that a run writes.")
+    for name, expected in hashes.items():
         if name not in there or file_hash(there[name]) != expected:
             raise ValueError(
                 f"{folder} holds an adapter on other weights than there are now ({name} is not "
@@ -85,15 +100,25 @@ def merge(tensors, adapter, config, source):
             f"{source}: expected a plain LoRA adapter, got {kind}; merge it with peft's "
             "merge_and_unload(), save that, and pass its folder."
         )
-    merged, scale = dict(tensors), config["lora_alpha"] / config["r"]
+    alpha, rank = config.get("lora_alpha"), config.get("r")
+    if not is_number(alpha) or not is_number(rank) or rank <= 0:
+        raise ValueError(
+            f"{source}: expected numbers for lora_alpha and r in {CONFIG}, got {alpha!r} and "
+            f"{rank!r}."
+        )
+    merged, scale = dict(tensors), alpha / rank
     for name, x in adapter.items():
         own = name.removeprefix(PREFIX)
         if own.endswith(".lora_B.weight"):
             continue
         if own.endswith(".lora_A.weight"):
             own = own.replace(".lora_A.", ".")
-            delta = adapter[name.replace(".lora_A.", ".lora_B.")] @ x * scale
-            x = tensors[own] + delta.to(tensors[own].dtype) if own in tensors else delta
+            b = adapter.get(name.replace(".lora_A.", ".lora_B."))
+            if b is None or b.dim() != 2 or x.dim() != 2 or b.shape[1] != x.shape[0]:
+                raise ValueError(f"{source}: {name} has no counterpart of its rank.")
+            delta = b @ x * scale
+            fits = own in tensors and tensors[own].shape == delta.shape
+            x = tensors[own] + delta.to(tensors[own].dtype) if fits else delta
         if own not in tensors or tensors[own].shape != x.shape:
             raise ValueError(f"{source}: the adapter's {name} has no place in the model's weights.")
         merged[own] = x
