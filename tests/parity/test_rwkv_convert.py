@@ -503,7 +503,12 @@ NOT_BACK = [
     ),
     ("fla-rwkv7", "rwkv7", {"key_size": 16, "head_norm_eps": 16e-5}, "key_size is 16"),
     ("fla-rwkv7", "rwkv7", {"value_size": 48, "head_norm_eps": 16e-5}, "value_size is 48"),
-    ("rwkv-pth", "rwkv7", {}, "only read; what can be written is .*hf-rwkv, rwkv6-hf, fla-rwkv6, fla-"),
+    (
+        "rwkv-pth",
+        "rwkv7",
+        {},
+        "only read; what can be written is .*hf-rwkv, rwkv6-hf, fla-rwkv6, fla-",
+    ),
 ]
 
 
