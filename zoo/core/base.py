@@ -918,7 +918,7 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
         outputs = {
             "loss": loss,
             "logits": logits,
-            CACHE: output[CACHE] if CACHE in output else None,
+            CACHE: getattr(output, CACHE),
             "hidden_states": output.hidden_states,
         }
         if z_loss is not None:

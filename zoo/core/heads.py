@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from .base import ZooModel, ZooPreTrainedModel
+from .state import CACHE
 
 
 def _at_least_float32(logits):
@@ -84,7 +85,7 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
+            **{CACHE: getattr(output, CACHE)},
             hidden_states=output.hidden_states,
         )
 
