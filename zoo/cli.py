@@ -96,7 +96,7 @@ def _parser(is_auto=False):
         "export",
         "write a checkpoint as a folder that loads without zoo",
         """
-        zoo export runs/retnet_demo exported/retnet_demo
+        zoo export runs/retnet_demo exported/retnet_demo --contract
         zoo export models/rwkv7 exported/rwkv7 --license apache-2.0""",
     )
     command.add_argument(

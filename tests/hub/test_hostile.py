@@ -308,7 +308,10 @@ def good(tmp_path_factory):
 def guarded(monkeypatch):
     """Nothing may ask the network, start a process, wait, or take much memory."""
 
+    asked = []
+
     def refuse(*arguments, **_):
+        asked.append(arguments)
         raise AssertionError(f"asked for {arguments}")
 
     def late(*_):
@@ -327,6 +330,8 @@ def guarded(monkeypatch):
     resource.setrlimit(resource.RLIMIT_AS, limits)
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+    # Somebody may have caught what that raised.
+    assert asked == []
 
 
 def refused(capsys, folder, arguments, out=""):
@@ -550,6 +555,14 @@ PUSHED = [
     ("a billion layers", config(num_hidden_layers=10**9), CONFIG, "num_hidden_layers"),
     ("NaN", replace(CONFIG, "{", '{"x": NaN,'), CONFIG, "NaN"),
     ("a pipe", pipe(CONFIG), CONFIG, "is no file"),
+    ("a tokenizer of garbage", write(TOKENIZER, b"\x00\xff"), TOKENIZER, "does not load"),
+    (
+        "a tokenizer of code",
+        write(TOKENIZER_CONFIG, b'{"auto_map": {"AutoTokenizer": ["a--b.C"]}}'),
+        TOKENIZER_CONFIG,
+        "code of its own",
+    ),
+    ("a tokenizer that is a pipe", pipe(TOKENIZER), TOKENIZER, "is no file"),
     ("a card of bytes", write(CARD, b"\xff\xff"), "", "no README.md"),
     ("a card that is a pipe", pipe(CARD), "", "no README.md"),
     ("a card of other YAML", write(CARD, "---\nlicense: [\n---\n"), CARD, "cannot be read"),

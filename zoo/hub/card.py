@@ -254,8 +254,8 @@ def _contract(subject):
         )
     versions = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
     rows = [
-        (title, verdict, _plain(what), figure, bound, f"{number:,}")
-        for title, verdict, what, figure, bound, number in measured.rows
+        (title, verdict, _plain(what), _plain(figure), _plain(bound), f"{count:,}")
+        for title, verdict, what, figure, bound, count in measured.rows
     ]
     header = ("point", "verdict", "nearest to its bound", "measured", "bound", "checks")
     failed = [f"**Failed:** {_plain('; '.join(measured.failed))}."] if measured.failed else []

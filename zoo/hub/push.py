@@ -31,6 +31,7 @@ from .files import (
     FIGURES,
     RECORD_FILE,
     TEXTS,
+    check_tokenizer_files,
     code_files,
     file_hash,
     is_tokenizer,
@@ -246,7 +247,13 @@ def files_to_push(exported):
     # transformers' own classes bring their code.
     is_ours = any(config.get("model_type") == a.config.model_type for a in MODELS.values())
     lacks_code = is_ours and not config.get("auto_map")
-    _check_auto_map(exported, config)
+    _check_auto_map(exported / "config.json", config)
+    check_tokenizer_files(exported)
+    if (exported / "tokenizer_config.json").is_file():
+        # Its code would not go along: only what the model needs does.
+        path = exported / "tokenizer_config.json"
+        if read_json(path).get("auto_map"):
+            raise ValueError(f"{path} has an auto_map: a tokenizer that needs code of its own.")
     card = read_text(exported / "README.md")
     if lacks_code or card is None:
         raise ValueError(
@@ -279,14 +286,14 @@ def files_to_push(exported):
     return sorted(inside), _others(exported, inside)
 
 
-def _check_auto_map(exported, config):
+def _check_auto_map(path, config):
     """Refuses a config whose users would be asked to trust code that is not in the folder."""
     auto_map = config.get("auto_map", {})
     for name, place in auto_map.items() if isinstance(auto_map, dict) else [("auto_map", auto_map)]:
         module, _, class_name = str(place).partition(".")
         if not (isinstance(place, str) and module.isidentifier() and class_name.isidentifier()):
             raise ValueError(
-                f"{exported / 'config.json'}: auto_map names {str(place)[:80]!r} as {name}; "
+                f"{path}: auto_map names {str(place)[:80]!r} as {name}; "
                 "expected module.Class of a .py file beside it. Export it again."
             )
 
