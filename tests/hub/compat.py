@@ -36,6 +36,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from transformers.utils.logging import disable_progress_bar
 
+from zoo.hub.messages import some
+
 try:
     import tomllib
 except ImportError:  # Python 3.10
@@ -166,15 +168,20 @@ def judge(column, result, reference):
     """
     if "failed" in result:
         return [f"{column}: {result['failed']}"]
-    wrong = []
-    if column.startswith(("bare", "by-id", "version")) and result["found"]:
-        wrong.append(f"{column}: {', '.join(result['found'])} should not be there")
+    complaints = {}
     for name, model in result["models"].items():
-        if not model["error"] <= ERROR:
-            wrong.append(f"{column}: {name}: logits are off by {model['error']:.1e}")
-        if reference and model["hash"] != reference["models"][name]["hash"]:
-            wrong.append(f"{column}: {name}: other bits than when it is loaded bare")
-        wrong += [f"{column}: {name}: {x} differs" for x in ("greedy", "again") if not model[x]]
+        found = [f"{x} differs" for x in ("greedy", "again") if not model.get(x, True)]
+        if "failed" in model:
+            found.append(model["failed"])
+        elif not model["error"] <= ERROR:
+            found.append(f"logits are off by {model['error']:.0e} of the largest")
+        elif reference and model["hash"] != reference["models"].get(name, {}).get("hash"):
+            found.append("other bits than when it is loaded bare")
+        for line in found:
+            complaints.setdefault(line, []).append(name)
+    wrong = [f"{column}: {some(names)}: {line}" for line, names in complaints.items()]
+    if column.startswith(("bare", "by-id", "version")) and result["found"]:
+        wrong.append(f"{column}: {some(result['found'])} should not be there")
     return wrong
 
 
@@ -196,13 +203,17 @@ def table(environment, results):
     rows = [["", "hash", "error", *results]]
     for name in names:
         models = {column: x.get("models", {}).get(name) for column, x in results.items()}
-        there = [x for x in models.values() if x]
-        reference = models.get("bare") or there[0]
-        row = [name, reference["hash"], f"{max(x['error'] for x in there):.1e}"]
+        there = [x for x in models.values() if x and "failed" not in x]
+        bare = models.get("bare") or {}
+        error = f"{max(x['error'] for x in there):.1e}" if there else "-"
+        row = [name, bare.get("hash", "-"), error]
         for column, x in models.items():
-            same = x and (x["hash"] == reference["hash"] or column.startswith("version"))
+            if x is None or "failed" in x:
+                row.append("-" if x is None else "FAILED")
+                continue
+            same = x["hash"] == bare.get("hash") or column.startswith("version")
             good = same and x["error"] <= ERROR and x["greedy"] and x["again"]
-            row.append("-" if x is None else "ok" if good else "WRONG")
+            row.append("ok" if good else "WRONG")
         rows.append(row)
     width = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(x.ljust(n) for x, n in zip(row, width)).rstrip() for row in rows]

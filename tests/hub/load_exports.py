@@ -16,6 +16,10 @@ and computed in float64. Standard output ends in a line of JSON; under "models",
     error   the largest difference of a logit from the recorded one, in parts of the largest
     greedy  whether `generate` chooses the recorded tokens
     again   whether the model, saved and loaded, has the same weights bit for bit
+
+or, in place of these,
+
+    failed  what went wrong, in a line
 """
 
 import hashlib
@@ -82,6 +86,14 @@ def check(folder, mode, work, recorded):
     }
 
 
+def try_check(folder, *arguments):
+    """The same, or {"failed": why}."""
+    try:
+        return check(folder, *arguments)
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+
+
 def put_into_cache(exports):
     """Lays exports as huggingface_hub keeps downloaded repositories."""
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -97,7 +109,7 @@ def main(mode, exports):
     """Returns what the JSON holds."""
     found = [name for name in OPTIONAL if importlib.util.find_spec(name)]
     if mode in ("bare", "by-id"):
-        for name in OPTIONAL:
+        for name in found:
             sys.modules[name] = None
     elif mode == "zoo":
         import zoo  # noqa: F401
@@ -114,7 +126,7 @@ def main(mode, exports):
         put_into_cache(folders)
     recorded = load_file(exports / RECORDED)
     with tempfile.TemporaryDirectory() as work:
-        models = {x.name: check(x, mode, Path(work), recorded) for x in folders}
+        models = {x.name: try_check(x, mode, Path(work), recorded) for x in folders}
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
