@@ -8,7 +8,7 @@ kernels), and in short ones and token by token from its cache (its recurrent one
 model, initialised and saved by fla, is converted and compared the same way. Triton's interpreter
 runs fla's kernels.
 
---record writes fla_classes.json: what config fields and tensors these classes have, which
+--record writes fla_classes.json: config fields, tensors and logits of these classes, which
 test_fla_native.py compares with where there is no fla. Without, the record is checked.
 """
 
@@ -24,23 +24,30 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 warnings.simplefilter("ignore")
 
-import torch  # noqa: E402
-from triton.runtime.autotuner import Autotuner  # noqa: E402
+import torch
+from triton.runtime.autotuner import Autotuner
 
 # The first of a kernel's settings: without a GPU there is nothing to time.
 Autotuner._bench = lambda self, *args, config, **kwargs: [0.0] * 3
 
-import fla  # noqa: E402
-from transformers import AutoModelForCausalLM, PreTrainedConfig  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import fla
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging
 
-import zoo  # noqa: E402
-from zoo.hub.convert import convert  # noqa: E402
-from zoo.hub.convert.formats import native_format  # noqa: E402
-from zoo.hub.export import export  # noqa: E402
+import zoo
+from zoo.hub.convert import convert
+from zoo.hub.convert.formats import native_format
+from zoo.hub.export import export
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fla_models import CONFIGS, RECORD, random_model, shape_in_words  # noqa: E402
+from fla_models import (
+    CONFIGS,
+    IDS,
+    RECORD,
+    random_model,
+    shape_in_words,
+    weights_of,
+)
 
 
 class Index(int):
@@ -90,14 +97,13 @@ def is_same(found):
 
 
 def their_model(architecture, values):
-    """fla's own model of a config, with weights of its own."""
-    model = AutoModelForCausalLM.from_config(fla_config(architecture, values))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            # fla leaves some at zero, where their use cannot be seen.
-            if not name.endswith(("A_log", "dt_bias", "norm.weight")):
-                p += 0.1 * torch.randn_like(p)
-    return model.eval()
+    """fla's own model of a config, with the weights of `weights_of`."""
+    model = AutoModelForCausalLM.from_config(fla_config(architecture, values)).eval()
+    shapes = {name: shape_in_words(x) for name, x in model.state_dict().items()}
+    weights = weights_of(shapes, model.config.tie_word_embeddings)
+    missing, unknown = model.load_state_dict(weights, strict=False)
+    assert missing in ([], ["lm_head.weight"]) and not unknown
+    return model
 
 
 def fla_config(architecture, values):
@@ -133,6 +139,8 @@ def main():
             values = json.loads((folder / "native" / "config.json").read_text())
             own = their_model(architecture, values)
             own.save_pretrained(folder / "theirs")
+            with torch.no_grad():
+                last_logits = own(torch.tensor(IDS)).logits[0, -1].tolist()
             convert(native_format(architecture).name, folder / "theirs", folder / "back")
             converted = zoo.MODELS[architecture].causal_lm.from_pretrained(folder / "back")
             back = differences(own, converted.eval())
@@ -141,6 +149,7 @@ def main():
         records[name] = {
             "class": type(theirs).__name__,
             "fields": {n: v for n, v in sorted(own.config.to_dict().items()) if n not in general},
+            "logits": [float(f"{x:.6g}") for x in last_logits],
             "shapes": {n: shape_in_words(x) for n, x in sorted(theirs.state_dict().items())},
         }
         figures = [", ".join(f"{way} {x:.1e}" for way, x in d.items()) for d in (there, back)]
