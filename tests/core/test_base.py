@@ -1,5 +1,7 @@
 """The shared decoder: bad input, the loss in chunks, constants, configs."""
 
+import copy
+import json
 import logging
 
 import pytest
@@ -9,7 +11,8 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 
 import zoo
-from zoo.core.state import new_cache
+from zoo.core.length_limit import NAME, length_limit
+from zoo.core.state import SlidingStateLayer, new_cache
 
 TINY = {
     "vocab_size": 97,
@@ -303,3 +306,44 @@ def test_fp16_mixer_with_large_projections(architecture):
                 norm.weight *= 4
             model(IDS)
         assert outputs[0].isfinite().all()
+
+
+@architectures
+def test_a_limit_of_length_is_a_number_or_not_there(architecture, tmp_path):
+    """Other libraries compare it with a number wherever a config has it."""
+    config = architecture.config(**TINY)
+    assert not hasattr(config, "max_position_embeddings")
+    if "max_position_embeddings" not in config.__dataclass_fields__:
+        return
+    softmax = {"softmax_layers": [1]} if architecture.name == "lightning" else {}
+    limited = architecture.config(**TINY | softmax, max_position_embeddings=40)
+    path = tmp_path / "config.json"
+    for given, limit in ((config, None), (limited, 40)):
+        given.save_pretrained(tmp_path)
+        saved = json.loads(path.read_text())
+        assert saved.get(NAME) == limit and (NAME in saved) == bool(limit)
+        found = [AutoConfig.from_pretrained(tmp_path), copy.deepcopy(given)]
+        path.write_text(json.dumps(saved | {NAME: limit}))  # null, in folders of before
+        for again in (*found, AutoConfig.from_pretrained(tmp_path)):
+            assert getattr(again, NAME, None) == limit and hasattr(again, NAME) == bool(limit)
+    limited.max_position_embeddings = None
+    assert not hasattr(limited, NAME) and length_limit(limited) is None
+    with pytest.raises(AttributeError, match="has no limit of length"):
+        limited.max_position_embeddings  # noqa: B018
+    with pytest.raises(Exception, match="max_position_embeddings"):
+        config.max_position_embeddings = "long"
+
+
+def test_a_state_is_never_dropped_for_a_layer_of_another_folder():
+    """Layers of another copy of this module are replaced while they are empty, and then only."""
+    model, other = build(zoo.MODELS["retnet"]).eval(), SlidingStateLayer()
+    held = model(IDS, use_cache=True).past_key_values.layers
+    other._layer_type = model.config.layer_types[0]
+    cache = new_cache(model.config)
+    cache.layers[0] = other
+    assert torch.equal(model(IDS, past_key_values=cache).logits, model(IDS).logits)
+    assert type(cache.layers[0]) is type(held[0])
+    other.tensors, other.clock = held[0].tensors, held[0].clock
+    cache.layers[0] = other
+    with pytest.raises(ValueError, match="expected a cache of 2 recurrent state layers"):
+        model(IDS, past_key_values=cache)

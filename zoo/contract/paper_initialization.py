@@ -371,7 +371,7 @@ def longnet(config):
         divisor = (8 * layers) ** 0.25
     embedding = (0.0, width**-0.5, "normal")
     table = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
-    if config.max_position_embeddings is not None:
+    if hasattr(config, "max_position_embeddings"):
         table["model.embed_positions.weight"] = embedding
     table["*norm.weight"], table["*norm.bias"] = ONE, ZERO
     for kind in ("weight", "bias"):

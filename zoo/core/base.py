@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .flops import linear_flops
 from .generation import StateGeneration
+from .length_limit import LengthLimit
 from .replay import replay
 from .sequence import Sequence, restarting_positions
 from .state import (
@@ -99,6 +100,12 @@ class ZooConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    def __init_subclass__(cls, *args, **kwargs):
+        super().__init_subclass__(*args, **kwargs)
+        # The fields are made of the class's attributes, this one too, by now.
+        if "max_position_embeddings" in cls.__dataclass_fields__:
+            cls.max_position_embeddings = LengthLimit()
 
     def __post_init__(self, **kwargs):
         version = kwargs.pop("format_version", FORMAT_VERSION)
@@ -683,7 +690,8 @@ class ZooModel(ZooPreTrainedModel):
     def _check_cache(self, cache, embeds_BTD):
         expected = [LAYERS[layer_type] for layer_type in self.config.layer_types]
         types = [type(layer) for layer in cache.layers]
-        if types != expected and not any(layer.get_seq_length() for layer in cache.layers):
+        held = (x.get_seq_length() or getattr(x, "tensors", None) for x in cache.layers)
+        if types != expected and not any(held):
             # An empty cache made without a config; or, where several exported folders are loaded,
             # one with the layers of the folder that was imported last.
             names = [getattr(layer, "_layer_type", None) for layer in cache.layers]

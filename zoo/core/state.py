@@ -369,6 +369,8 @@ class SlidingStateLayer(StateLayer):
         may_overwrite = not (
             self.record_past
             or torch.is_grad_enabled()
+            # A program's caller still has what went in.
+            or torch.compiler.is_exporting()
             or any(_must_stay(x) for x in tensors.values())
         )
         return State(tensors, is_kept=True, may_overwrite=may_overwrite)

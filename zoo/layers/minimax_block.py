@@ -112,7 +112,7 @@ class MiniMaxBlockConfig(ZooConfig):
     def check_softmax_layers(self):
         """Raises a ValueError if softmax attention cannot be built, or has fields but no layer."""
         if not self.softmax_layers:
-            set_fields = [name for name in SOFTMAX_FIELDS if getattr(self, name) is not None]
+            set_fields = [name for name in SOFTMAX_FIELDS if getattr(self, name, None) is not None]
             if set_fields:
                 raise ValueError(
                     f"{', '.join(set_fields)}: for layers with softmax attention, got no "

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..core.base import Constant
+from ..core.length_limit import length_limit
 
 # The fields of `rope_parameters` that each rope_type has to have, and those it may have.
 ROPE_FIELDS = {
@@ -71,7 +72,7 @@ def check_rope_parameters(config):
             f"rope_parameters['rope_type'] is one of {', '.join(ROPE_TYPES)}, got {rope_type!r}."
         )
     _check_fields(config.rope_parameters, rope_type)
-    known = config.max_position_embeddings
+    known = length_limit(config)
     if rope_type in NEEDS_LENGTH:
         known = config.rope_parameters.get("original_max_position_embeddings")
     needs_length = rope_type in ("dynamic", *NEEDS_LENGTH)
@@ -226,7 +227,7 @@ class RotaryPositions(nn.Module):
     def dynamic_scale(self, positions_BT, dtype):
         """What a base that grows with the length of the text makes of each angle, [B, T, K / 2]."""
         dim, factor = num_rotated_channels(self.config), self.config.rope_parameters["factor"]
-        trained = self.config.max_position_embeddings
+        trained = length_limit(self.config)
         length_BT1 = (positions_BT[..., None] + 1).clamp(min=trained).to(dtype)
         growth_BT1 = (factor * length_BT1 / trained - (factor - 1)) ** (dim / (dim - 2))
         steps_K = torch.arange(0, dim, 2, device=positions_BT.device, dtype=dtype) / dim

@@ -37,6 +37,7 @@ from ..core.heads import (
     ZooForSequenceClassification,
     ZooForTokenClassification,
 )
+from ..core.length_limit import length_limit
 from ..core.state import SlidingStateLayer, dtype_of
 from ..kernels.dilated_branches import branches_of
 from ..layers.dilated_slots import DilatedSlots, tokens_behind
@@ -148,10 +149,11 @@ class LongNetConfig(ZooConfig):
             raise ValueError(f"head_dim is even (xPos turns pairs), got {self.head_dim}.")
         if self.xpos_scale_base < 1:
             raise ValueError(f"xpos_scale_base is at least 1, got {self.xpos_scale_base}.")
-        if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
+        limit = length_limit(self)
+        if limit is not None and limit < 1:
             raise ValueError(
                 "max_position_embeddings is at least 1, or None without learned positions, got "
-                f"{self.max_position_embeddings}."
+                f"{limit}."
             )
         if self.deepnorm and self.sub_norm:
             raise ValueError(
@@ -246,7 +248,7 @@ class LongNetModel(LongNetPreTrainedModel, ZooModel):
         super().__init__(config)
         if config.xpos:
             self.angle = Constant(functools.partial(xpos_angles, config))
-        if config.max_position_embeddings is not None:
+        if length_limit(config) is not None:
             sizes = config.max_position_embeddings, config.hidden_size
             self.embed_positions = nn.Embedding(*sizes)
         if config.embedding_norm:
@@ -263,7 +265,7 @@ class LongNetModel(LongNetPreTrainedModel, ZooModel):
         """Scale, learned positions and norm on the embeddings."""
         if self.config.scale_embedding:
             embeds_BTD = embeds_BTD * self.config.hidden_size**0.5
-        if self.config.max_position_embeddings is not None:
+        if length_limit(self.config) is not None:
             positions_BT = sequence.unpack(sequence.positions)
             check_positions(positions_BT, self.config.max_position_embeddings)
             embeds_BTD = embeds_BTD + self.embed_positions(positions_BT)

@@ -164,7 +164,7 @@ def write_config(config):
             "full_attn_alpha_factor": config.softmax_alpha,
             "full_attn_beta_factor": config.softmax_beta,
         }
-        if config.max_position_embeddings is not None:
+        if hasattr(config, "max_position_embeddings"):
             values["max_position_embeddings"] = config.max_position_embeddings
         notes.append(
             "without position_ids transformers miscounts positions after a first lightning layer "

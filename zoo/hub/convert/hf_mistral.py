@@ -64,11 +64,9 @@ def write_config(config):
     if num_rotated_channels(config) != config.head_dim:
         raise ValueError("partial_rotary_factor is not 1: transformers' model turns whole heads.")
     values = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    values |= {name: getattr(config, name) for name in WRITTEN}
+    # Where ours has no limit of length, theirs has one all the same, without effect.
+    values |= {name: getattr(config, name) for name in WRITTEN if hasattr(config, name)}
     notes = []
-    if config.max_position_embeddings is None:
-        # It has no effect; theirs always has one.
-        del values["max_position_embeddings"]
     if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         notes.append(
             "beyond the trained length transformers takes the angles of the whole pass for all of "

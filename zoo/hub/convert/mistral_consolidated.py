@@ -13,6 +13,7 @@ the rule of the authors' code of the time. Their latest has 1,000,000 for both, 
 written always says it.
 """
 
+from ...core.length_limit import length_limit
 from ...layers.positions import num_rotated_channels
 from ...models.sliding_window import SlidingWindowConfig
 from .format import Format, read_by_name, write_by_name
@@ -138,7 +139,7 @@ def write_config(config):
         "sliding_window": config.sliding_window,
         "vocab_size": config.vocab_size,
         "rope_theta": config.rope_parameters["rope_theta"],
-        "max_seq_len": config.max_position_embeddings,
+        "max_seq_len": length_limit(config),
     }
     values = {name: value for name, value in values.items() if value is not None}
     notes = []

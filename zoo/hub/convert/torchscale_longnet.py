@@ -88,7 +88,7 @@ def read_weights(weights, config):
     """Pairs of our name and torchscale's tensor."""
     prefix = take_prefix(weights)
     yield "model.embed_tokens.weight", weights.take(f"{prefix}embed_tokens.weight")
-    if config.max_position_embeddings is not None:
+    if hasattr(config, "max_position_embeddings"):
         table = weights.take(
             f"{prefix}embed_positions.weight", change=lambda rows: rows[ROWS_BEFORE:]
         )
