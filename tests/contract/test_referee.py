@@ -107,13 +107,22 @@ class IgnoresPadding(LlamaForCausalLM):
         return super().forward(*args, **kwargs)
 
 
-class IgnoresDocuments(LlamaForCausalLM):
-    """Reads packed documents as one, at the positions it is told."""
+class ReadsTheDocumentBefore(LlamaForCausalLM):
+    """Shifts a little of each token to the next, over the end of a document too."""
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        before = torch.nn.functional.pad(output.logits[:, :-1], (0, 0, 1, 0))
+        output.logits = output.logits + 0.1 * before
+        return output
+
+
+class TellsItsAttentionNothing(LlamaForCausalLM):
+    """Numbers packed documents' tokens anew and attends to all of them, as some classes do."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
         if attention_mask is None and input_ids is not None:
             attention_mask = torch.ones_like(input_ids)
-        kwargs["position_ids"] = position_ids
         return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
 
 
@@ -168,7 +177,7 @@ FAULTS = [
         {"rows": 2, "tokens": 2, "padding": 1, "new": 1},
     ),
     (
-        IgnoresDocuments,
+        ReadsTheDocumentBefore,
         3,
         "packed with position_ids, seq_idx and cu_seq_lens = each document alone",
         {"documents": 2, "tokens": 1},
@@ -193,6 +202,12 @@ def test_a_planted_fault_is_found_and_shrunk(cls, point, name, sizes):
     assert found[name].smallest["sizes"] == sizes
     assert found[name].smallest["is_smallest"] and found[name].promise
     assert report.verdict(point) == FAILED
+
+
+def test_a_class_that_does_not_pack_is_told_apart():
+    report = judge(subject_of(TellsItsAttentionNothing), [3], budget=None)
+    assert not report.failed() and report.verdict(3) == DOES_NOT_APPLY
+    assert len(report.of(NOT_PROMISED)) == len(report.checks) > 2
 
 
 class BreaksAtAWindow(LlamaForCausalLM):

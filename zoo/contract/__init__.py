@@ -61,6 +61,7 @@ POINTS = {
 }
 
 DEFAULT_TOKENS = 1_000_000
+SMALL = 10_000_000  # parameters
 # With a budget: what breaks most often and takes least before what takes longest.
 MOST_TELLING = (1, 4, 2, 3, 5, 10, 6, 9, 8, 7)
 EXAMPLES = """examples:
@@ -128,9 +129,21 @@ def judge(subject, points=None, budget=DEFAULT_BUDGET):
     Returns:
         `Verdicts`, a `Report` with the smallest input of each failure.
     """
-    with _quiet():
-        titles = {number: title for number, (title, _) in POINTS.items()}
+    titles = {number: title for number, (title, _) in POINTS.items()}
+    with _quiet(), _one_thread_if_small(subject):
         return _judge(subject, titles, points, budget)
+
+
+@contextlib.contextmanager
+def _one_thread_if_small(subject):
+    """Threads that share out a tiny model wait for each other longer than they compute."""
+    number = torch.get_num_threads()
+    if subject.num_parameters < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)
 
 
 @contextlib.contextmanager
@@ -169,7 +182,7 @@ def main(argv=None):
         "model",
         metavar="MODEL",
         help="a model of the zoo; or of others: a folder, a class of transformers such as "
-        "LlamaForCausalLM, or package.module:Class",
+        "LlamaForCausalLM, package.module:Class, or OWNER/NAME on the Hub",
     )
     parser.add_argument(
         "--variant", help="of a model of the zoo; 'all' for every one (default: the first)"

@@ -69,12 +69,16 @@ def _counts(report, point):
 
 
 def _grouped(checks):
-    """Checks without a figure that have the same reason are told together."""
+    """Checks with one reason, or shown by one input, are told together.
+
+    Returns:
+        (text of the first, the checks) of each group.
+    """
     groups = {}
     for check in checks:
-        key = (_figures(check), None if check.smallest is None else check.name)
+        key = _figures(check) if check.smallest is None else shown_input(check.smallest)
         groups.setdefault(key, []).append(check)
-    return [(text, group) for (text, _), group in groups.items()]
+    return [(_figures(group[0]), group) for group in groups.values()]
 
 
 def _wrapped(text, indent):

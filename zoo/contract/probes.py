@@ -117,9 +117,12 @@ def takes_documents(subject, model):
     """Whether a class says that it keeps packed documents apart.
 
     It does if its forward names an argument that tells them apart, or if its body hands what it
-    was given to its layers instead of dropping it.
+    was given to its layers instead of dropping it. Of softmax attention alone this is not enough:
+    all such classes hand on what flash attention would use. It does if this attention is told too.
     """
     told = {"position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens"}
+    if _keeps_keys(subject, model) and not _attention_is_told(subject, model):
+        return False
     if told & subject.arguments:
         return True
     batch = ways.flattened([subject.ids(3), subject.ids(3)], True)
@@ -130,6 +133,19 @@ def takes_documents(subject, model):
             # It may refuse what it does not name, or what a layer got and cannot do here.
             pass
     return bool(told & names)
+
+
+def _attention_is_told(subject, model):
+    """Whether position_ids that begin anew hide what is before: an explicit mask unhides it."""
+    if not (subject.accepts("position_ids") and subject.accepts("attention_mask")):
+        return False
+    batch = ways.flattened([subject.ids(5, seed=1), subject.ids(5, seed=2)], False)
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    told, untold = (
+        ways.whole(subject, model, ids, position_ids=positions, attention_mask=mask)
+        for mask in (None, torch.ones_like(ids))
+    )
+    return not torch.allclose(told, untold, rtol=0, atol=1e-4 * told.abs().max().item())
 
 
 # Point 1
@@ -422,16 +438,38 @@ def checkpointed(subject, model, ids, sizes):
         one = copy.deepcopy(model)
         if enable:
             one.gradient_checkpointing_enable()
-        without_dropout(one.train())
+        _trained(one)
         found.append(gradients(one, loss_of(ways.whole(subject, one, ids))))
+    _require_no_chance(subject, one, ids)
     return tuple(found)
+
+
+def _trained(model):
+    """Puts a model in training mode, with all dropout off that is a module or a number of one."""
+    without_dropout(model.train())
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def _require_no_chance(subject, model, ids):
+    """Raises NotApplicable if a model gives something else each time."""
+    results = []
+    for seed in range(2):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            results.append(ways.whole(subject, model, ids))
+    if not torch.equal(*results):
+        raise NotApplicable("in training mode it draws at random, and dropout is not all of it")
 
 
 def trained_or_not(subject, model, ids, sizes):
     """Logits in training mode without dropout, and in eval mode."""
     ids = ids(sizes["rows"], sizes["tokens"])
-    one = copy.deepcopy(model)
-    without_dropout(one.train())
+    one = _trained(copy.deepcopy(model))
+    _require_no_chance(subject, one, ids)
     return ways.whole(subject, one, ids), ways.whole(subject, model, ids)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 from zoo import MODELS
 
 from . import paper_initialization
-from .report import BUDGET_SPENT, NotApplicable, OutOfTime
+from .report import BUDGET_SPENT, NotApplicable, OutOfTime, first_line
 from .tiny import tiny_config
 
 TINY = {
@@ -57,6 +57,11 @@ class Subject:
         self.arguments = set(inspect.signature(cls.forward).parameters)
         self.arguments |= set(inspect.signature(type(self._weights.base_model).forward).parameters)
         self.cache_argument = next((x for x in CACHE_ARGUMENTS if x in self.arguments), None)
+
+    @property
+    def num_parameters(self):
+        """Of its weights."""
+        return sum(x.numel() for x in self._weights.parameters())
 
     @property
     def is_ours(self):
@@ -292,27 +297,63 @@ def class_subject(path):
             torch.manual_seed(seed)
             return cls(copy.deepcopy(config))
 
-    return Subject(path, build)
+    subject = Subject(path, build)
+    try:
+        with torch.no_grad():
+            subject.model(torch.float32)(input_ids=subject.ids(1, 2))
+    except Exception as error:
+        # Of sizes that do not fit together, as likely as not: no verdict follows from that.
+        raise ValueError(
+            f"{path} does not run with the small sizes chosen here ({first_line(error)}); save a "
+            "model of the size you want with save_pretrained and give its folder."
+        ) from error
+    return subject
 
 
-def folder_subject(folder, trust_remote_code=False):
-    """A checkpoint in a folder, with its own weights."""
-    pretrained = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
+def folder_subject(folder, trust_remote_code=False, name=None, **settings):
+    """A checkpoint in a folder, with its own weights.
+
+    Args:
+        folder: that `AutoModelForCausalLM` loads, or a name on the Hub.
+        trust_remote_code: whether code that lies in it may be run.
+        name: what the report calls it; None: as the folder.
+        settings: for `from_pretrained`.
+    """
+    pretrained = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, **settings
+    )
 
     def build(seed):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return type(pretrained)(copy.deepcopy(pretrained.config))
 
-    return Subject(str(folder), build, pretrained)
+    return Subject(name or str(folder), build, pretrained)
+
+
+def hub_subject(name, trust_remote_code=False):
+    """A checkpoint on the Hugging Face Hub: OWNER/NAME, with @REVISION where need be.
+
+    Raises:
+        ValueError: there is none that can be read; the message says why.
+    """
+    from zoo.hub.download import NAME, fetch
+
+    if not trust_remote_code:
+        return folder_subject(fetch(name), name=name)
+    # Code comes with transformers' own download alone.
+    match = NAME.fullmatch(name)
+    if match is None or match["file"]:
+        raise ValueError(f"expected OWNER/NAME or OWNER/NAME@REVISION on the Hub, got {name!r}.")
+    return folder_subject(match["repository"], True, name, revision=match["revision"])
 
 
 def find_subject(model, variant=None, trust_remote_code=False):
     """The subject a command line names.
 
     Args:
-        model: a name in `zoo.MODELS`, a folder, a class of transformers by its name, or
-            `package.module:ClassName`.
+        model: a name in `zoo.MODELS`, a folder, a class of transformers by its name,
+            `package.module:ClassName`, or OWNER/NAME on the Hub.
         variant: for a model of the zoo.
         trust_remote_code: whether code that lies in the folder may be run.
 
@@ -327,7 +368,10 @@ def find_subject(model, variant=None, trust_remote_code=False):
         return folder_subject(model, trust_remote_code)
     if ":" in model or hasattr(transformers, model):
         return class_subject(model)
+    if not Path(model).exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return hub_subject(model, trust_remote_code)
     raise ValueError(
         f"expected a model of the zoo ({', '.join(MODELS)}), a folder with a config.json, a class "
-        f"of transformers such as LlamaForCausalLM, or package.module:Class, got {model!r}."
+        "of transformers such as LlamaForCausalLM, package.module:Class, or OWNER/NAME on the Hub, "
+        f"got {model!r}."
     )

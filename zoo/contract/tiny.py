@@ -35,9 +35,24 @@ MAMBA2_IN_HYBRIDS = {
 }
 BY_TYPE = {
     "bamba": MAMBA2_IN_HYBRIDS | {"num_hidden_layers": 3, "attn_layer_indices": [1]},
+    "codegen": {"n_ctx": 1024, "rotary_dim": 8, "n_inner": 96},
+    "deepseek_v3": {
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "head_dim": 8,
+        "v_head_dim": 16,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
     "falcon_mamba": {"state_size": 16},
     "gemma2": {"num_hidden_layers": 2, "query_pre_attn_scalar": 16},
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_inner": 96, "n_positions": 1024},
+    "gptj": {"rotary_dim": 8, "n_inner": 96},
     "jamba": {
         "num_hidden_layers": 4,
         "attn_layer_period": 2,
@@ -106,7 +121,11 @@ def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
     try:
         defaults = config_class()
         fields = {
-            name: x for name, x in GENERAL.items() if getattr(defaults, name, None) is not None
+            name: x
+            for name, x in GENERAL.items()
+            if getattr(defaults, name, None) is not None
+            # What follows from other fields cannot be set.
+            and not isinstance(getattr(config_class, name, None), property)
         }
         fields |= {name: x for name, x in NO_SPECIAL_TOKENS.items() if hasattr(defaults, name)}
         fields |= known
