@@ -109,4 +109,4 @@ def test_what_is_wrong_is_seen(column, result, complaint):
 
 
 def test_a_process_that_fails_is_seen(tmp_path):
-    assert "recorded.safetensors" in compat.load(sys.executable, "zoo", tmp_path)["failed"]
+    assert "recorded.safetensors" in compat.load(sys.executable, "bare", tmp_path)["failed"]
