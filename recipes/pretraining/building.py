@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 import zoo
 from tasks import load
-from zoo.hub.folder import in_parts, read_tensors, settings
+from zoo.hub.folder import current_names, in_parts, read_tensors, settings
 
 from .finding import did_you_mean, hub_answers, is_path
 from .recipe import UsageError, nearest
@@ -159,7 +159,8 @@ def build_model(recipe, config, folder=None):
 def _load(model_class, folder, **options):
     try:
         if in_parts(folder):
-            return model_class.from_pretrained(None, state_dict=read_tensors(folder), **options)
+            weights = current_names(folder, read_tensors(folder))
+            return model_class.from_pretrained(None, state_dict=weights, **options)
         return model_class.from_pretrained(folder, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
