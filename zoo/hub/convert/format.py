@@ -210,7 +210,8 @@ TRANSFORMERS = Library("transformers", None, "torch and transformers, and no cod
 FLA = Library(
     "flash-linear-attention",
     "fla",
-    "`pip install flash-linear-attention` and `import fla`, and no code but theirs",
+    "`pip install flash-linear-attention` and `import fla`, a GPU for its kernels, and no code but "
+    "theirs",
 )
 # Where several have a class for an architecture, the first is chosen.
 LIBRARIES = (TRANSFORMERS, FLA)
