@@ -221,9 +221,9 @@ def test_tensors_in_one_piece_of_memory(tmp_path):
     model.config.save_pretrained(tmp_path)
     state = dict(model.state_dict())
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    joined = torch.randn(32, 64)
+    joined = torch.randn(64, 32)
     name = "model.layers.{}.mixer.q_proj.weight"
-    state[name.format(0)], state[name.format(1)] = joined[:, :32], joined[:, 16:48]
+    state[name.format(0)], state[name.format(1)] = joined[:32], joined[16:48]
     torch.save(state, tmp_path / "pytorch_model.bin")
     export(tmp_path, tmp_path / "out", license="mit")
     found = load_file(tmp_path / "out/model.safetensors")
@@ -287,6 +287,9 @@ def test_rounding_is_said(tmp_path, capsys):
     forth = ["convert", "hf-mistral", str(tmp_path / "c"), str(tmp_path / "d")]
     assert main([*forth, "--dtype", "float16"]) == 0
     assert "float16, from" in capsys.readouterr().out
+    origin = json.loads((tmp_path / "d/longzoo.json").read_text())["origin"]
+    assert origin["is_rounded"]
+    assert origin["rounding"] == "from float32 to bfloat16, then from float32 to float16"
     with pytest.raises(ValueError, match="dtype is float32, bfloat16, float16 or none.*'int8'"):
         export(tmp_path / "a", tmp_path / "e", dtype="int8")
 
