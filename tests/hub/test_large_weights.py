@@ -25,7 +25,7 @@ from zoo.hub import tensors as reading
 from zoo.hub.convert import convert, convert_back
 from zoo.hub.export import export
 from zoo.hub.files import new_folder
-from zoo.hub.folder import open_tensors, read_tensors
+from zoo.hub.folder import open_tensors, read_tensors, weight_files
 from zoo.hub.lazy import Lazy, are_equal
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -33,6 +33,7 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 LARGE = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
 LARGE |= {"num_attention_heads": 8, "num_key_value_heads": 2}
 MB = 1000**2
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def mistral(dtype=torch.float32, seed=0, **fields):
@@ -125,6 +126,37 @@ def test_every_source_gives_the_model(way, tied, dtype, tmp_path):
         assert len(list((tmp_path / name).glob("*.safetensors"))) > 1
 
 
+@pytest.mark.parametrize(
+    ("place", "wrapped"), [("pytorch_model_fsdp_0", True), ("", True), ("", False)]
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_shards_of_other_trainers(place, wrapped, tmp_path):
+    """accelerate's and the Trainer's are in a folder of theirs; anybody's are where they like."""
+    model = mistral()
+    folder = tmp_path / "checkpoint"
+    model.config.save_pretrained(folder)
+    state = {"model": model.state_dict(), "optimizer": {"state": torch.ones(3)}}
+    state = state if wrapped else model.state_dict()
+    dcp.save(state, checkpoint_id=folder / place, no_dist=True)
+    export(folder, tmp_path / "out", license="mit")
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], x) for name, x in model.state_dict().items())
+    assert [path.name for path in weight_files(folder)] == [".metadata", "__0_0.distcp"]
+    # A whole model beside them is the model.
+    another = mistral(seed=1)
+    another.save_pretrained(folder)
+    found = read_tensors(folder)
+    assert all(torch.equal(found[name], x) for name, x in another.state_dict().items())
+    (folder / "model.safetensors").unlink()
+    for path in weight_files(folder):
+        path.unlink()
+    state = {"model": {"a": torch.ones(3).to(torch.float8_e5m2)}}
+    dcp.save(state, checkpoint_id=folder / place, no_dist=True)
+    with pytest.raises(ValueError, match=r"model\.a is float8_e5m2; save the weights as plain"):
+        export(folder, tmp_path / "again", license="mit")
+
+
 @contextlib.contextmanager
 def measured():
     """Yields a list that gets the greatest number of bytes the process has grown by meanwhile."""
@@ -132,16 +164,20 @@ def measured():
     def figure(name):
         return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
-    grown = []
+    grown, libc = [], ctypes.CDLL("libc.so.6")
     gc.collect()
+    # What is free goes back to the system, now and from now on: it is not to be taken unseen, nor
+    # counted when nobody has it.
+    libc.mallopt(M_MMAP_THRESHOLD, 1024**2)
+    libc.malloc_trim(0)
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free is not there to be taken unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     except OSError as error:
         pytest.skip(f"the peak of memory cannot be asked for here: {error}")
     before = figure("VmRSS")
     yield grown
     grown.append(figure("VmHWM") - before)
+    libc.mallopt(M_MMAP_THRESHOLD, 32 * 1024**2)  # to which it moves by itself
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from .files import check_tokenizer_files
 from .guard import check_file, check_numbers, empty_model, parse_json
 from .lazy import are_equal, cast, value_of
 from .messages import not_found, one_line, some
-from .shards import SHARDS, has_shards, open_shards
+from .shards import has_shards, open_shards, shard_files
 from .tensors import open_files
 
 # Names of a training run's other files, which share a weight file's extension.
@@ -153,7 +153,7 @@ def in_parts(src):
 def weight_files(src):
     """The files whose contents `read_tensors` gives, in a fixed order."""
     if has_shards(src):
-        return sorted(path for path in (Path(src) / SHARDS).iterdir() if path.is_file())
+        return shard_files(src)
     if has_adapter(src):
         config = read_json(Path(src) / ADAPTER / CONFIG)
         return [Path(src) / ADAPTER / WEIGHTS, *weight_files(base_of(src, config))]

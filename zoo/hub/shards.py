@@ -1,4 +1,8 @@
-"""Reads the weights of a training run that saved itself in shards.
+"""Reads the weights of a training run that saved itself in shards, as FSDP does.
+
+Ours have them in `shards`, those of transformers' Trainer and of accelerate in
+`pytorch_model_fsdp_0`; whoever calls torch.distributed.checkpoint has them where they like, which
+here is the checkpoint's folder itself.
 
 torch.distributed.checkpoint keeps its index as a pickle, which could run code. Here it may name
 nothing but the parts of an index.
@@ -17,9 +21,13 @@ from torch.distributed.checkpoint import metadata as index_parts
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from .lazy import Lazy
+from .tensors import PLAIN_DTYPES
 
 SHARDS, INDEX = "shards", ".metadata"
+PLACES = (SHARDS, "pytorch_model_fsdp_0", "")
+WHOLE = ("model.safetensors", "pytorch_model.bin")
 WEIGHTS = "model."  # what the names of weights begin with, beside those of the optimizer
+OPTIMIZER = "optim"  # and of those
 _PARTS = {
     (index_parts.__name__, name)
     for name, part in vars(index_parts).items()
@@ -38,7 +46,23 @@ _PARTS |= {
 
 def has_shards(folder):
     """Whether a folder is a checkpoint in shards."""
-    return (Path(folder) / SHARDS / INDEX).is_file()
+    return _find(folder) is not None
+
+
+def shard_files(folder):
+    """The files of a checkpoint in shards, in a fixed order."""
+    folder = _find(folder)
+    return [folder / INDEX, *sorted(folder.glob("*.distcp"))]
+
+
+def _find(folder):
+    """The folder of the shards of a checkpoint, or None: of others than ours, whole weights win."""
+    folder = Path(folder)
+    places = [folder / place for place in PLACES if (folder / place / INDEX).is_file()]
+    if not places or places[0].name == SHARDS:
+        return places[0] if places else None
+    whole = [n for name in WHOLE for n in (name, f"{name}.index.json") if (folder / n).is_file()]
+    return None if whole else places[0]
 
 
 def open_shards(folder):
@@ -48,17 +72,28 @@ def open_shards(folder):
         folder: of the checkpoint.
 
     Raises:
-        ValueError: the index is damaged or missing, or names what is no index; when a weight is
-            asked for, also that its shard is.
+        ValueError: the index is damaged or missing, or names what is no index, or weights that are
+            no plain numbers; when a weight is asked for, also that its shard is.
     """
-    folder = Path(folder) / SHARDS
+    is_plain, folder = _find(folder) == Path(folder), _find(folder)
     with _damage_is_said(folder):
         index = _read_index(folder)
         outlines = {
             name: torch.empty(part.size, dtype=part.properties.dtype, device="meta")
             for name, part in index.state_dict_metadata.items()
-            if name.startswith(WEIGHTS) and isinstance(part, index_parts.TensorStorageMetadata)
+            if isinstance(part, index_parts.TensorStorageMetadata)
         }
+    # A plain one may hold the weights alone, without a word before their names.
+    prefix = WEIGHTS
+    if is_plain and not all(name.startswith((WEIGHTS, OPTIMIZER)) for name in outlines):
+        prefix = ""
+    outlines = {name: x for name, x in outlines.items() if name.startswith(prefix)}
+    for name, x in outlines.items():
+        if x.dtype not in PLAIN_DTYPES:
+            raise ValueError(
+                f"{folder}: {name} is {str(x.dtype).removeprefix('torch.')}; save the weights as "
+                "plain floats."
+            )
 
     def later(name, outline):
         def read():
@@ -70,7 +105,7 @@ def open_shards(folder):
 
         return Lazy(outline, read)
 
-    return {name.removeprefix(WEIGHTS): later(name, x) for name, x in outlines.items()}
+    return {name.removeprefix(prefix): later(name, x) for name, x in outlines.items()}
 
 
 @contextmanager
