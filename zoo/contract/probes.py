@@ -105,11 +105,13 @@ def _no_going_back(subject):
 
 def _keeps_keys(subject, model):
     """Whether the class is one of keys and values, whose cache any number of tokens may follow."""
-    return subject.cache_argument == "past_key_values" and not is_stateful(subject)
+    return subject.cache_argument in ("past_key_values", "cache") and not is_stateful(subject)
 
 
 def _needs_no_positions(subject, model):
     """Whether a cache alone says where a token stands, or there is no such thing as where."""
+    if subject.cache_argument == "cache" and not subject.accepts("position_ids"):
+        return True  # cache_params, by its newer name
     return _keeps_keys(subject, model) or subject.cache_argument in ("cache_params", "state")
 
 

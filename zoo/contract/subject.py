@@ -28,7 +28,8 @@ TINY = {
     "num_attention_heads": 4,
     "intermediate_size": 96,
 }
-CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state", "mems")
+# "cache" is what transformers calls the first two from 5.24 on.
+CACHE_ARGUMENTS = ("past_key_values", "cache", "cache_params", "state", "mems")
 
 
 class Subject:
@@ -147,7 +148,7 @@ class Subject:
 
     def empty_cache(self, model):
         """A cache before any token, made as `generate` makes it."""
-        if self.cache_argument not in ("past_key_values", "cache_params"):
+        if self.cache_argument not in CACHE_ARGUMENTS[:3]:
             raise NotApplicable("its forward takes no Cache")
         return DynamicCache(config=model.config)
 
