@@ -516,6 +516,24 @@ def test_records_that_are_none_say_nothing(good, tmp_path, monkeypatch, name, da
     assert main(["export", "ours", "out", "--license", "mit"]) == 0
 
 
+# It asks any class of transformers, and reads no tokenizer and no settings.
+NOT_IN_CONTRACT = ("a number of architectures", "another head", "a wrong type", "one too many")
+NOT_IN_CONTRACT += ("unknown field", "NaN", "infinity")  # where that is allowed, for others
+NOT_IN_CONTRACT += tuple(case[0] for case in OURS if "tokenizer" in case[0] or GENERATION in case)
+
+
+@table([case for case in OURS if case[0] not in NOT_IN_CONTRACT])
+def test_contract(good, tmp_path, capsys, monkeypatch, damage, file, message):
+    monkeypatch.chdir(tmp_path)
+    damage(shutil.copytree(good / "ours", tmp_path / "ours"))
+    names = sorted(str(path) for path in tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert main(["contract", "ours", "--points", "4"]) == 2
+    said = capsys.readouterr()
+    assert re.fullmatch(r"zoo contract: .*ours.*\n", said.err) and said.out == "", said
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == names
+
+
 IN_INFO = ("config", "NaN", "deep", "a pipe", "100 GB", "vocabulary beyond 64 bits")
 IN_INFO += ("width of 2^62", "a billion layers", "fewer than no layers", "a type that is a list")
 

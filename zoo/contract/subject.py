@@ -319,10 +319,24 @@ def folder_subject(folder, trust_remote_code=False, name=None, **settings):
         trust_remote_code: whether code that lies in it may be run.
         name: what the report calls it; None: as the folder.
         settings: for `from_pretrained`.
+
+    Raises:
+        ValueError: it does not load, or not whole: what lacks its weights would be made up.
     """
-    pretrained = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=trust_remote_code, **settings
-    )
+    if Path(folder).is_dir():
+        from zoo.hub.folder import check_folder
+
+        check_folder(folder)
+    settings |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    try:
+        pretrained, info = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    except Exception as error:  # each kind of model, and of damage, has its own
+        raise ValueError(f"{folder} does not load: {first_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{folder} has no weights for {missing[0]} and {len(missing) - 1} more; what is judged "
+            "would be random numbers."
+        )
 
     def build(seed):
         with torch.random.fork_rng(devices=[]):
@@ -369,6 +383,8 @@ def find_subject(model, variant=None, trust_remote_code=False):
         return folder_subject(model, trust_remote_code)
     if ":" in model or hasattr(transformers, model):
         return class_subject(model)
+    if Path(model).is_dir():  # which says what it lacks
+        return folder_subject(model, trust_remote_code)
     if not Path(model).exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return hub_subject(model, trust_remote_code)
     raise ValueError(

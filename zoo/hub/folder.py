@@ -12,7 +12,7 @@ from ..core.base import ZooConfig
 from ..core.versions import current_name, renamed_weights
 from .adapters import ADAPTER, CONFIG, WEIGHTS, base_of, check_base, has_adapter, merge
 from .files import check_tokenizer_files
-from .guard import check_file, check_numbers, empty_model, parse_json
+from .guard import check_file, check_numbers, check_pickle, empty_model, parse_json
 from .lazy import are_equal, cast, value_of
 from .messages import not_found, one_line, some
 from .shards import has_shards, open_shards, shard_files
@@ -34,14 +34,18 @@ CLASSIFIERS = ("sequence_classifier", "token_classifier", "question_answerer")
 DTYPES = ("float32", "bfloat16", "float16")  # that weights are written in, if asked
 
 
-def read_json(path):
+def read_json(path, allow_nan=False):
     """A JSON object from a file.
+
+    Args:
+        path: of the file.
+        allow_nan: let it have NaN and Infinity, which are no JSON, for numbers.
 
     Raises:
         ValueError: the file is missing, unreadable, or holds something else.
     """
     try:
-        value = parse_json(path)
+        value = parse_json(path, allow_nan)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; expected it beside the weights.") from None
     except (OSError, ValueError) as error:
@@ -49,6 +53,34 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}.")
     return value
+
+
+def check_folder(folder):
+    """Checks what the files of any model's folder claim, before a library believes it.
+
+    Args:
+        folder: of a model of whatever class.
+
+    Raises:
+        ValueError: a config that is none, or of sizes that no machine holds; an index that leads
+            out of the folder; no file where there should be one; or weights that would unpack to
+            far more than they are.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    # Others write Infinity for what has no limit.
+    fields = read_json(path, allow_nan=True)
+    check_numbers(fields, path)
+    if not isinstance(fields.get("model_type", ""), str):
+        raise ValueError(f"{path}: expected a name for model_type, got {fields['model_type']!r}.")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        check_file(folder / name)
+        check_file(folder / f"{name}.index.json")
+        if (folder / f"{name}.index.json").is_file():
+            _shards(folder / f"{name}.index.json")
+    for ending in PICKLES:
+        for pickled in folder.glob(f"*{ending}"):
+            check_pickle(pickled)
 
 
 def find_weights(src):

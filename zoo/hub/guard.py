@@ -25,11 +25,12 @@ def check_file(path):
         raise ValueError(f"{path} is no file but {kind}; expected a file, or nothing of that name.")
 
 
-def parse_json(path):
+def parse_json(path, allow_nan=False):
     """What a JSON file says, if it says one thing only.
 
     Args:
         path: of the file.
+        allow_nan: let it have NaN and Infinity.
 
     Raises:
         FileNotFoundError: there is none.
@@ -41,8 +42,9 @@ def parse_json(path):
         raise ValueError(f"its {size:,} bytes are more than any such file has")
     with open(path, encoding="utf-8") as file:
         text = file.read()
+    constant = None if allow_nan else _no_constant
     try:
-        return json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=constant)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 

@@ -204,7 +204,10 @@ def _describe(origin, recipe, run, held_out):
     rows += [(name, versions[name]) for name in ("torch", "transformers") if versions.get(name)]
     if "git_commit" in run:
         rows.append(
-            ("source", f"{run['git_commit']}{' with changes' * bool(run.get('git_changed'))}")
+            (
+                "commit of the code",
+                f"{run['git_commit']}{' with changes' * bool(run.get('git_changed'))}",
+            )
         )
     origin.training = [[label, str(value)] for label, value in rows]
 
