@@ -80,4 +80,8 @@ $(STAMP): pyproject.toml constraints.txt
 		--no-deps --target .venv/torchao torchao
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		--no-deps --target .venv/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		--no-deps --target .venv/trl trl
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		--no-deps --target .venv/quanto optimum-quanto ninja
 	@echo "$(CURDIR)" > $(STAMP)
