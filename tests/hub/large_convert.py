@@ -4,12 +4,15 @@
 
 Makes a random RWKV-7 as its authors save one (bfloat16, one .pth), and runs `zoo` on it, each time
 in a process of its own. Prints each one's peak of memory beside the bound, 1.3 times the largest
-shard and 1 GB, and its time beside that of `cp`; compares every tensor with what was made. Exits
-with a status that says whether all is within the bound and equal. Linux only: /proc has the peaks.
+shard and 1 GB, and its time (in brackets: the processor's) beside that of `cp`, both until all is
+on the disk; compares every tensor with what was made. Exits with a status that says whether all is
+within the bound and equal. Linux only: /proc has the peaks.
 """
 
 import argparse
+import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -104,14 +107,22 @@ def are_the_file(folder, path):
     return True
 
 
+def cpu_time():
+    """Seconds of the processor that the processes started here have taken so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run(*arguments):
-    """Runs `zoo`. Returns its peak in bytes and its time in seconds."""
-    start = time.monotonic()
+    """Runs `zoo`. Returns its peak in bytes, and its time and that of the processor in seconds."""
+    start, busy = time.monotonic(), cpu_time()
     child = [sys.executable, "-c", CHILD, *map(str, arguments)]
     done = subprocess.run(child, cwd=HERE.parent.parent, text=True, capture_output=True)
+    busy = cpu_time() - busy
+    os.sync()
     if done.returncode:
         raise SystemExit(done.stderr)
-    return int(done.stdout.split("peak")[-1]), time.monotonic() - start
+    return int(done.stdout.split("peak")[-1]), time.monotonic() - start, busy
 
 
 def main():
@@ -124,14 +135,17 @@ def main():
         folder = Path(folder)
         path, ours, exported, native = (folder / n for n in ("a.pth", "ours", "exported", "fla"))
         make(path, options.layers)
-        start = time.monotonic()
+        os.sync()
+        start, busy = time.monotonic(), cpu_time()
         subprocess.run(["cp", path, folder / "copy"], check=True)
-        copied = time.monotonic() - start
+        os.sync()
+        copied, busy = time.monotonic() - start, cpu_time() - busy
         (folder / "copy").unlink()
-        peak, started = run("info", "rwkv7")
+        peak, started, busy_alone = run("info", "rwkv7")
         print(
-            f"{path.stat().st_size / MB:,.0f} MB; cp takes {copied:.1f} s; zoo alone, which loads "
-            f"torch and transformers, {started:.1f} s and {peak / MB:,.0f} MB"
+            f"{path.stat().st_size / MB:,.0f} MB; cp takes {copied:.1f} s ({busy:.1f} of the "
+            f"processor's); zoo alone, which loads torch and transformers, {started:.1f} s "
+            f"({busy_alone:.1f}) and {peak / MB:,.0f} MB"
         )
         size = ("--max-shard-size", options.shard)
         steps = {
@@ -141,7 +155,7 @@ def main():
             "convert back": ("convert", "fla-rwkv7", native, folder / "again"),
         }
         for name, arguments in steps.items():
-            peak, seconds = run(*arguments, *size)
+            peak, seconds, used = run(*arguments, *size)
             out = next(x for x in (folder / "again", native, exported, ours) if x.is_dir())
             shards = [x.stat().st_size for x in out.glob("*.safetensors")]
             bound = 1.3 * max(shards) + 1000 * MB
@@ -149,8 +163,9 @@ def main():
             good &= same and peak <= bound
             print(
                 f"{name}: peak {peak / MB:,.0f} MB, bound {bound / MB:,.0f} MB "
-                f"({len(shards)} shards); {seconds:.1f} s, of which {seconds - started:.1f} s for "
-                f"the files, {(seconds - started) / copied:.1f} x cp; "
+                f"({len(shards)} shards); {seconds:.1f} s ({used:.1f}), without loading "
+                f"{seconds - started:.1f} s ({used - busy_alone:.1f}), "
+                f"{(seconds - started) / copied:.1f} x cp ({(used - busy_alone) / busy:.1f}); "
                 f"{'written' if 'fla' in out.name else 'every tensor equal' if same else 'WRONG'}",
                 flush=True,
             )
