@@ -98,7 +98,8 @@ def is_same(found):
 
 def greedy(model):
     """The tokens that a model goes on with."""
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    # Were the padding's id in the prompt, generate() would mask it there.
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     return model.generate(torch.tensor(IDS), **options).tolist()
 
 
