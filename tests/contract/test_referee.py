@@ -204,6 +204,60 @@ def test_a_planted_fault_is_found_and_shrunk(cls, point, name, sizes):
     assert report.verdict(point) == FAILED
 
 
+class RefusesEmbeddings(LlamaForCausalLM):
+    """Says in words that it takes ids only."""
+
+    def forward(self, *args, inputs_embeds=None, **kwargs):
+        if inputs_embeds is not None:
+            raise NotImplementedError("ids only, please")
+        return super().forward(*args, **kwargs)
+
+
+class StumblesOverEmbeddings(LlamaForCausalLM):
+    """Means to take them."""
+
+    def forward(self, *args, inputs_embeds=None, **kwargs):
+        if inputs_embeds is not None:
+            inputs_embeds = inputs_embeds @ inputs_embeds
+        return super().forward(*args, inputs_embeds=inputs_embeds, **kwargs)
+
+
+class RefusesToDecode(LlamaForCausalLM):
+    """Says in words that it does not do what every causal LM is for."""
+
+    def forward(self, input_ids=None, **kwargs):
+        if kwargs.get("past_key_values") is not None and input_ids.shape[1] == 1:
+            raise NotImplementedError("no decoding, please")
+        return super().forward(input_ids, **kwargs)
+
+
+def test_a_refusal_in_words_is_no_failure_where_there_is_a_choice():
+    name = "generate from inputs_embeds = from ids"
+    (check,) = judge(subject_of(RefusesEmbeddings), [5], budget=None).of(DOES_NOT_APPLY)
+    assert check.name == name
+    assert check.reason == "it refuses: NotImplementedError: ids only, please"
+    (check,) = judge(subject_of(StumblesOverEmbeddings), [5], budget=None).failed()
+    assert check.name == name and "RuntimeError" in check.reason
+    names = {check.name for check in judge(subject_of(RefusesToDecode), [1], budget=None).failed()}
+    assert "generate, token by token = whole" in names
+
+
+class WrongIn64Bits(LlamaForCausalLM):
+    """Reads its mask in float32 only, as some attention overflows in float64."""
+
+    def forward(self, *args, attention_mask=None, **kwargs):
+        mask = None if self.dtype == torch.float64 else attention_mask
+        return super().forward(*args, attention_mask=mask, **kwargs)
+
+
+def test_what_differs_in_float64_alone_is_told_apart():
+    report = judge(subject_of(WrongIn64Bits), [2], budget=None)
+    assert not report.failed(), "\n" + report.table()
+    reasons = {check.name: check.reason for check in report.of(NOT_PROMISED)}
+    name = "prompts padded on the left in generate = each alone"
+    assert reasons[name].startswith("in fp64 alone")
+
+
 def test_a_class_that_does_not_pack_is_told_apart():
     report = judge(subject_of(TellsItsAttentionNothing), [3], budget=None)
     assert not report.failed() and report.verdict(3) == DOES_NOT_APPLY
