@@ -9,6 +9,7 @@ A folder is loaded as a user does who has no zoo: this process cannot import it.
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import os
@@ -446,8 +447,12 @@ def torch_export(folder, scratch):
     torch.export.save(program, scratch / "step.pt2")
     run = torch.export.load(scratch / "step.pt2").module()
     for t in range(8, 24):
-        logits, state = run(input_ids=ids[:, t : t + 1], state=state)
+        before = copy.deepcopy(state)
+        logits, after = run(input_ids=ids[:, t : t + 1], state=state)
         same(logits[:, 0], eager[:, t])
+        for old, held in zip(before, state, strict=True):  # what went in is as it was
+            assert all(torch.equal(held[name], x) for name, x in old.items())
+        state = after
 
 
 def make_folders(place, names):

@@ -344,6 +344,7 @@ def test_a_state_is_never_dropped_for_a_layer_of_another_folder():
     assert torch.equal(model(IDS, past_key_values=cache).logits, model(IDS).logits)
     assert type(cache.layers[0]) is type(held[0])
     other.tensors, other.clock = held[0].tensors, held[0].clock
+    cache = new_cache(model.config)
     cache.layers[0] = other
     with pytest.raises(ValueError, match="expected a cache of 2 recurrent state layers"):
         model(IDS, past_key_values=cache)

@@ -85,7 +85,8 @@ def test_card(head, tmp_path):
     assert card.data.pipeline_tag == TASKS[head] and card.data.license == "mit"
     assert "custom_code" in card.data.tags and card.data.library_name == "transformers"
     assert "language model" not in card.text and "generate" not in card.text
-    assert not re.search("@(kind|labels|model)", card.text)
+    assert not re.search("@(kind|labels|paper|model)", card.text)
+    assert "(https://arxiv.org/abs/2412.06464)" in card.text.partition("```")[0]
     assert "`num_attention_heads`" in card.text and "S_t" in card.text
     if head != "question_answerer":
         assert json.dumps(list(LABELS.values())) in card.text.splitlines()

@@ -9,6 +9,8 @@ TASKS = {
     "token_classifier": ("token-classification", "classifies each token of a text"),
     "question_answerer": ("question-answering", "finds where in a text an answer lies"),
 }
+# A link to a paper, as [title](address); a title may go on on the next line.
+PAPER = re.compile(r"\[[^\]]+\]\(https://arxiv\.org/abs/[\d.]+\)")
 MODEL_SECTION = re.compile(r"## Model\n.*?(?=\n## )", re.DOTALL)
 
 
@@ -29,6 +31,7 @@ def text_of_classifier(template, of_architecture, subject):
     parts = {
         "@kind": TASKS[subject.head][1],
         "@labels": _labels(subject).replace("$", "$$"),
+        "@paper": " ".join(PAPER.search(of_architecture)[0].split()),
         "@model": MODEL_SECTION.search(of_architecture)[0].rstrip(),
     }
     return re.sub("|".join(parts), lambda match: parts[match[0]], template)
