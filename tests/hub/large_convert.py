@@ -1,6 +1,6 @@
 """A file of 3 GB is converted, exported and converted back in the memory of one of its shards.
 
-    python tests/hub/large_convert.py [--layers 24] [--shard 500MB]
+    python tests/hub/large_convert.py [--layers 24] [--shard 500MB] [--json FILE]
 
 Makes a random RWKV-7 as its authors save one (bfloat16, one .pth), and runs `zoo` on it, each time
 in a process of its own. Prints each one's peak of memory beside the bound, 1.3 times the largest
@@ -10,6 +10,7 @@ within the bound and equal. Linux only: /proc has the peaks.
 """
 
 import argparse
+import json
 import os
 import re
 import resource
@@ -129,8 +130,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24, help="the size (%(default)s: 3 GB)")
     parser.add_argument("--shard", default="500MB", help="of a file that is written")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     options = parser.parse_args()
-    good = True
+    good, figures = True, {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         path, ours, exported, native = (folder / n for n in ("a.pth", "ours", "exported", "fla"))
@@ -161,6 +163,12 @@ def main():
             bound = 1.3 * max(shards) + 1000 * MB
             same = "fla" in out.name or are_the_file(out, path)
             good &= same and peak <= bound
+            figures[name] = {
+                "peak_bytes": peak,
+                "bound_bytes": round(bound),
+                "largest_file_bytes": max(shards),
+                "seconds": round(seconds - started, 1),
+            }
             print(
                 f"{name}: peak {peak / MB:,.0f} MB, bound {bound / MB:,.0f} MB "
                 f"({len(shards)} shards); {seconds:.1f} s ({used:.1f}), without loading "
@@ -169,6 +177,9 @@ def main():
                 f"{'written' if 'fla' in out.name else 'every tensor equal' if same else 'WRONG'}",
                 flush=True,
             )
+        figures["cp"] = {"bytes": path.stat().st_size, "seconds": round(copied, 1)}
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0 if good else 1
 
 
