@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import textwrap
 from dataclasses import asdict, dataclass, field
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
@@ -91,7 +92,7 @@ class Checks:
 def first_line(error):
     """The first line of an exception's message that says something, shortened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else "without a message"
+    return textwrap.shorten(lines[0], 200, placeholder=" ...") if lines else "without a message"
 
 
 @dataclass
