@@ -15,6 +15,9 @@ from pretraining.recipe import read_recipe
 from pretraining.training import Run
 
 STEPS = 20
+# Steps grow what rounding began: on another processor than theirs the losses of three demos are
+# within 4e-6 of those on record for 12 steps, and then off by up to 1e-2. That is the band's.
+SAME = 10
 DEMOS = sorted(path.stem for path in reference.CONFIGS.glob("*_demo.toml"))
 
 
@@ -50,7 +53,7 @@ def test_first_steps(name, tmp_path, cache_dir, monkeypatch):
     assert (low < found).all() and (found < high).all(), (low, found, high)
     if run.corpus.record["sha256"] == record["corpus_sha256"]:
         # The same text and random numbers: what is left is rounding, another processor's too.
-        np.testing.assert_allclose(found, losses[0][:STEPS], rtol=1e-4)
+        np.testing.assert_allclose(found[:SAME], losses[0][:SAME], rtol=1e-4)
 
 
 def test_a_band_holds_what_is_like_it_and_nothing_else():
