@@ -222,7 +222,7 @@ def test_weights_that_do_not_fit_are_not_pushed(hub, tmp_path, capsys):
     assert f"weights and config do not fit: no {name}" in capsys.readouterr().err
     save_file({"a": torch.zeros(2, dtype=torch.int8)}, out / "model.safetensors")
     assert main(["push", str(out), "tiny"]) == 2
-    assert "a is I8, not a plain float" in capsys.readouterr().err
+    assert "a is int8, not a plain float" in capsys.readouterr().err
     assert hub.requests == []
 
 

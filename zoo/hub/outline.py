@@ -1,59 +1,41 @@
-"""What a folder's weights are, by the headers of its files alone: nothing of their size is read."""
+"""Whether an exported folder's weights are what its config and index say, before a push."""
 
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError, safe_open
 
 from .. import MODELS
 from .files import INDEX
 from .folder import CLASSIFIERS, build_model, current_names, find_weights, read_config, read_json
-from .messages import one_line, some
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+from .messages import some
+from .tensors import open_files
 
 
 def outline(folder):
-    """The weights of an exported folder, without their values.
+    """The weights of an exported folder, lazy: nothing of their size is read.
 
     Args:
         folder: holds model.safetensors, or shards and their index.
 
     Returns:
-        Name -> tensor on the meta device.
+        Name -> tensor.
 
     Raises:
         ValueError: damaged files, a tensor that is no plain float, or an index that says something
             else than the shards.
     """
-    folder, tensors, places = Path(folder), {}, {}
-    for path in find_weights(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                shapes = {n: (x.get_dtype(), x.get_shape()) for n, x in found.items()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} is not a readable safetensors file ({one_line(error)}); it is damaged or "
-                "not fully downloaded: get it again."
-            ) from None
-        for name, (dtype, shape) in shapes.items():
-            if dtype not in _DTYPES:
-                raise ValueError(f"{path}: {name} is {dtype}, not a plain float.")
-            tensors[name] = torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
-        places |= dict.fromkeys(shapes, path.name)
-    index = folder / INDEX
-    if index.is_file():
-        said = read_json(index)["weight_map"]
+    folder, paths = Path(folder), find_weights(folder)
+    tensors = open_files(paths)
+    places = {name: path.name for path in paths for name in open_files([path])}
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            kind = str(x.dtype).removeprefix("torch.")
+            raise ValueError(f"{folder / places[name]}: {name} is {kind}, not a plain float.")
+    if (folder / INDEX).is_file():
+        said = read_json(folder / INDEX)["weight_map"]
         wrong = [n for n in said | places if said.get(n) != places.get(n)]
         if wrong:
             raise ValueError(
-                f"{index} says another file of {some(sorted(wrong))} than holds it; export again."
+                f"{folder / INDEX} says another file of {some(sorted(wrong))} than holds it; "
+                "export again."
             )
     return tensors
 
