@@ -191,7 +191,7 @@ def test_rotations_are_transformers(rope, tmp_path):
     ("fields", "message"),
     [
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layers of several layer_types"),
-        ({"rope_parameters": {"rope_type": "proportional"}}, "is one of default, linear"),
+        ({"rope_parameters": {"rope_type": "su"}}, "is one of default, linear"),
         ({"num_key_value_heads": 4}, "multiple of num_key_value_heads"),
         ({"attention_bias": True}, "does not know: attention_bias"),
     ],

@@ -26,6 +26,7 @@ ROPE_FIELDS = {
     ),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
     "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor")),
+    "proportional": ((), ("factor",)),
 }
 ROPE_TYPES = tuple(ROPE_FIELDS)
 NEEDS_LENGTH = ("yarn", "llama3", "longrope")
@@ -58,7 +59,12 @@ def rotate(x_BTHK, cos_BTHK, sin_BTHK, interleaved=False):
 
 
 def num_rotated_channels(config):
-    """How many channels of a head are turned, the first: all but for a partial_rotary_factor."""
+    """How many channels of a head are turned, the first: all but for a partial_rotary_factor.
+
+    Of type proportional that says how many of the pairs of the whole head have an angle above 0.
+    """
+    if config.rope_parameters.get("rope_type") == "proportional":
+        return config.head_dim
     return int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
@@ -84,6 +90,13 @@ def check_rope_parameters(config):
     share = config.rope_parameters.get("partial_rotary_factor", 1.0)
     _check_number("partial_rotary_factor", share, 0)
     size = num_rotated_channels(config)
+    if rope_type == "proportional":
+        turned = int(share * config.head_dim // 2)  # as transformers counts them
+        if not 1 <= turned <= config.head_dim // 2:
+            raise ValueError(
+                "partial_rotary_factor of type proportional turns from 1 to all "
+                f"{config.head_dim // 2} pairs of a head, got {turned} from {share}."
+            )
     if not 2 <= size <= config.head_dim or size % 2:
         raise ValueError(
             "partial_rotary_factor makes an even number of a head's channels, from 2 to head_dim "

@@ -67,9 +67,10 @@ class SlidingWindowConfig(ZooConfig):
         rms_norm_eps: epsilon of the norms.
         initializer_range: standard deviation of matrices and embeddings at the start.
         rope_parameters: transformers' description of RoPE: rope_theta and rope_type, one of
-            default, linear, dynamic, yarn, llama3 and longrope, with that one's own fields. For
-            dynamic and longrope, whose angles depend on the length of the text, a token takes those
-            of the text up to itself, as transformers does when it decodes token by token.
+            default, linear, dynamic, yarn, llama3, longrope and proportional, with that one's own
+            fields. For dynamic and longrope, whose angles depend on the length of the text, a token
+            takes those of the text up to itself, as transformers does when it decodes token by
+            token.
         max_position_embeddings: the length a model was trained for, which dynamic starts from, and
             others where rope_parameters does not say it. Else of no effect.
         sliding_window: W, the tokens a layer sees, the current one included; None: all.

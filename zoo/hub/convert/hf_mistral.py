@@ -24,7 +24,7 @@ def read_config(fields, weights):
     rope.setdefault("rope_type", rope_type)
     rope.setdefault("rope_theta", fields.take("rope_theta", 10000.0))
     fields.take("rope_theta", None)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope["rope_type"] != "proportional" and rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"config.json has partial_rotary_factor = {rope['partial_rotary_factor']}, which "
             "transformers' Mistral does not obey: it turns whole heads."
