@@ -1,0 +1,141 @@
+"""Softmax attention with RoPE beyond the length it was trained for, without training.
+
+`rope_extension` of a config: near keys keep RoPE's distances d, far ones get distances that the
+model knows. n is a query's number in its document and m a key's, d = n - m:
+
+    rerope        d < w: d; else w                             Su 2023, kexue.fm/archives/9708
+    leaky_rerope  d < w: d; else w + (d - w) / k               the same
+    self_extend   d < w: d; else n // G - m // G + w - w / G   Jin et al. 2024, arxiv 2401.01325
+    dual_chunk    same chunk of s = c - l tokens: d            An et al. 2024, arxiv 2402.17463
+                  the one before: min(n mod s + s, c) - m mod s
+                  older: min(2 s - 1, c) - m mod s
+
+with w = window, k = factor, G = group_size, c = chunk_size and l = local_window. With
+`log_n_length` L, queries are multiplied by max(1, ln(n + 1) / ln L), so that attention stays as
+sharp as it was among L tokens. All of it counts the tokens of the document, so it is a function of
+the text: `position_ids` say where documents start and nothing else. dual_chunk is the exact form:
+one softmax over all keys, where the authors' merge of three has weights in bfloat16 without
+gradients, and without their factor by the longest text seen so far.
+"""
+
+import difflib
+import math
+from typing import NamedTuple
+
+import torch
+
+# The fields of each type: those it has to have, and those it may have.
+EXTENSION_FIELDS = {
+    "rerope": (("window",), ("log_n_length",)),
+    "leaky_rerope": (("window", "factor"), ("log_n_length",)),
+    "self_extend": (("window", "group_size"), ("log_n_length",)),
+    "dual_chunk": (("chunk_size", "local_window"), ()),
+}
+# What a field is, and the least that it may be.
+_WHOLE = {"window": 1, "group_size": 1, "chunk_size": 1, "local_window": 0}
+
+
+class ExtendedPositions(NamedTuple):
+    """Where queries and keys stand, for each range of distances from the nearest on.
+
+    Attributes:
+        queries: [B or 1, T] for each range.
+        keys: [B or 1, T] for each copy of the keys: one for each range, or one for all.
+        reaches: the distance at which a range ends, an int or [B or 1, T], for all but the last.
+        bounds: (least, most) of each reach.
+    """
+
+    queries: tuple
+    keys: tuple
+    reaches: tuple
+    bounds: tuple
+
+
+def extended_positions(extension, clock_BT):
+    """The `ExtendedPositions` of tokens.
+
+    Args:
+        extension: a config's `rope_extension`.
+        clock_BT: the number of each token in its document.
+    """
+    if extension["type"] == "dual_chunk":
+        chunk, limit = extension["chunk_size"] - extension["local_window"], extension["chunk_size"]
+        inside_BT = clock_BT % chunk
+        before_BT = (inside_BT + chunk).clamp(max=limit)
+        older_BT = torch.full_like(clock_BT, min(2 * chunk - 1, limit))
+        reaches = inside_BT + 1, inside_BT + 1 + chunk
+        bounds = (1, chunk), (chunk + 1, 2 * chunk)
+        return ExtendedPositions((inside_BT, before_BT, older_BT), (inside_BT,), reaches, bounds)
+    window = extension["window"]
+    if extension["type"] == "rerope":
+        far = torch.full_like(clock_BT, window), torch.zeros_like(clock_BT)
+    elif extension["type"] == "leaky_rerope":
+        far_BT = _exact(clock_BT) / extension["factor"]
+        far = far_BT + (window - window / extension["factor"]), far_BT
+    else:
+        group_BT = clock_BT // extension["group_size"]
+        far = _exact(group_BT) + (window - window / extension["group_size"]), group_BT
+    return ExtendedPositions((clock_BT, far[0]), (clock_BT, far[1]), (window,), ((window, window),))
+
+
+def _exact(number_BT):
+    # Apple's GPUs have no float64.
+    return number_BT.to(torch.float32 if number_BT.device.type == "mps" else torch.float64)
+
+
+def log_n_scale(extension, clock_BT):
+    """What queries are multiplied by, [B or 1, T, 1, 1] float64; None: nothing."""
+    length = extension.get("log_n_length")
+    if length is None:
+        return None
+    return ((_exact(clock_BT) + 1).log() / math.log(length)).clamp(min=1)[..., None, None]
+
+
+def check_rope_extension(config):
+    """Raises a ValueError if a config's `rope_extension` is not one, or would change nothing."""
+    extension = config.rope_extension
+    if extension is None:
+        return
+    kind = extension.get("type")
+    if kind not in EXTENSION_FIELDS:
+        raise ValueError(
+            f"rope_extension['type'] is one of {', '.join(EXTENSION_FIELDS)}, got {kind!r}."
+        )
+    needed, optional = EXTENSION_FIELDS[kind]
+    known = ("type", *needed, *optional)
+    unknown = sorted(set(extension) - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "leave it out."
+        raise ValueError(f"rope_extension of type {kind} has no field {unknown[0]!r}; {remedy}")
+    missing = [name for name in needed if extension.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"rope_extension of type {kind} needs {' and '.join(missing)}, got "
+            f"{', '.join(sorted(extension))}."
+        )
+    for name in known[1:]:
+        _check_field(name, extension.get(name))
+    if kind == "dual_chunk" and extension["local_window"] >= extension["chunk_size"]:
+        raise ValueError(
+            "rope_extension: local_window is below chunk_size, got "
+            f"{extension['local_window']} and {extension['chunk_size']}."
+        )
+
+
+def _check_field(name, value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name in _WHOLE:
+        if not isinstance(value, int) or not is_number or value < _WHOLE[name]:
+            raise ValueError(
+                f"rope_extension[{name!r}] is a whole number of at least {_WHOLE[name]}, got "
+                f"{value!r}."
+            )
+    elif name == "factor":
+        if not is_number or not 0 < value < math.inf:
+            raise ValueError(f"rope_extension['factor'] is a number above 0, got {value!r}.")
+    elif value is not None and (not is_number or not 1 < value < math.inf):
+        raise ValueError(
+            "rope_extension['log_n_length'] is the trained length, a number above 1, or None, got "
+            f"{value!r}."
+        )
