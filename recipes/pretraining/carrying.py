@@ -83,7 +83,7 @@ class Lanes:
             restarts = torch.nonzero(positions == 0)[1:]
             positions[: int(restarts[0]) if len(restarts) else None] += seen
             windows.append((ids, targets, positions))
-        return collate(windows, "documents")
+        return collate(windows, with_positions=True)
 
 
 class Carried:

@@ -179,7 +179,8 @@ def _ends_of_windows(accelerator, tokens, ends, length, num_scored, size, packin
     # As in `held_out_batches`, processes go the same number of rounds.
     for index in range(rank, -(-len(groups) // world) * world, world):
         group = groups[min(index, len(groups) - 1)]
-        batch = collate([tokens.window(end - length, length, packing) for end in group], packing)
+        windows = [tokens.window(end - length, length, packing) for end in group]
+        batch = collate(windows, packing == "documents")
         batch = {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
         targets_BS = batch.pop("shift_labels")[:, -num_scored:]
         yield batch, targets_BS if index < len(groups) else torch.full_like(targets_BS, -100)

@@ -88,8 +88,8 @@ class Windows:
         self.seed, self.source = seed, source
         self._epoch = (None, None, None)
 
-    def locate(self, sample):
-        """Tokens that hold a sample, and where it begins among them."""
+    def locate(self, sample, ahead=0):
+        """Tokens that hold a sample and, where the text goes on, so many after it; its begin."""
         return self.tokens, self.start(sample)
 
     def start(self, sample):
@@ -105,11 +105,11 @@ class Windows:
         return int(offset + order[position] * self.length)
 
 
-def collate(windows, packing):
+def collate(windows, with_positions):
     """Windows as the arguments of a causal language model."""
     ids, targets, positions = (torch.stack(tensors) for tensors in zip(*windows))
     batch = {"input_ids": ids, "shift_labels": targets}
-    return {**batch, "position_ids": positions} if packing == "documents" else batch
+    return {**batch, "position_ids": positions} if with_positions else batch
 
 
 def held_out_batches(tokens, length, size, packing, rank=0, num_processes=1):
@@ -126,7 +126,7 @@ def held_out_batches(tokens, length, size, packing, rank=0, num_processes=1):
     for index in range(rank, -(-len(groups) // num_processes) * num_processes, num_processes):
         group, window_length = groups[min(index, len(groups) - 1)]
         windows = [tokens.window(start, window_length, packing) for start in group]
-        batch = collate(windows, packing)
+        batch = collate(windows, packing == "documents")
         if index >= len(groups):
             batch["shift_labels"].fill_(-100)
         yield batch

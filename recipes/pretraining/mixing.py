@@ -11,6 +11,7 @@ import torch
 
 from .caching import sha256
 from .corpus import Corpus, Tokens, Windows, collate, load_corpus
+from .position_skip import Skipping
 from .recipe import UsageError
 from .source_tables import TEXT_KEYS
 from .streams import Stream, load_stream
@@ -144,6 +145,7 @@ class Batches:
         self.batch_size, self.length = recipe.batch_size, recipe.sequence_length
         self.packing, self.parts = recipe.packing, parts
         self.length_at = recipe.sequence_length_at
+        self.skipping = Skipping(recipe) if recipe.position_skip else None
         self.readers = [
             part.corpus.train
             if isinstance(part.corpus.train, Stream)
@@ -184,18 +186,24 @@ class Batches:
 
         Returns:
             input_ids, shift_labels [windows, length], and position_ids if documents are kept
-            apart; `size` windows of sequence_length, or more that are shorter.
+            apart or positions skipped; `size` windows of sequence_length, or more, shorter ones.
         """
         length = self.length_at(step)
         first = step * self.batch_size + (micro * num_processes + rank) * size
-        windows = []
+        windows, skipping = [], self.skipping
+        ahead = skipping.tokens_ahead(length) if skipping else 0
         for sample in range(first, first + size):
             source, number = self.shares.place(sample)
             reader = self.readers[source]
-            tokens, start = reader.locate(number)
-            for begin in range(start, start + self.length, length):
-                windows.append(tokens.window(begin, length, self.packing))
-        return collate(windows, self.packing)
+            tokens, start = reader.locate(number, ahead)
+            for part, begin in enumerate(range(start, start + self.length, length)):
+                place = begin, length, self.packing
+                windows.append(
+                    skipping.window(tokens, *place, sample, part)
+                    if skipping
+                    else tokens.window(*place)
+                )
+        return collate(windows, self.packing == "documents" or skipping is not None)
 
     def save(self, folder, step):
         """Writes where the streams stand before a step, the same in all processes."""

@@ -7,6 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .position_skip import check_position_skip
 from .source_tables import NOT_OF_A_TASK, check_schedule, check_sources, settle_task
 from .usage import UsageError, nearest, read_toml, tomllib
 
@@ -43,6 +44,7 @@ class Recipe:
     # Steps
     sequence_length: int = 1024  # tokens
     context_schedule: list[list] = field(default_factory=list)  # [step, shorter windows from it on]
+    position_skip: dict = field(default_factory=dict)  # PoSE; scale RoPE too: position_skip.py
     batch_size: int = 32  # windows per step, over all processes
     micro_batch_size: int = 0  # windows a process runs at once; 0: its whole share of the batch
     steps: int = 1000
@@ -146,6 +148,7 @@ class Recipe:
                 "held_out is a fraction above 0: without such text nothing is measured."
             )
         self._check_carrying()
+        check_position_skip(self)
         if self.eval_positions > self.sequence_length:
             raise UsageError(
                 "eval_positions are parts of a window, sequence_length = "
@@ -180,6 +183,7 @@ class Recipe:
                 not self.gradient_checkpointing
             ),
             "no context_schedule": not self.context_schedule,
+            "no position_skip (it is for windows that begin anew)": not self.position_skip,
             "one text, no sources": not self.sources,
             "a text that is read whole, no streaming": not self.streaming,
         }

@@ -45,10 +45,10 @@ class Stream:
         self._documents, self._stands = self._read_documents(), None
         self.sample, self.ids, self.starts = 0, np.zeros(0, np.int64), np.zeros(0, np.int64)
 
-    def locate(self, sample):
-        """Tokens that hold a sample, and where it begins among them."""
+    def locate(self, sample, ahead=0):
+        """Tokens that hold a sample and so many after it, and where it begins among them."""
         self._go_to(sample)
-        self._read(self.length + 1)
+        self._read(self.length + ahead + 1)
         return Tokens(self.ids, self.starts, 0), 0
 
     def start(self, sample):

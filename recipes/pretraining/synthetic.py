@@ -9,6 +9,7 @@ from tasks import Task, load
 from tasks.definition import TRAINED, UNSCORED
 
 from .corpus import tokenizer_hash
+from .position_skip import Skipping
 
 
 @dataclass
@@ -59,6 +60,7 @@ class TaskBatches:
 
     def __init__(self, recipe, task):
         self.seed, self.batch_size, self.task = recipe.seed, recipe.batch_size, task
+        self.skipping = Skipping(recipe) if recipe.position_skip else None
 
     def described(self, num_tokens):
         """What is trained on, for the terminal."""
@@ -73,9 +75,17 @@ class TaskBatches:
         return {"samples": [step * self.batch_size, (step + 1) * self.batch_size - 1]}
 
     def batch(self, step, rank, micro, num_processes, size):
-        """One process's micro-batch: input_ids [size, T] or [size, T, 2], and shift_labels."""
+        """One process's micro-batch: input_ids [size, T] or [size, T, 2], and shift_labels.
+
+        With `position_skip` position_ids too.
+        """
         first = (micro * num_processes + rank) * size
-        return as_inputs(self.task.batch(self.seed, step, first, size))
+        batch = as_inputs(self.task.batch(self.seed, step, first, size))
+        if self.skipping:
+            plain, before = torch.arange(self.task.length), step * self.batch_size + first
+            rows = [self.skipping.positions(plain, before + row) for row in range(size)]
+            batch["position_ids"] = torch.stack(rows)
+        return batch
 
     def save(self, folder, step):
         """Nothing: what is read follows from the step."""

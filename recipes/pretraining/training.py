@@ -16,6 +16,7 @@ from .checkpointing import SHARDS_INDEX, UNFINISHED, files_in, list_checkpoints,
 from .comparing import check_lengths
 from .costs import peak_flops, peak_memory, training_flops
 from .evaluating import held_out_report, step_figures
+from .full_attention import check_positions
 from .lora import adapt
 from .measuring import diagnostics
 from .mixing import Batches, load_mixture
@@ -86,6 +87,7 @@ class Run:
         is_sharded = folder and (folder / SHARDS_INDEX).is_file()
         model = build_model(recipe, begin.config, None if is_sharded else begin.folder)
         check_lengths(recipe, model, self.corpus)
+        check_positions(recipe, model)
         if recipe.task:
             sum_stacked(model)
         model = adapt(model, recipe, folder, accelerator)
@@ -124,6 +126,8 @@ class Run:
             f"{self.threads} threads, {self.precision}{compiled}\n"
             f"{self.windows.described(self._tokens(recipe.steps))}"
         )
+        if recipe.position_skip:
+            accelerator.print(f"Positions jump, below {recipe.position_skip['target']:,}")
         if begin.record and not folder:
             changed = "; ".join(begin.record["changed"])
             accelerator.print(

@@ -81,10 +81,17 @@ def test_a_stream_is_its_documents_in_their_order(folder, tokenizer):
     assert all(sorted(epoch) == sorted(kept) for epoch in epochs)
 
 
-@pytest.mark.parametrize("length", [64, 16])
-def test_resumed_anywhere_it_is_exact(folder, tokenizer, tmp_path, length):
+@pytest.mark.parametrize(
+    ("length", "values"),
+    [
+        (64, {"packing": "documents"}),
+        (16, {"packing": "documents"}),
+        (16, {"position_skip": {"target": 128, "span": 3}}),
+    ],
+)
+def test_resumed_anywhere_it_is_exact(folder, tokenizer, tmp_path, length, values):
     """At every step, in the first epoch and in later ones, on one process and on several."""
-    schedule = {"packing": "documents", "context_schedule": [[0, length], [7, 64]]}
+    schedule = {"context_schedule": [[0, length], [7, 64]], **values}
 
     def batches():
         recipe = recipe_for(folder, **schedule)
