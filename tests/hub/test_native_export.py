@@ -166,6 +166,9 @@ def test_it_can_be_pushed(folder, models, tmp_path):
 REFUSED = [
     ("sliding_window", {"num_sink_tokens": 2}, "num_sink_tokens is 2: transformers' model has no"),
     ("sliding_window", {"learnable_sinks": True}, "learnable_sinks is True: transformers' model"),
+    ("sliding_window", {"norm_type": "layer"}, "norm_type is 'layer': transformers' model has no"),
+    ("sliding_window", {"gated_mlp": False}, "gated_mlp is False: transformers' model has none"),
+    ("sliding_window", {"attention_bias": True}, "attention_bias is True: transformers' model"),
     ("rwkv4", {"attention_hidden_size": 64}, "transformers cannot decode when they differ"),
     ("rwkv4", {"embedding_norm": False}, "transformers' model always has that norm"),
     ("lightning", {}, "norm_weight is False: transformers' model has True"),  # TransNormerLLM

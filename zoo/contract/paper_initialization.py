@@ -264,10 +264,16 @@ def lightning(config):
 
 
 def sliding_window(config):
-    """transformers' Mistral and, for the sinks' logits, its gpt-oss."""
+    """transformers' Mistral and Bloom and, for the sinks' logits, its gpt-oss."""
     normal = (0.0, config.initializer_range, "normal")
-    table = dict.fromkeys(("*_proj.weight", "model.embed_tokens.weight", "lm_head.weight"), normal)
+    table = dict.fromkeys(("*_proj.weight", "model.embed_tokens.weight"), normal)
+    if not config.tie_word_embeddings:
+        table["lm_head.weight"] = normal
     table["*norm.weight"] = ONE
+    if config.norm_bias:
+        table["*norm.bias"] = ZERO
+    if config.attention_bias or config.mlp_bias:
+        table["*_proj.bias"] = ZERO
     if config.learnable_sinks:
         table["*.mixer.sink_logits"] = normal
     return table

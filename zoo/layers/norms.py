@@ -1,4 +1,4 @@
-"""Norms that are neither PyTorch's RMSNorm nor its LayerNorm."""
+"""Norms that are neither PyTorch's RMSNorm nor its LayerNorm, and choices between norms."""
 
 import torch
 import torch.nn.functional as F
@@ -37,3 +37,10 @@ def llama_or_gemma_norm(config):
     """An RMSNorm of a config's hidden_size and rms_norm_eps; Gemma's if it has norm_adds_one."""
     norm_class = GemmaNorm if config.norm_adds_one else nn.RMSNorm
     return norm_class(config.hidden_size, eps=config.rms_norm_eps)
+
+
+def rms_or_layer_norm(config):
+    """The norm of a config's norm_type, "rms" or "layer", with a bias if it has norm_bias."""
+    if config.norm_type == "rms":
+        return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps, bias=config.norm_bias)

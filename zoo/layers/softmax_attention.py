@@ -194,14 +194,17 @@ class SoftmaxAttention(nn.Module):
         num_sinks: first tokens of a document that stay visible.
         has_sink_logits: a logit per head in the softmax that stands for no token.
         bias: in the linear layers.
+        clip_qkv: queries, keys and values are cut off at plus and minus this; None: not.
     """
 
     is_causal = True
 
-    def __init__(self, config, layer_idx, num_sinks=0, has_sink_logits=False, bias=False):
+    def __init__(
+        self, config, layer_idx, num_sinks=0, has_sink_logits=False, bias=False, clip_qkv=None
+    ):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.window, self.num_sinks = config.sliding_window, num_sinks
+        self.window, self.num_sinks, self.clip_qkv = config.sliding_window, num_sinks, clip_qkv
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.num_groups = config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_groups
@@ -238,15 +241,23 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x_BTD, sequence, state, rotation, sink_rotation=None):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
-        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, self.head_dim))
-        k_BTHK = self.k_proj(x_BTD).unflatten(-1, (self.num_groups, self.head_dim))
-        v_BTHV = self.v_proj(x_BTD).unflatten(-1, (self.num_groups, self.head_dim))
+        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD)
         sink_q_BTHK = None if sink_rotation is None else rotate(q_BTHK, *sink_rotation)
         q_BTHK, k_BTHK = rotate(q_BTHK, *rotation), rotate(k_BTHK, *rotation)
         is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
         run = self.run_step if is_step else self.run_pass
         y_BTHV = run(q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state)
         return self.out_proj(y_BTHV.flatten(2)), state
+
+    def project(self, x_BTD):
+        """Queries [B, T, H, K], keys and values [B, T, groups, K] of hidden states [B, T, D]."""
+        parts = ((self.q_proj, self.num_heads), (self.k_proj, self.num_groups))
+        parts += ((self.v_proj, self.num_groups),)
+        for proj, heads in parts:
+            y_BTK = proj(x_BTD)
+            if self.clip_qkv is not None:
+                y_BTK = y_BTK.clamp(-self.clip_qkv, self.clip_qkv)
+            yield y_BTK.unflatten(-1, (heads, self.head_dim))
 
     def run_step(self, q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state):
         """One token per row: writes its slot, and looks at all that are filled, in any order."""

@@ -19,10 +19,14 @@ differences of positions, so they keep their own; for the sinks alone the query 
 time. That makes it a function of the text, the same in training and in generation. Sink logits
 (`learnable_sinks`) are those of gpt-oss: one per head, in the softmax's denominator only.
 
+The block is Mistral's, or GPT's: LayerNorms (`norm_type`, `norm_bias`, `embedding_norm`), an MLP
+without a gate (`gated_mlp`), biases (`attention_bias`, `mlp_bias`), and projections that are cut
+off (`clip_qkv`).
+
 Weights of Mistral load through `zoo convert hf-mistral` and `zoo convert mistral-consolidated`.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -41,7 +45,8 @@ from ..core.heads import (
     ZooForSequenceClassification,
     ZooForTokenClassification,
 )
-from ..layers.mlp import GatedMLP
+from ..layers.mlp import GatedMLP, PlainMLP
+from ..layers.norms import rms_or_layer_norm
 from ..layers.positions import RotaryPositions, check_rope_parameters
 from ..layers.softmax_attention import (
     SoftmaxAttention,
@@ -64,7 +69,14 @@ class SlidingWindowConfig(ZooConfig):
             num_attention_heads.
         head_dim: width of a head; None: hidden_size / num_attention_heads.
         hidden_act: activation of the MLP.
-        rms_norm_eps: epsilon of the norms.
+        gated_mlp: down(act(gate x) * up x); else down(act(up x)).
+        mlp_bias: biases in the MLP.
+        attention_bias: biases in the projections to queries, keys and values, and the one out.
+        clip_qkv: these three are cut off at plus and minus so much; None: not.
+        norm_type: "rms", or "layer": LayerNorm, which takes the mean off.
+        norm_bias: LayerNorms have a bias.
+        embedding_norm: one more norm, on the embeddings.
+        rms_norm_eps: epsilon of the norms, of either type.
         initializer_range: standard deviation of matrices and embeddings at the start.
         rope_parameters: transformers' description of RoPE: rope_theta and rope_type, one of
             default, linear, dynamic, yarn, llama3, longrope and proportional, with that one's own
@@ -84,11 +96,30 @@ class SlidingWindowConfig(ZooConfig):
         "sinks": {"sliding_window": 16, "num_key_value_heads": 2, "num_sink_tokens": 3},
         "learnable-sinks": {"sliding_window": 16, "head_dim": 10, "learnable_sinks": True},
         "full": {"sliding_window": None, "num_key_value_heads": 2},
+        "gpt-block": {
+            "sliding_window": None,
+            "hidden_act": "gelu",
+            "gated_mlp": False,
+            "mlp_bias": True,
+            "attention_bias": True,
+            "clip_qkv": 3.0,
+            "norm_type": "layer",
+            "norm_bias": True,
+            "embedding_norm": True,
+            "tie_word_embeddings": True,
+        },
     }
 
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     hidden_act: str = "silu"
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    attention_bias: bool = False
+    clip_qkv: float | None = None
+    norm_type: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    embedding_norm: bool = False
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     rope_parameters: dict | None = None
@@ -122,6 +153,12 @@ class SlidingWindowConfig(ZooConfig):
                 "num_sink_tokens is at least 0, and 0 without a sliding_window (where every token "
                 f"stays visible), got {self.num_sink_tokens}."
             )
+        if self.norm_bias and self.norm_type == "rms":
+            raise ValueError("norm_bias is of norm_type 'layer': RMSNorms have none; leave it out.")
+        if self.clip_qkv is not None and not self.clip_qkv > 0:
+            raise ValueError(
+                f"clip_qkv is above 0, got {self.clip_qkv}; None leaves projections as they are."
+            )
         check_rope_parameters(self)
 
 
@@ -129,14 +166,26 @@ class SlidingWindowAttention(SoftmaxAttention):
     """Attention over a window and, if the config has them, sinks."""
 
     def __init__(self, config, layer_idx):
-        super().__init__(config, layer_idx, config.num_sink_tokens, config.learnable_sinks)
+        super().__init__(
+            config,
+            layer_idx,
+            config.num_sink_tokens,
+            config.learnable_sinks,
+            config.attention_bias,
+            config.clip_qkv,
+        )
 
 
 class SlidingWindowBlock(ZooBlock):
-    """Mistral's block."""
+    """Mistral's block, or GPT's."""
 
     mixer_class = SlidingWindowAttention
-    mlp_class = GatedMLP
+    build_norm = staticmethod(rms_or_layer_norm)
+
+    @staticmethod
+    def mlp_class(config):
+        """With a gate or without."""
+        return (GatedMLP if config.gated_mlp else PlainMLP)(config, bias=config.mlp_bias)
 
 
 class SlidingWindowPreTrainedModel(SoftmaxPreTrainedModel):
@@ -160,11 +209,18 @@ class SlidingWindowModel(SlidingWindowPreTrainedModel, ZooModel):
     """Mistral's decoder."""
 
     block_class = SlidingWindowBlock
+    build_norm = staticmethod(rms_or_layer_norm)
 
     def __init__(self, config):
         super().__init__(config)
+        if config.embedding_norm:
+            self.embed_norm = rms_or_layer_norm(config)
         self.rotation = RotaryPositions(config)
         self.post_init()
+
+    def embed(self, embeds_BTD, sequence):
+        """The norm on the embeddings."""
+        return self.embed_norm(embeds_BTD) if self.config.embedding_norm else embeds_BTD
 
     def mixer_inputs(self, x_BTD, sequence):
         """The rotation of each position, and that of a query for the sinks, the same in all layers.

@@ -1,6 +1,7 @@
 """What a format file is made of: reading a foreign config and foreign weights to the last name."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -256,6 +257,21 @@ class Format(NamedTuple):
         "to {dst}"
     )
     left_out: tuple[str, ...] = ()
+
+
+def refuse_beyond(config, known, whose):
+    """Raises a ValueError for a setting that a foreign model has nothing for.
+
+    Args:
+        config: ours.
+        known: names of the settings that it has; others are as by default in what it holds.
+        whose: its owner, as in "transformers'".
+    """
+    for field in fields(config):
+        value = getattr(config, field.name, None)
+        is_own = field.name not in PreTrainedConfig.__dataclass_fields__
+        if is_own and field.name not in known and value != field.default:
+            raise ValueError(f"{field.name} is {value!r}: {whose} model has none.")
 
 
 def read_by_name(weights, config, names, changes):

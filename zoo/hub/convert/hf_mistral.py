@@ -6,7 +6,14 @@ attention; one that lacks the field has transformers' default, 4096.
 
 from ...layers.positions import num_rotated_channels
 from ...models.sliding_window import SlidingWindowConfig
-from .format import TRANSFORMERS, Format, llama_names, read_by_name, write_by_name
+from .format import (
+    TRANSFORMERS,
+    Format,
+    llama_names,
+    read_by_name,
+    refuse_beyond,
+    write_by_name,
+)
 
 
 def is_one(config, names):
@@ -58,9 +65,7 @@ def read_config(fields, weights):
 
 def write_config(config):
     """transformers' fields from our config, and notes."""
-    for name in ("num_sink_tokens", "learnable_sinks"):
-        if getattr(config, name):
-            raise ValueError(f"{name} is {getattr(config, name)}: transformers' model has none.")
+    refuse_beyond(config, WRITTEN, "transformers'")
     if num_rotated_channels(config) != config.head_dim:
         raise ValueError("partial_rotary_factor is not 1: transformers' model turns whole heads.")
     values = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}

@@ -16,11 +16,26 @@ written always says it.
 from ...core.length_limit import length_limit
 from ...layers.positions import num_rotated_channels
 from ...models.sliding_window import SlidingWindowConfig
-from .format import Format, read_by_name, write_by_name
+from .format import Format, read_by_name, refuse_beyond, write_by_name
 
 NAMES = {"dim", "n_layers", "n_heads", "hidden_dim"}
 WHOLE = ("consolidated.safetensors.index.json", "consolidated.safetensors")
 HOW_TO_RUN = ("max_batch_size", "use_cache", "dtype")
+KNOWN = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "max_position_embeddings",
+    "sliding_window",
+    "tie_word_embeddings",
+)
 OTHER_MODELS = {
     "moe": "mixtures of experts have no counterpart here",
     "vision_encoder": "images have no counterpart here",
@@ -116,9 +131,7 @@ def _one_window(fields):
 
 def write_config(config):
     """The authors' fields from our config, and notes."""
-    for name in ("num_sink_tokens", "learnable_sinks"):
-        if getattr(config, name):
-            raise ValueError(f"{name} is {getattr(config, name)}: the authors' model has none.")
+    refuse_beyond(config, KNOWN + FORMAT.left_out, "the authors'")
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act is {config.hidden_act!r}: the authors' code has 'silu'.")
     if config.rope_parameters["rope_type"] != "default":
