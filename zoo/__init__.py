@@ -29,6 +29,8 @@ from .models.sliding_window import *  # Jiang et al. 2023: Mistral 7B; attention
 from .models.block_recurrent import *  # Hutchins et al. 2022: a cell that reads windows
 from .models.longnet import *  # Ding et al. 2023: dilated attention
 
+from .core.joining import join_states  # of several texts' caches, one
+
 __version__ = "0.1.0"
 
 
@@ -65,7 +67,7 @@ def _architectures():
 
 
 MODELS: dict[str, Architecture] = {x.name: x for x in _architectures()}
-__all__ = ["MODELS", "Architecture", "__version__"]
+__all__ = ["MODELS", "Architecture", "__version__", "join_states"]
 
 for _name, _config, *_classes in MODELS.values():
     AutoConfig.register(_config.model_type, _config)

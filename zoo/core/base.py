@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .flops import linear_flops
 from .generation import StateGeneration
+from .joining import join_states
 from .length_limit import LengthLimit
 from .replay import replay
 from .sequence import Sequence, restarting_positions
@@ -153,6 +154,11 @@ class ZooConfig(PreTrainedConfig):
                 f"layer_types follow from the other fields of {type(self).__name__}, which make "
                 f"{_in_runs(self.layer_types)}, got {_in_runs(value)}; {self.hybrids}"
             )
+
+    @property
+    def state_is_list_of_tokens(self):
+        """Whether all layers keep tokens that may lie in any order: what `join_states` takes."""
+        return False
 
     def to_dict(self):
         """The fields as JSON has them, to be saved.
@@ -598,6 +604,7 @@ class ZooModel(ZooPreTrainedModel):
             cu_seq_lens_q,
             seq_idx,
             None if cache is None else cache.layers[0].clock,
+            None if cache is None else cache.layers[0].position_shift,
         )
         if cache is not None and sequence.starts_anew(cache.layers[0].clock is not None):
             cache.layers[0].is_one_document = False
@@ -637,11 +644,11 @@ class ZooModel(ZooPreTrainedModel):
         ]
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
         frame, states = take_apart(new_cache(self.config) if cache is None else cache)
-        frames, clock = {0: frame}, frame[0].clock
+        frames, clock, shift = {0: frame}, frame[0].clock, frame[0].position_shift
         positions = inputs.position_ids
         if cu_seq_lens_q is not None or seq_idx is not None:
             positions = restarting_positions(
-                (batch, time), mask, positions, cu_seq_lens_q, seq_idx, clock
+                (batch, time), mask, positions, cu_seq_lens_q, seq_idx, clock, shift
             )
 
         def run(index, x_BTD, states):
@@ -973,6 +980,15 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
     def flops_per_token(self, length):
         """As of `ZooModel`, with the projection onto the vocabulary."""
         return self.model.flops_per_token(length) + linear_flops(self.lm_head)
+
+    def join_states(self, caches, **options):
+        """One cache from those of several windows of text, as `join_states` of zoo/core/joining.py.
+
+        Args:
+            caches: of the windows: one for each, or one whose rows they are.
+            options: as there.
+        """
+        return join_states(caches, self.config, **options)
 
     @property
     def has_constant_state(self):

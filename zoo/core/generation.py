@@ -7,7 +7,7 @@ So rows that have ended are not run on, and what only a cache of keys can do is 
 from transformers import GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from .state import one_cache
+from .state import CACHE_NAMES, one_cache
 
 
 class EndedRows(StoppingCriteriaList):
@@ -73,6 +73,22 @@ class StateGeneration(GenerationMixin):
             is_first_iteration,
             **kwargs,
         )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        position_ids = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        cache = one_cache(*(model_kwargs.get(name) for name in CACHE_NAMES))
+        first = (getattr(cache, "layers", None) or [None])[0]
+        shift_B = getattr(first, "position_shift", None)
+        if shift_B is None:
+            return position_ids
+        # Of a joined state: on from there, as columns count from there.
+        next_B = (first.clock + shift_B).to(position_ids.device)
+        # Rows may have been repeated for beams by now, each so many times.
+        next_B = next_B[:: max(1, len(next_B) // inputs_tensor.shape[0])]
+        before_B1, mask = first.length, model_kwargs.get("attention_mask")
+        if mask is not None:
+            before_B1 = mask[:, :before_B1].sum(1, keepdim=True).to(position_ids.device)
+        return position_ids - before_B1 + next_B[:, None]
 
     def _get_candidate_generator(self, generation_config, *args, **kwargs):
         if generation_config.assistant_early_exit is not None:

@@ -27,6 +27,7 @@ class _Batch(NamedTuple):
     seq_idx: torch.Tensor | None
     clock_before: torch.Tensor
     has_state: bool
+    shift_before: torch.Tensor | None = None
 
     def is_packed(self):
         """Whether there is padding, or a row may hold several documents."""
@@ -44,7 +45,7 @@ class Sequence:
     Attributes:
         shape: (B, T) of the batch as it came.
         positions: for rotations, [B or 1, T] when dense, [1, total] when packed; the caller's
-            `position_ids` if there are any, else `clock`.
+            `position_ids` if there are any, else `clock` (and the shift of a joined state).
         clock: how many tokens of its own document precede each token; same shape.
         cu_seqlens: [N + 1] document boundaries in the packed stream, or None when dense.
         token_index: [total], where each packed token lies in the flattened batch; None when dense.
@@ -54,6 +55,7 @@ class Sequence:
         last_document: [B], the row's last document, -1 for a row without tokens; None when dense.
         keep: [B] bool, which rows take part in this single step; None if all do.
         clock_after: [B or 1], the clock of the next token of each row.
+        shift_after: [B], how far that token's position is from its clock; None: they are the same.
     """
 
     shape: tuple[int, int]
@@ -66,6 +68,7 @@ class Sequence:
     continues: torch.Tensor | None = None
     last_document: torch.Tensor | None = None
     keep: torch.Tensor | None = None
+    shift_after: torch.Tensor | None = None
 
     @classmethod
     def open(
@@ -77,6 +80,7 @@ class Sequence:
         cu_seq_lens_q=None,
         seq_idx=None,
         clock_before=None,
+        shift_before=None,
     ):
         """Reads the arguments of a Hugging Face forward pass.
 
@@ -88,6 +92,8 @@ class Sequence:
             cu_seq_lens_q: [N + 1] document boundaries, for B = 1.
             seq_idx: [B, T], the index of each token's document.
             clock_before: [B], tokens of its document each row's state has seen; None: no state.
+            shift_before: [B], what is added to clocks for the positions of tokens that go on from
+                the state, where there are no position_ids; None: nothing.
 
         Raises:
             ValueError: shapes that do not fit; no tokens.
@@ -114,7 +120,7 @@ class Sequence:
         if not has_state:
             clock_before = torch.zeros(1, dtype=torch.long, device=device)
         arguments = attention_mask, position_ids, cu_seq_lens_q, seq_idx
-        batch = _Batch(shape, device, *arguments, clock_before, has_state)
+        batch = _Batch(shape, device, *arguments, clock_before, has_state, shift_before)
         if time == 1 and cu_seq_lens_q is None:
             return cls._single_step(batch)
         if torch.compiler.is_exporting():
@@ -125,19 +131,23 @@ class Sequence:
     @classmethod
     def _dense(cls, batch):
         shape, position_ids, clock_before = batch.shape, batch.position_ids, batch.clock_before
-        continues = None
+        continues, shift = None, batch.shift_before
         if batch.has_state and position_ids is not None:
             continues = _unless_all(position_ids[:, 0] != 0)
             if continues is not None:
                 clock_before = torch.where(continues, clock_before, 0)
+                shift = None if shift is None else torch.where(continues, shift, 0)
         steps = torch.arange(shape[1], device=clock_before.device)
         clock = clock_before[:, None] + steps
+        if position_ids is None:
+            position_ids = clock if shift is None else clock + shift[:, None]
         return cls(
             shape,
-            clock if position_ids is None else position_ids,
+            position_ids,
             clock,
             clock_before + shape[1],
             continues=continues,
+            shift_after=shift,
         )
 
     @classmethod
@@ -147,7 +157,9 @@ class Sequence:
             keep = _unless_all(attention_mask[:, 0] != 0)
             if keep is not None:
                 after = torch.where(keep, sequence.clock_after, batch.clock_before)
-                sequence = replace(sequence, keep=keep, clock_after=after)
+                shift = sequence.shift_after
+                shift = None if shift is None else torch.where(keep, shift, batch.shift_before)
+                sequence = replace(sequence, keep=keep, clock_after=after, shift_after=shift)
         return sequence
 
     @classmethod
@@ -206,9 +218,17 @@ class Sequence:
         clock_after = torch.where(
             last_document >= 0, clock[last_token][last_document] + 1, clock_before
         )
+        shift_after = None
+        if position_ids is None:
+            positions = clock
+        if batch.shift_before is not None:
+            shift = torch.where(continues, batch.shift_before[row_of_document], 0)
+            if position_ids is None:
+                positions = clock + shift[document]
+            shift_after = torch.where(last_document >= 0, shift[last_document], batch.shift_before)
         return cls(
             batch.shape,
-            (clock if position_ids is None else positions)[None],
+            positions[None],
             clock[None],
             clock_after,
             cu_seqlens=cu_seqlens,
@@ -216,6 +236,7 @@ class Sequence:
             row_of_document=row_of_document,
             continues=continues,
             last_document=last_document,
+            shift_after=shift_after,
         )
 
     def starts_anew(self, has_state):
@@ -256,7 +277,15 @@ class Sequence:
         return replace(self, **moved)
 
 
-def restarting_positions(shape, attention_mask, position_ids, cu_seq_lens_q, seq_idx, clock_before):
+def restarting_positions(
+    shape,
+    attention_mask,
+    position_ids,
+    cu_seq_lens_q,
+    seq_idx,
+    clock_before,
+    shift_before=None,
+):
     """Positions that are 0 where a document starts, from other words for its boundaries.
 
     Where a sequence is cut at a boundary, these alone say that the next piece does not go on.
@@ -265,7 +294,7 @@ def restarting_positions(shape, attention_mask, position_ids, cu_seq_lens_q, seq
         shape: (B, T).
         attention_mask, position_ids, cu_seq_lens_q, seq_idx: as of `Sequence.open`, the last two
             not both None.
-        clock_before: [B], as there; None: no state.
+        clock_before, shift_before: [B], as there; None: no state.
 
     Returns:
         [B, T].
@@ -298,7 +327,8 @@ def restarting_positions(shape, attention_mask, position_ids, cu_seq_lens_q, seq
     # What came before the document: the largest so far, as counts only grow.
     base_BT = torch.where(is_start_BT, before_BT, 0).cummax(1).values
     if clock_before is not None:
-        base_BT = torch.where(is_start_BT.cumsum(1) > 0, base_BT, base_BT - clock_before[:, None])
+        next_B = clock_before if shift_before is None else clock_before + shift_before
+        base_BT = torch.where(is_start_BT.cumsum(1) > 0, base_BT, base_BT - next_B[:, None])
     return before_BT - base_BT
 
 

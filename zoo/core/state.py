@@ -21,6 +21,8 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 FORMAT = "zoo state 1"
+# Of a joined state, whose positions are not its clocks.
+JOINED_FORMAT = "zoo state 2"
 
 # What transformers calls a cache, as an argument and in what a model returns: up to 5.23 the one,
 # from then on the other. Our models take both, and return the installed library's.
@@ -122,6 +124,7 @@ class Segment:
     length_before: int
     length: int
     inputs: Inputs | None
+    position_shift: torch.Tensor | None = None
 
 
 class StateLayer(CacheLayerMixin):
@@ -133,6 +136,8 @@ class StateLayer(CacheLayerMixin):
     Attributes:
         tensors: the state by name, each [B, *shape].
         clock: [B], tokens of the current document that each row has seen, without padding.
+        position_shift: [B], how far the position of a row's next token is from its clock, where
+            several texts were joined into one state; None: they are the same.
         is_one_document: whether each row has had one document so far, as far as is known: its
             clock then counts all its tokens. Kept by the first layer of a cache.
         length: columns seen, with padding; what an attention mask for this cache has to cover.
@@ -151,6 +156,7 @@ class StateLayer(CacheLayerMixin):
     def _clear(self):
         self.tensors: dict[str, torch.Tensor] = {}
         self.clock = None
+        self.position_shift = None
         self.is_one_document = True
         self.length = 0
         self.pending_length = 0
@@ -228,6 +234,7 @@ class StateLayer(CacheLayerMixin):
         self.tensors = self._rows(sequence, specs, state)
         # A row of its own for each: a compiled step is for one stride.
         self.clock = sequence.clock_after.expand(sequence.shape[0]).contiguous()
+        self.position_shift = sequence.shift_after
         self._add_to_length(sequence.shape[1], self.clock.device)
         self.pending, self.pending_length = None, 0
 
@@ -252,7 +259,8 @@ class StateLayer(CacheLayerMixin):
         return tensors
 
     def _record(self, length, inputs):
-        self.segments.append(Segment(self.tensors, self.clock, self.length, length, inputs))
+        before = self.tensors, self.clock, self.length
+        self.segments.append(Segment(*before, length, inputs, self.position_shift))
         while sum(s.length for s in self.segments[1:]) >= ROLLBACK_TOKENS:
             self.segments.pop(0)
 
@@ -285,6 +293,7 @@ class StateLayer(CacheLayerMixin):
         while remove > 0:
             segment = self.segments.pop()
             self.tensors, self.clock = segment.tensors, segment.clock
+            self.position_shift = segment.position_shift
             self.length = segment.length_before
             kept = max(0, segment.length - remove)
             remove -= segment.length - kept
@@ -339,8 +348,9 @@ class StateLayer(CacheLayerMixin):
                 )
             self.segments = []
         self.tensors = {name: function(x) for name, x in self.tensors.items()}
-        if self.clock is not None:
-            self.clock = function(self.clock)
+        for name in ("clock", "position_shift"):
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))
 
 
 class SlidingStateLayer(StateLayer):
@@ -418,12 +428,14 @@ class LayerFrame(NamedTuple):
     clock: torch.Tensor | None
     length: int
     is_one_document: bool
+    position_shift: torch.Tensor | None = None
 
 
 def take_apart(cache):
     """(a `LayerFrame` for each layer, all tensors in one list); `put_together` undoes it."""
     frame = [
-        LayerFrame(tuple(x.tensors), x.clock, x.length, x.is_one_document) for x in cache.layers
+        LayerFrame(tuple(x.tensors), x.clock, x.length, x.is_one_document, x.position_shift)
+        for x in cache.layers
     ]
     return frame, [x for layer in cache.layers for x in layer.tensors.values()]
 
@@ -434,7 +446,7 @@ def put_together(config, frame, tensors):
     for layer, own in zip(cache.layers, frame, strict=True):
         layer.tensors = {name: next(tensors) for name in own.names}
         layer.clock, layer.length = own.clock, own.length
-        layer.is_one_document = own.is_one_document
+        layer.is_one_document, layer.position_shift = own.is_one_document, own.position_shift
     return cache
 
 
@@ -478,8 +490,7 @@ def _all_tensors(layer):
     held = [layer.pending, *(s.inputs for s in layer.segments)]
     for owner in (layer, *layer.segments):
         yield from owner.tensors.values()
-        if owner.clock is not None:
-            yield owner.clock
+        yield from (x for x in (owner.clock, owner.position_shift) if x is not None)
     for inputs in held:
         if inputs is not None:
             yield from (x for x in vars(inputs).values() if x is not None)
@@ -500,11 +511,13 @@ def save_state(cache, path):
                 + "; run the model on at least one token first."
             )
         tensors |= {f"layers.{index}.{name}": x.contiguous() for name, x in layer.tensors.items()}
-        tensors[f"layers.{index}.clock"] = layer.clock.contiguous()
+        for name in ("clock", "position_shift"):
+            if getattr(layer, name) is not None:
+                tensors[f"layers.{index}.{name}"] = getattr(layer, name).contiguous()
         lengths.append(layer.length)
     is_one_document = json.dumps(cache.layers[0].is_one_document)
     metadata = {
-        "format": FORMAT,
+        "format": FORMAT if cache.layers[0].position_shift is None else JOINED_FORMAT,
         "lengths": json.dumps(lengths),
         "is_one_document": is_one_document,
     }
@@ -524,7 +537,7 @@ def load_state(path, config, device="cpu"):
     """
     with safe_open(path, framework="pt", device=str(device)) as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") not in (FORMAT, JOINED_FORMAT):
             raise ValueError(
                 f"{path}: expected a state written by zoo ({FORMAT!r}), got format "
                 f"{metadata.get('format')!r}; write it with zoo.core.state.save_state."
@@ -539,8 +552,8 @@ def load_state(path, config, device="cpu"):
         for name in file.keys():
             _, index, key = name.split(".", 2)
             layer = cache.layers[int(index)]
-            if key == "clock":
-                layer.clock = file.get_tensor(name)
+            if key in ("clock", "position_shift"):
+                setattr(layer, key, file.get_tensor(name))
             else:
                 layer.tensors[key] = file.get_tensor(name)
         for layer, length in zip(cache.layers, lengths, strict=True):

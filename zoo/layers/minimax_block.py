@@ -18,6 +18,7 @@ from .softmax_attention import (
     check_key_value_heads,
     check_window,
     softmax_layer_type,
+    state_is_list_of_tokens,
 )
 
 SOFTMAX_FIELDS = (
@@ -98,6 +99,12 @@ class MiniMaxBlockConfig(ZooConfig):
         softmax = softmax_layer_type(self.sliding_window)
         layers = range(self.num_hidden_layers)
         return [softmax if i in self.softmax_layers else self.layer_type for i in layers]
+
+    @property
+    def state_is_list_of_tokens(self):
+        """As in `ZooConfig`: where all layers have softmax attention."""
+        is_softmax = {*range(self.num_hidden_layers)} <= {*self.softmax_layers}
+        return is_softmax and state_is_list_of_tokens(self)
 
     @layer_types.setter
     def layer_types(self, value):

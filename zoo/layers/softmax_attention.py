@@ -43,6 +43,14 @@ def softmax_layer_type(window):
     return (GrowingStateLayer if window is None else SlidingStateLayer)._layer_type
 
 
+def state_is_list_of_tokens(config):
+    """Whether such layers' states are lists of tokens in any order, as `join_states` needs them."""
+    types = getattr(config, "position_embedding_type", "rope")
+    types = types if isinstance(types, (list, tuple)) else [types]
+    is_plain = getattr(config, "rope_extension", None) is None
+    return config.sliding_window is None and {*types} <= {"rope", None} and is_plain
+
+
 def fill_heads(config):
     """Sets num_key_value_heads and head_dim, where they are None, to what follows from the rest."""
     if config.num_key_value_heads is None:

@@ -56,6 +56,7 @@ from ..layers.softmax_attention import (
     check_window,
     fill_heads,
     softmax_layer_type,
+    state_is_list_of_tokens,
 )
 
 
@@ -140,6 +141,11 @@ class SlidingWindowConfig(ZooConfig):
     def layer_type(self):
         """Of every layer: with a window, or without."""
         return softmax_layer_type(self.sliding_window)
+
+    @property
+    def state_is_list_of_tokens(self):
+        """As in `ZooConfig`: with full attention, where keys do not count tokens."""
+        return state_is_list_of_tokens(self)
 
     def validate_architecture(self):
         """Checks heads, window and what the rotation needs to know."""
