@@ -38,7 +38,7 @@ class Plan:
     def trials(self):
         """All trials that are known to be needed, with those that have ended, in a fixed order."""
         pairs = [(task, model) for task in self.sweep.tasks for model in self.sweep.models]
-        return [trial for pair in pairs for trial in self._of_model(*pair)]
+        return [trial for pair in pairs for trial in self.of_model(*pair)]
 
     def open(self):
         """Those of them that have not ended, in the order in which they should begin.
@@ -69,7 +69,8 @@ class Plan:
                 ranked.append((sign * score, min(index, len(trials) - 1 - index), index))
         return trials[max(ranked)[2]] if ranked else None
 
-    def _of_model(self, task, model):
+    def of_model(self, task, model):
+        """The trials of a model on a task that are known to be needed."""
         search = self.sweep.sweep
         trials = [
             self.trial(task, model, rate, search.select_seed, "select")

@@ -1,13 +1,15 @@
 """What a sweep's TOML may say, and the recipes that come of it."""
 
 import dataclasses
+import json
 
 import pytest
+from conftest import ROOT
 
 from ablating.sweep import read_sweep
 from ablating.trials import Trial, toml_of
 from pretraining.building import build_config, load_tokenizer
-from pretraining.recipe import UsageError, parse_value, read_recipe
+from pretraining.recipe import Recipe, UsageError, parse_value, read_recipe
 
 SWEEP = """
 output_dir = "out"
@@ -97,6 +99,18 @@ def test_a_trial_is_its_recipe(write, tmp_path):
     read = read_recipe(trial.recipe_file)
     assert read == dataclasses.replace(recipe, output_dir=str(trial.folder))
     assert read.run_dir == trial.run_folder
+
+
+def test_trials_of_earlier_versions_keep_their_names():
+    """Else a sweep would begin again whenever recipes get a new key."""
+    results = json.loads((ROOT / "recipes/results/ablations/laptop/results.json").read_text())
+    for record in results["trials"][::20]:
+        recipe = Recipe(**record["recipe"])
+        named = (record[key] for key in ("task", "model", "learning_rate", "seed", "role"))
+        trial = Trial(*named, recipe, ROOT)
+        assert trial.hash == record["hash"]
+    skipping = dataclasses.replace(recipe, position_skip={"target": 4 * recipe.sequence_length})
+    assert dataclasses.replace(trial, recipe=skipping).hash != trial.hash
 
 
 @pytest.mark.parametrize("value", ['a "b" \\ é\n', [1, 2.5, 1e-7], {"*.x": {"y z": True}}, ""])

@@ -1,0 +1,1 @@
+"""What extrapolate.py is made of."""

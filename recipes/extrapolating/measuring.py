@@ -1,0 +1,118 @@
+"""What is measured of one trial read in one way: losses of text, or recall by distance."""
+
+import dataclasses
+
+import torch
+
+from pretraining.building import build_config, build_model, tokenizer_of
+from pretraining.comparing import bits_per_byte_by_context
+from pretraining.measuring import nats_by_position
+from pretraining.recipe import UsageError
+from pretraining.reporting import bits_per_byte
+from pretraining.synthetic import accuracy_figures
+from scoring.measures import Here
+
+HERE = Here(torch.device("cpu"))
+
+
+class Models:
+    """A trial's weights under the configs of a way, each of which is built once.
+
+    Args:
+        study: a `Study`.
+        trial: a `Trial` that is done.
+        way: a `Way`.
+    """
+
+    def __init__(self, study, trial, way):
+        self.study, self.trial, self.way = study, trial, way
+        self._fields, self._model = None, None
+
+    def recipe(self, length):
+        """The trial's recipe with the way's fields, for texts of so many tokens."""
+        model = merged(self.trial.recipe.model, self.study.changed(self.way, length))
+        return dataclasses.replace(self.trial.recipe, model=model)
+
+    def of(self, length):
+        """The model for texts of so many tokens.
+
+        Raises:
+            UsageError: fields that the architecture refuses, or that need other weights.
+        """
+        recipe = self.recipe(length)
+        if recipe.model != self._fields:
+            config = build_config(recipe, tokenizer_of(recipe))
+            self._model = build_model(recipe, config, self.trial.run_folder).eval()
+            self._fields = recipe.model
+            if self.way.attention:
+                self._model.set_attn_implementation(self.way.attention)
+        return self._model
+
+
+def merged(fields, changed):
+    """Fields of a config with others in their places; tables are merged, "none" takes one out."""
+    found = dict(fields)
+    for key, value in changed.items():
+        is_table = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = merged(found[key], value) if is_table else value
+    return found
+
+
+def check(study, trial, way):
+    """Raises a UsageError if a way does not fit a trial's model, before anything is measured."""
+    models = Models(study, trial, way)
+    for length in study.lengths:
+        recipe = models.recipe(length)
+        build_config(recipe, tokenizer_of(recipe))
+
+
+def losses(study, trial, way, held_out):
+    """Bits per byte of the same targets at each length, and by position in the longest.
+
+    Args:
+        study, trial, way: as of `Models`.
+        held_out: the `Tokens` that the trial did not train on.
+
+    Returns:
+        "in_context": length -> bits; "by_position": bits of each bin of a whole pass.
+
+    Raises:
+        UsageError: too little text.
+    """
+    longest, num_tokens = study.lengths[-1], len(held_out.ids)
+    if num_tokens <= max(longest, study.stream):
+        raise UsageError(
+            f"{study.text} holds out {num_tokens} tokens, and lengths and stream need "
+            f"{max(longest, study.stream) + 1}; set a larger eval_bytes in {study.sweep}."
+        )
+    models, found = Models(study, trial, way), {}
+    for length in study.lengths:
+        packing = trial.recipe.packing
+        bits = bits_per_byte_by_context(
+            HERE, models.of(length), held_out, [length], longest, packing, among=study.lengths
+        )
+        found[str(length)] = bits[length]
+    ids = torch.from_numpy(held_out.ids[: study.stream].astype("int64"))
+    model = models.of(longest).eval()
+    nats = nats_by_position(model, ids, study.width, longest, rows=1, piece=longest)
+    scale = bits_per_byte(held_out.num_targets, held_out.num_bytes)
+    return {"in_context": found, "by_position": (nats * scale).tolist()}
+
+
+def recall(study, trial, way):
+    """The share of digits that are right, by distance.
+
+    Returns:
+        "by_distance": distance -> share.
+    """
+    models, lengths = Models(study, trial, way), study.example_lengths(trial.recipe)
+    by_distance = {}
+    for distance, length in lengths.items():
+        task = study.recall_task(trial.recipe, [distance])
+        # About as many tokens at once as in the longest text.
+        recipe = dataclasses.replace(
+            trial.recipe, eval_batch_size=max(1, study.lengths[-1] // task.length)
+        )
+        figures = accuracy_figures(HERE, models.of(length), task, recipe)
+        by_distance[str(distance)] = figures[f"accuracy/distance_{distance}"]
+    return {"by_distance": by_distance}

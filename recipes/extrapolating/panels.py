@@ -1,0 +1,80 @@
+"""The figures of a study: losses by position and by context, recall by distance."""
+
+from pathlib import Path
+
+from ablating.figures import BASELINE, INK, STYLES, Figure, Panel, draw_seeds, save_png
+
+from .summary import points
+
+FIGURES = "figures"
+# measure -> (file, title of the y axis, title of the x axis, logarithmic x axis)
+DRAWN = {
+    "by_position": ("positions", "bits per byte", "position (bytes)"),
+    "in_context": ("contexts", "bits per byte of the same bytes", "bytes of context"),
+    "by_distance": ("recall", "share of digits that are right", "bytes from key to question"),
+}
+
+
+def dealt(results):
+    """The ways of each panel with their styles, by the panel's title; the baseline is in all.
+
+    A title of more ways than there are styles goes on in further panels.
+    """
+    (first, _), *others = results["ways"].items()
+    panels = {}
+    for name, way in others:
+        panels.setdefault(way["panel"], []).append(name)
+    found = []
+    for title, names in panels.items():
+        for n in range(0, len(names), len(STYLES)):
+            part = names[n : n + len(STYLES)]
+            found.append((title, [(first, BASELINE), *zip(part, STYLES)]))
+    return found or [("", [(first, BASELINE)])]
+
+
+def figure_of(results, measure):
+    """The `Figure` of a measure, None if nothing was measured."""
+    study, ways = results["study"], results["ways"]
+    file, y_title, x_title = DRAWN[measure]
+    trained = study["lengths"][0]
+
+    def fill(axes, group):
+        for name, style in group:
+            curves = [
+                [(_place(measure, study, x), y) for x, y in points(values)]
+                for values in ways[name][measure].values()
+            ]
+            if curves:
+                draw_seeds(axes, name, style, curves, markers=True)
+        axes.set(xscale="log", xlabel=x_title, ylabel=y_title)
+        ticks = study["lengths"]
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        axes.axvline(trained, color=INK, lw=0.8, ls=":")
+        if measure == "by_distance":
+            axes.set_ylim(-0.03, 1.03)
+
+    if not any(way[measure] for way in ways.values()):
+        return None
+    panels = [
+        Panel(title, lambda axes, group=group: fill(axes, group), "all")
+        for title, group in dealt(results)
+        if any(ways[name][measure] for name, _ in group[1:])
+    ]
+    return Figure(file, "", "", panels)
+
+
+def _place(measure, study, x):
+    return (x + 0.5) * study["width"] if measure == "by_position" else x
+
+
+def draw(results, folder):
+    """Writes a PNG for each measure there is; returns their paths."""
+    folder = Path(folder) / FIGURES
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for measure in DRAWN:
+        figure = figure_of(results, measure)
+        if figure:
+            paths.append(folder / f"{figure.name}.png")
+            save_png(figure, paths[-1], columns=2)
+    return paths

@@ -1,0 +1,213 @@
+"""Trials of a sweep, read in other ways and in texts longer than those of training."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import extrapolate
+from extrapolating import readings as files
+from extrapolating.measuring import Models, merged
+from extrapolating.study import read_study
+from extrapolating.summary import cells, points
+from pretraining.building import build_config, build_model, tokenizer_of
+from pretraining.recipe import UsageError
+
+SWEEP = """
+output_dir = "{folder}/sweeps"
+[match]
+by = "none"
+[sweep]
+learning_rates = [1e-2]
+select_seed = 1
+seeds = [2]
+[recipe]
+sequence_length = 16
+steps = 4
+warmup_steps = 0
+decay_steps = 0
+[fields]
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+initializer_range = 0.3
+sliding_window = "none"
+[tasks.text]
+data = "{folder}/text.txt"
+eval_bytes = 300
+[tasks.recall]
+task = {{ name = "passkey", example_length = 16, digits = 1, test_distances = [4] }}
+[models.rope]
+architecture = "sliding_window"
+"""
+STUDY = """
+sweep = "{folder}/sweep.toml"
+output_dir = "{folder}/studies"
+lengths = [16, 32, 64]
+seeds = [1, 2]
+text = "text"
+width = 16
+stream = 64
+recall = "recall"
+distances = [4, 30, 62]
+examples = 6
+[ways.rope]
+model = "rope"
+[ways.linear]
+model = "rope"
+panel = "slowed down"
+fields = {{ rope_parameters = {{ rope_type = "linear" }} }}
+by_length = {{ "rope_parameters.factor" = [1.0, 2.0, 4.0] }}
+[ways.wide]
+model = "rope"
+panel = "windows"
+fields = {{ sliding_window = 64 }}
+attention = "sdpa"
+[ways.window]
+model = "rope"
+panel = "windows"
+fields = {{ sliding_window = 16 }}
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The path of a study whose sweep has both its seeds trained: weights as they begin."""
+    (tmp_path / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)))
+    (tmp_path / "sweep.toml").write_text(SWEEP.format(folder=tmp_path))
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(folder=tmp_path))
+    for reading in files.readings_of(read_study(path)):
+        if reading.name == "rope":
+            train(reading.trial)
+    return path
+
+
+def train(trial):
+    """Leaves what a run leaves behind."""
+    config = build_config(trial.recipe, tokenizer_of(trial.recipe))
+    build_model(trial.recipe, config).save_pretrained(trial.run_folder)
+    trial.mark(0, 1.0)
+
+
+def results_of(path):
+    return json.loads((path.parent / "studies/study/results.json").read_text())
+
+
+def test_ways_are_measured_as_they_say(written):
+    assert extrapolate.start([str(written)]) == 0
+    ways = results_of(written)["ways"]
+    # A window of the longest text hides nothing, and at its trained length no way differs.
+    for measure in ("in_context", "by_position", "by_distance"):
+        for seed, found in ways["rope"][measure].items():
+            same = dict(points(ways["wide"][measure][seed]))
+            assert same == pytest.approx(dict(points(found)), rel=1e-5)
+    rope, linear, window = (ways[name]["in_context"]["1"] for name in ("rope", "linear", "window"))
+    assert rope["16"] == pytest.approx(linear["16"]) == pytest.approx(window["16"])
+    assert len({round(x["64"], 4) for x in (rope, linear, window)}) == 3
+    # In one layer a window of L sees as much from 2 L as from 4 L.
+    assert window["32"] == pytest.approx(window["64"], rel=1e-5) != rope["32"]
+    # A whole pass of the longest text has the values of the longest.
+    by_position = ways["linear"]["by_position"]["1"]
+    assert len(by_position) == 4 and by_position[0] != pytest.approx(linear["16"], rel=1e-3)
+    assert set(ways["rope"]["by_distance"]["1"]) == {"4", "30", "62"}
+    assert set(ways["rope"]["trials"]) == {"text", "recall"}
+    both = cells(ways["rope"], "in_context")[64]
+    assert both.mean == pytest.approx(sum(both.values.values()) / 2) and len(both.values) == 2
+
+
+def test_recall_is_of_the_task_s_own_examples(written):
+    extrapolate.start([str(written), "--seeds", "[1]", "--text", ""])
+    study = read_study(written)
+    (reading, *_) = [r for r in files.readings_of(study) if r.task == "recall"]
+    model = Models(study, reading.trial, reading.way).of(64)
+    task = study.recall_task(reading.trial.recipe, [62])
+    batch = task.test_batch("distance_62", 0, 6)
+    with torch.no_grad():
+        guess = model(batch["input_ids"]).logits[:, -1].argmax(-1)
+    share = (guess == batch["shift_labels"][:, -1]).float().mean().item()
+    found = results_of(written)["ways"]["rope"]["by_distance"]["1"]["62"]
+    assert batch["input_ids"].shape == (6, 64) and found == pytest.approx(share)
+
+
+def test_nothing_is_measured_twice(written, monkeypatch, capsys):
+    real, seen = files.losses, []
+
+    def stop_at_the_third(study, trial, way, held_out):
+        seen.append(way)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(study, trial, way, held_out)
+
+    monkeypatch.setattr(files, "losses", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        extrapolate.start([str(written)])
+    folder = written.parent / "studies/study/readings"
+    kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(kept) == 2
+    assert extrapolate.start([str(written)]) == 0
+    assert len(seen) == 3 + 6  # eight losses, two of which were there
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    before = {path.name for path in folder.iterdir()}
+    capsys.readouterr()
+    assert extrapolate.start([str(written)]) == 0 and "1/" not in capsys.readouterr().out
+    # A way that is changed is measured anew, the others are not; nothing is deleted.
+    window = ["--ways.window.fields", "{ sliding_window = 8 }"]
+    assert extrapolate.start([str(written), *window]) == 0
+    assert len(seen) == 9 + 2 and before < {path.name for path in folder.iterdir()}
+
+
+def test_what_is_not_trained_is_named(written, capsys):
+    for reading in files.readings_of(read_study(written)):
+        if reading.task == "text" and reading.seed == 2:
+            (reading.trial.folder / "DONE").unlink(missing_ok=True)
+    assert extrapolate.start([str(written)]) == extrapolate.SOME_LEFT
+    assert "- missing: window on text, seed 2: its trial is waiting" in capsys.readouterr().out
+    results = results_of(written)
+    assert list(results["ways"]["rope"]["in_context"]) == ["1"]
+    assert list(results["ways"]["rope"]["by_distance"]) == ["1", "2"]
+    figures = sorted(p.name for p in (written.parent / "studies/study/figures").iterdir())
+    assert figures == ["contexts.png", "positions.png", "recall.png"]
+
+
+def test_a_seed_that_rates_were_chosen_on_is_not_read(written):
+    study = read_study(written)
+    search = dataclasses.replace(study.plan_of.sweep, learning_rates=[1e-3, 1e-2])
+    study.plan_of = dataclasses.replace(study.plan_of, sweep=search)
+    found = {r.seed: r.why_not() for r in files.readings_of(study)}
+    assert found == {1: "its rate is not chosen yet", 2: "its rate is not chosen yet"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--lengths", "[32, 16]"], "lengths are numbers above 0 that rise, got .32, 16."),
+        (["--width", "24"], "a multiple of width, got 64 and 24"),
+        (["--seeds", "[1, 1]"], "seeds are different"),
+        (["--text", "tekst"], "did you mean 'text'"),
+        (["--recall", "text"], "of the family passkey, got 'text'"),
+        (["--distances", "[4, 63]"], "has 65 tokens, more than the longest of lengths, 64"),
+        (["--ways.window.model", "ropes"], "did you mean 'rope'"),
+        (["--ways.window.modle", "rope"], "did you mean 'model'"),
+        (["--ways.linear.by_length", "{ a = [1] }"], "a list of 3 values"),
+        (["--ways.window.fields", "{ sliding_windows = 8 }"], "did you mean 'sliding_window'"),
+        (["--ways.window.fields", "{ hidden_size = 32 }"], "not those of its model"),
+        (["--ways.new.fields", "{}"], "ways.new names no model"),
+        (["--stream", "100000"], "set a larger eval_bytes"),
+        (["--sweep", "nowhere.toml"], "cannot read nowhere.toml"),
+        (["--colour", "red"], "unknown key 'colour'"),
+        (["--report"], "nothing is measured"),
+        (["--workers", "0"], "--workers is at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(written, changed, said):
+    with pytest.raises(UsageError, match=said) as error:
+        extrapolate.start([str(written), *changed])
+    assert "\n" not in str(error.value)
+
+
+def test_tables_are_merged():
+    fields = {"a": {"b": 1, "c": 2}, "d": 3}
+    assert merged(fields, {"a": {"b": 4}, "d": "none"}) == {"a": {"b": 4, "c": 2}, "d": "none"}
+    assert fields == {"a": {"b": 1, "c": 2}, "d": 3}
