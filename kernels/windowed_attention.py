@@ -33,12 +33,14 @@ class Sinks(NamedTuple):
         k: [N, M, G, K] for N documents (N = B where nothing is packed).
         v: [N, M, G, V].
         count: [B, T], how many of its document's M sinks a query sees beside its window.
+        bias: [B or 1, T, M, H], added to the scaled scores; None: nothing.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     count: torch.Tensor
+    bias: torch.Tensor | None = None
 
 
 def document_of_token(cu_seqlens, length):
@@ -95,7 +97,8 @@ def windowed_attention_reference(
     if distance_bias is not None:
         i_T1 = torch.arange(k.shape[1] - length, k.shape[1], device=q.device)[:, None] - delay
         distance_TS = i_T1 - torch.arange(k.shape[1], device=q.device)
-        score_BHTS = score_BHTS + distance_bias.to(dtype)[:, distance_TS.clamp(0, window - 1)]
+        last = distance_bias.shape[1] - 1
+        score_BHTS = score_BHTS + distance_bias.to(dtype)[:, distance_TS.clamp(0, last)]
     scores = [score_BHTS.masked_fill(~visible_BTS[:, None], -torch.inf)]
     if sinks is not None:
         # [B, T, M, H, K]: each query's own document's
@@ -107,6 +110,8 @@ def windowed_attention_reference(
         )
         k_BTMHK, v_BTMHV = (x.expand(-1, length, -1, -1, -1) for x in (k_BTMHK, v_BTMHV))
         score_BHTM = torch.einsum("bthk,btmhk->bhtm", sinks.q.to(dtype), k_BTMHK) * scale
+        if sinks.bias is not None:
+            score_BHTM = score_BHTM + sinks.bias.to(dtype).movedim(-1, 1)
         seen_BTM = torch.arange(k_BTMHK.shape[2], device=q.device) < sinks.count[..., None]
         scores.append(score_BHTM.masked_fill(~seen_BTM[:, None], -torch.inf))
     if sink_logits is not None:
@@ -151,8 +156,8 @@ def windowed_attention(
             each query; None: there is none.
         delay: how many keys a query does not see, counted back from its own: 0 or, with
             sink_logits (a document's first query would have nothing to see), more.
-        distance_bias: [H, window], added to the scaled scores: entry d for the key d before the
-            newest that a query sees; None: nothing.
+        distance_bias: [H, window], or [H, S] without one, added to the scaled scores: entry d for
+            the key d before the newest that a query sees; None: nothing.
         block_length: queries computed at a time; None: by the window.
 
     Returns:
@@ -162,7 +167,7 @@ def windowed_attention(
         ValueError: shapes that do not fit, or a window without keys.
     """
     _check(q, k, v, window, cu_seqlens, first_key, sinks)
-    _check_bias(q, window, sink_logits, delay, distance_bias)
+    _check_bias(q, k, window, sink_logits, delay, distance_bias)
     (length, num_heads), (num_keys, num_groups) = q.shape[1:3], k.shape[1:3]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if block_length is None and window is not None:
@@ -204,7 +209,7 @@ def windowed_attention(
     q_blocks = grouped(q).split(sizes, dim=3)
     first_BT = first_keys(length, cu_seqlens, first_key)
     extra = _SinkBlocks(sinks, cu_seqlens, sizes, grouped, scale, dtype)
-    bands = {}  # of the bias: blocks in the middle have the same
+    band = bias_GRCS = None  # of the bias: with a window, blocks in the middle have the same
     logits = [None] * len(sizes)
     if sink_logits is not None:
         logits_BTH = sink_logits.to(dtype).expand(*q.shape[:3])
@@ -224,13 +229,11 @@ def windowed_attention(
         if first_BT is not None:
             first_BC = first_BT if first_BT.shape[1] == 1 else first_BT[:, i_C1[:, 0] - older]
             visible_BCS = visible_BCS & (j_S >= first_BC[..., None])
-        bias_GRCS = None
         if distance_bias is not None:
-            band = starts[own] - delay - starts[low], sizes[n], k_BGSK.shape[2]
-            if band not in bands:
+            before, band = band, (starts[own] - delay - starts[low], sizes[n], k_BGSK.shape[2])
+            if band != before:
                 bias_HCS = _band_of_bias(distance_bias.to(dtype), *band)
-                bands[band] = bias_HCS.unflatten(0, (num_groups, -1))
-            bias_GRCS = bands[band]
+                bias_GRCS = bias_HCS.unflatten(0, (num_groups, -1))
         o_BGRCV = _attend(
             q_BGRCK.to(dtype) * scale,
             k_BGSK,
@@ -299,6 +302,7 @@ class _SinkBlocks:
             return
         self.q_blocks = grouped(sinks.q).split(sizes, dim=3)
         self.counts = sinks.count.split(sizes, dim=1)
+        self.biases = None if sinks.bias is None else sinks.bias.split(sizes, dim=1)
         self.documents = None
         if cu_seqlens is not None:
             self.documents = document_of_token(cu_seqlens, sum(sizes)).split(sizes)
@@ -314,6 +318,9 @@ class _SinkBlocks:
         q_BGRCK = self.q_blocks[n].to(self.dtype) * self.scale
         k_BCMGK = k_BCMGK.expand(-1, q_BGRCK.shape[3], -1, -1, -1)
         score_BGRCM = torch.einsum("bgrck,bcmgk->bgrcm", q_BGRCK, k_BCMGK)
+        if self.biases is not None:
+            bias_BHCM = self.biases[n].to(self.dtype).movedim(-1, 1)
+            score_BGRCM = score_BGRCM + bias_BHCM.unflatten(1, q_BGRCK.shape[1:3])
         indices_M = torch.arange(k_BCMGK.shape[2], device=q_BGRCK.device)
         seen_BCM = indices_M < self.counts[n][..., None]
         score_BGRCM = score_BGRCM.masked_fill(~seen_BCM[:, None, None], -torch.inf)
@@ -365,7 +372,7 @@ def _check(q, k, v, window, cu_seqlens, first_key, sinks):
         raise ValueError(f"sinks.q is {list(q.shape)} as q, got {list(sinks.q.shape)}.")
 
 
-def _check_bias(q, window, sink_logits, delay, distance_bias):
+def _check_bias(q, k, window, sink_logits, delay, distance_bias):
     num_heads = q.shape[2]
     shape = None if sink_logits is None else (num_heads,) if sink_logits.ndim == 1 else q.shape[:3]
     if sink_logits is not None and sink_logits.shape != shape:
@@ -378,8 +385,9 @@ def _check_bias(q, window, sink_logits, delay, distance_bias):
             f"delay is 0, or more with sink_logits for queries that see no key, got {delay} "
             f"{'without' if sink_logits is None else 'with'} sink_logits."
         )
-    if distance_bias is not None and distance_bias.shape != (num_heads, window):
+    size = k.shape[1] if window is None else window
+    if distance_bias is not None and distance_bias.shape != (num_heads, size):
         raise ValueError(
-            f"distance_bias is [H, window], [{num_heads}, {window}], got "
+            f"distance_bias is [H, window], or [H, S] without one, [{num_heads}, {size}], got "
             f"{list(distance_bias.shape)}."
         )

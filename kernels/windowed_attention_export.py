@@ -37,7 +37,15 @@ def windowed_attention_exported(
         return o_BHTV.transpose(1, 2).to(v.dtype)
     if window is None:
         return windowed_attention_reference(
-            q, k, v, scale=scale, first_key=first_key, sinks=sinks, sink_logits=sink_logits
+            q,
+            k,
+            v,
+            scale=scale,
+            first_key=first_key,
+            sinks=sinks,
+            sink_logits=sink_logits,
+            delay=delay,
+            distance_bias=distance_bias,
         )
     return _in_blocks(
         q,
@@ -87,6 +95,10 @@ def _in_blocks(q, k, v, window, scale, first_key, sinks, sink_logits, delay, dis
         q_BGRCK = grouped(sinks.q) * scale
         k_BMGK, v_BMGV = (repeated(x.to(dtype)) for x in (sinks.k, sinks.v))
         score_BGRCM = torch.einsum("bgrck,bmgk->bgrcm", q_BGRCK, k_BMGK)
+        if sinks.bias is not None:
+            bias_BTMH = sinks.bias.to(dtype).expand(batch, -1, -1, -1)
+            bias_BHCM = into_chunks(bias_BTMH, length).flatten(0, 1).movedim(-1, 1)
+            score_BGRCM = score_BGRCM + bias_BHCM.unflatten(1, groups)
         seen_BCM = (
             torch.arange(k_BMGK.shape[1], device=q.device)
             < (into_chunks(sinks.count, length).flatten(0, 1)[..., None])

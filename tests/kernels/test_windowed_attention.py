@@ -99,6 +99,28 @@ def test_delay_and_bias_by_distance(window, layout, delay):
         assert worst(run(windowed_attention, positional, keyword, leaves), expected) < 1e-12
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("layout", ["dense", "older keys", "packed"])
+@pytest.mark.parametrize("window", [1, 7, 16, 37, 100, None])
+def test_bias_by_distance_of_what_is_seen(window, layout, sinks):
+    """Without a delay and a logit of no value, without a window, and of sinks."""
+    older, packed = 9 if layout == "older keys" else 0, layout == "packed"
+    case = arguments(window=window, older=older, packed=packed, sinks=sinks)
+    positional, keyword, leaves = case
+    heads, size = positional[0].shape[2], positional[1].shape[1] if window is None else window
+    keyword["distance_bias"] = torch.randn(heads, size, dtype=torch.float64, requires_grad=True)
+    leaves.append(keyword["distance_bias"])
+    if sinks:
+        shape = positional[0].shape[1], 3, heads
+        bias = torch.randn(1, *shape, dtype=torch.float64, requires_grad=True)
+        keyword["sinks"] = keyword["sinks"]._replace(bias=bias)
+        leaves.append(bias)
+    expected = run(windowed_attention_reference, *case)
+    for block_length in (1, 5, 16, 37, None):
+        keyword["block_length"] = block_length
+        assert worst(run(windowed_attention, *case), expected) < 1e-12
+
+
 def test_delay_and_bias_one_query_at_a_time():
     """The reference against sums written out."""
     (q, k, v, window), keyword, _ = arguments((1, 9, 2, 1, 3, 4), window=4, bias=2)
@@ -215,7 +237,7 @@ def test_work_is_linear(bias):
         ({"delay": 1}, "0, or more with sink_logits"),
         ({"sink_logits": torch.zeros(2)}, r"sink_logits is \[H\] or \[B, T, H\]"),
         ({"window": 3, "distance_bias": torch.zeros(4, 2)}, r"distance_bias is .*\[4, 3\]"),
-        ({"distance_bias": torch.zeros(4, 4)}, r"distance_bias is .*\[4, None\]"),
+        ({"distance_bias": torch.zeros(4, 3)}, r"distance_bias is .*\[4, 4\]"),
     ],
 )
 def test_refused(change, message):

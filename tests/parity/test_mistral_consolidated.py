@@ -378,6 +378,8 @@ def test_refused_in_one_line(damage, message, tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "RoPE is of type linear"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "turns whole heads"),
+        ({"position_embedding_type": ["rope", None]}, "'rope', None.: the authors' model has none"),
+        ({"attention_scale": 1.0}, "attention_scale is 1.0"),
     ],
 )
 def test_what_it_cannot_express_does_not_go_back(fields, message, tmp_path):

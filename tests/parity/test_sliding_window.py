@@ -216,6 +216,23 @@ def test_sinks_do_not_go_back(sinks, tmp_path):
         model.set_attn_implementation("sdpa")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"position_embedding_type": "alibi", "rope_parameters": None}, "'alibi': transformers'"),
+        ({"position_embedding_type": ["rope", None]}, "position_embedding_type is .'rope', None."),
+        ({"attention_scale": 1.0}, "attention_scale is 1.0: transformers' model has none"),
+    ],
+)
+def test_other_positions_do_not_go_back(fields, message, tmp_path):
+    official_model(tmp_path)
+    convert("hf-mistral", tmp_path / "theirs", tmp_path / "ours")
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=message):
+        convert_back("hf-mistral", tmp_path / "ours", tmp_path / "back")
+
+
 def test_old_fields_of_transformers_4(tmp_path):
     official = official_model(tmp_path, rope="linear")
     path = tmp_path / "theirs" / "config.json"

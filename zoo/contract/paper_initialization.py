@@ -264,7 +264,7 @@ def lightning(config):
 
 
 def sliding_window(config):
-    """transformers' Mistral and Bloom and, for the sinks' logits, its gpt-oss."""
+    """transformers' Mistral and Bloom, gpt-oss's sink logits; biases by their own papers."""
     normal = (0.0, config.initializer_range, "normal")
     table = dict.fromkeys(("*_proj.weight", "model.embed_tokens.weight"), normal)
     if not config.tie_word_embeddings:
@@ -276,6 +276,14 @@ def sliding_window(config):
         table["*_proj.bias"] = ZERO
     if config.learnable_sinks:
         table["*.mixer.sink_logits"] = normal
+    return table | position_biases(config)
+
+
+def position_biases(config):
+    """T5's table as its code has it."""
+    table, types = {}, config.position_embedding_type
+    if "t5" in (types if isinstance(types, list) else [types]):
+        table["*.mixer.position_bias.table"] = (0.0, config.hidden_size**-0.5, "normal")
     return table
 
 

@@ -6,7 +6,6 @@ windows begin: a token sees the W before it, whatever pass they came in.
 """
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from ..core.state import StateSpec, dtype_of
 from ..core.window import Past, ring_after
 from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.windowed_attention import attention_step, windowed_attention
+from .position_bias import t5_buckets
 from .recurrent_cell import RecurrentCell, look, scaled, truncated_, unit_heads
 
 # In every softmax over a window: where it is all that is left, attention is zero.
@@ -27,23 +27,11 @@ EXTRA_LOGIT = -1000.0
 
 
 def distance_buckets(window, num_buckets, max_distance):
-    """T5's bucket of each distance from 1 to `window`, in one direction.
-
-    Half of the buckets hold one distance each, the others grow with the logarithm.
-    """
-    exact = num_buckets // 2
-    growth = (num_buckets - exact) / math.log(max_distance / exact)
-    eps = torch.finfo(torch.float32).eps
-    distances = range(1, window + 1)
+    """T5's bucket of each distance from 1 to `window`, in one direction."""
     # With the authors' epsilon, which lifts a distance on a boundary into the bucket above.
-    return torch.tensor(
-        [
-            n
-            if n < exact
-            else min(exact + int(math.log(n / exact + eps) * growth), num_buckets - 1)
-            for n in distances
-        ]
-    )
+    eps = torch.finfo(torch.float32).eps
+    buckets = t5_buckets(num_buckets, max_distance, eps)
+    return buckets[torch.arange(1, window + 1).clamp(max=max_distance)]
 
 
 class WindowAttention(nn.Module):

@@ -16,11 +16,16 @@ import math
 import torch
 
 
-def alibi_slopes(num_heads):
-    """2^(-8 (h + 1) / H) for H a power of two; else the power below, then every second above it."""
+def alibi_slopes(num_heads, bias_max=8):
+    """2^(-8 (h + 1) / H) for H a power of two; else the power below, then every second above it.
+
+    Args:
+        num_heads: H.
+        bias_max: another number in place of the 8.
+    """
     power = 2 ** int(math.log2(num_heads))
-    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
-    between = [2 ** (-8 * (h + 1) / (2 * power)) for h in range(0, 2 * power, 2)]
+    slopes = [2 ** (-bias_max * (h + 1) / power) for h in range(power)]
+    between = [2 ** (-bias_max * (h + 1) / (2 * power)) for h in range(0, 2 * power, 2)]
     return slopes + between[: num_heads - power]
 
 

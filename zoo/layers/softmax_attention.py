@@ -1,4 +1,4 @@
-"""Softmax attention as a mixer: rotated queries and keys, a window or all tokens, sinks.
+"""Softmax attention as a mixer: positions of some type, a window or all tokens, sinks.
 
 The mathematics is that of `zoo/models/sliding_window.py`, whose mixer this is; hybrids have it in
 some of their layers. It runs through transformers' attention interface: "banded" (ours, the
@@ -26,6 +26,7 @@ from ..core.window import (
     row_spans,
     write_slot,
 )
+from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.windowed_attention import (
     Sinks,
     attention_step,
@@ -33,9 +34,13 @@ from ..kernels.windowed_attention import (
     windowed_attention,
     windowed_attention_reference,
 )
+from .position_bias import position_bias
+from .position_fields import TURNED_TYPES, position_type_of
 from .positions import rotate
 
 OUR_IMPLEMENTATIONS = ("banded", "eager")
+# Of `position_embedding_type`, those that add to scores.
+BIAS_TYPES = ("alibi", "t5", "fire")
 
 
 def softmax_layer_type(window):
@@ -104,6 +109,7 @@ def _in_our_layout(
     first_key=None,
     sinks=None,
     s_aux=None,
+    distance_bias=None,
     **settings,
 ):
     if attention_mask is not None:
@@ -122,14 +128,28 @@ def _in_our_layout(
         first_key=first_key,
         sinks=sinks,
         sink_logits=s_aux,
+        distance_bias=distance_bias,
     )
     return o_BTHV, None
 
 
-def check_implementation(name, num_sinks, has_sink_logits):
-    """Raises a ValueError if an attention implementation cannot compute sinks of these kinds."""
+def check_implementation(name, num_sinks, has_sink_logits, position_types=()):
+    """Raises a ValueError if an attention implementation cannot compute what layers have.
+
+    Args:
+        name: of the implementation.
+        num_sinks: first tokens that stay visible.
+        has_sink_logits: whether there are logits without a value.
+        position_types: of the layers.
+    """
     if name in OUR_IMPLEMENTATIONS:
         return
+    adding = [x for x in position_types if x in BIAS_TYPES]
+    if adding and name not in ("sdpa", "flex_attention"):
+        raise ValueError(
+            f"attn_implementation={name!r} adds nothing to scores, as position_embedding_type "
+            f"{adding[0]!r} does; use 'banded', 'eager', 'sdpa' or 'flex_attention'."
+        )
     if num_sinks:
         raise ValueError(
             f"attn_implementation={name!r} cannot turn a query a second time, as "
@@ -142,7 +162,17 @@ def check_implementation(name, num_sinks, has_sink_logits):
         )
 
 
-def mask_arguments(name, q_BTHK, k_BSHK, window, cu_seqlens=None, first_key=None, visible_BS=None):
+def mask_arguments(
+    name,
+    q_BTHK,
+    k_BSHK,
+    window,
+    cu_seqlens=None,
+    first_key=None,
+    visible_BS=None,
+    distance_bias=None,
+    slot_bias=None,
+):
     """Which keys are visible, in the terms of one of transformers' attention functions.
 
     Args:
@@ -152,6 +182,8 @@ def mask_arguments(name, q_BTHK, k_BSHK, window, cu_seqlens=None, first_key=None
         window: W or None.
         cu_seqlens, first_key: as of `windowed_attention`.
         visible_BS: instead of all these, for one query per row, bool.
+        distance_bias: as of `windowed_attention`.
+        slot_bias: as of `attention_step`.
 
     Returns:
         Its keyword arguments.
@@ -174,6 +206,15 @@ def mask_arguments(name, q_BTHK, k_BSHK, window, cu_seqlens=None, first_key=None
     else:
         documents = {"cu_seqlens": cu_seqlens, "first_key": first_key}
         visible_BTS = visible_keys(length, num_keys, window, **documents, device=device)
+    bias_BHTS = None
+    if slot_bias is not None:
+        bias_BHTS = slot_bias[:, :, None]
+    elif distance_bias is not None:
+        distance_TS = query_distances(length, num_keys, device)
+        bias_BHTS = distance_bias[None, :, distance_TS.clamp(max=distance_bias.shape[1] - 1)]
+    if bias_BHTS is not None:
+        bias_BHTS = bias_BHTS.masked_fill(~visible_BTS[:, None], -torch.inf)
+        return {"attention_mask": bias_BHTS.to(q_BTHK.dtype)}
     if name == "flex_attention":
         visible_BTS = visible_BTS.expand(len(q_BTHK), -1, -1)
         sizes = len(q_BTHK), None, length, num_keys
@@ -185,6 +226,12 @@ def mask_arguments(name, q_BTHK, k_BSHK, window, cu_seqlens=None, first_key=None
     return {"attention_mask": visible_BTS[:, None]}
 
 
+def query_distances(length, num_keys, device):
+    """How far before each of the last so many tokens each key is, [T, S]; 0 for later ones."""
+    i_T1 = torch.arange(num_keys - length, num_keys, device=device)[:, None]
+    return (i_T1 - torch.arange(num_keys, device=device)).clamp(min=0)
+
+
 def longer(held_BSHK, more, like_BTHK, spec):
     """A state with that many more slots, of zeros; held None: with these alone."""
     shape = len(like_BTHK), more, *like_BTHK.shape[2:]
@@ -193,11 +240,12 @@ def longer(held_BSHK, more, like_BTHK, spec):
 
 
 class SoftmaxAttention(nn.Module):
-    """Softmax attention with RoPE over a window, or all tokens, and sinks if there are any.
+    """Softmax attention over a window, or all tokens, and sinks if there are any.
 
     Args:
         config: with hidden_size, num_attention_heads, num_key_value_heads, head_dim,
-            sliding_window (None: all tokens), initializer_range.
+            sliding_window (None: all tokens), initializer_range, and the fields of
+            zoo/layers/position_fields.py.
         layer_idx: of the layer.
         num_sinks: first tokens of a document that stay visible.
         has_sink_logits: a logit per head in the softmax that stands for no token.
@@ -216,11 +264,14 @@ class SoftmaxAttention(nn.Module):
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.num_groups = config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_groups
+        self.scale = getattr(config, "attention_scale", None) or self.head_dim**-0.5
         width = config.hidden_size
         self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.num_groups * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.num_groups * self.head_dim, bias=bias)
         self.out_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+        self.position_type = position_type_of(config, layer_idx)
+        self.position_bias = position_bias(config, self.position_type)
         self.sink_logits = None
         if has_sink_logits:
             self.sink_logits = nn.Parameter(torch.empty(self.num_heads))
@@ -247,11 +298,18 @@ class SoftmaxAttention(nn.Module):
         keys = mean_visible(length, self.window, self.num_sinks)
         return linear_flops(self) + 4 * self.num_heads * self.head_dim * keys
 
-    def forward(self, x_BTD, sequence, state, rotation, sink_rotation=None):
-        """Mixes a sequence [B, T, D]; returns it with the state after it."""
+    def forward(self, x_BTD, sequence, state, rotation=None, sink_rotation=None):
+        """Mixes a sequence [B, T, D]; returns it with the state after it.
+
+        Args:
+            x_BTD: the tokens.
+            sequence: how they lie.
+            state: before them.
+            rotation: (cos, sin) of each position, for layers that turn queries and keys.
+            sink_rotation: of each position as sinks are seen from it.
+        """
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD)
-        sink_q_BTHK = None if sink_rotation is None else rotate(q_BTHK, *sink_rotation)
-        q_BTHK, k_BTHK = rotate(q_BTHK, *rotation), rotate(k_BTHK, *rotation)
+        q_BTHK, k_BTHK, sink_q_BTHK = self.turn(q_BTHK, k_BTHK, rotation, sink_rotation)
         is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
         run = self.run_step if is_step else self.run_pass
         y_BTHV = run(q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state)
@@ -266,6 +324,13 @@ class SoftmaxAttention(nn.Module):
             if self.clip_qkv is not None:
                 y_BTK = y_BTK.clamp(-self.clip_qkv, self.clip_qkv)
             yield y_BTK.unflatten(-1, (heads, self.head_dim))
+
+    def turn(self, q_BTHK, k_BTHK, rotation, sink_rotation):
+        """(queries, keys, queries for the sinks), turned where this layer's type does that."""
+        if self.position_type not in TURNED_TYPES:
+            return q_BTHK, k_BTHK, q_BTHK
+        sink_q_BTHK = None if sink_rotation is None else rotate(q_BTHK, *sink_rotation)
+        return rotate(q_BTHK, *rotation), rotate(k_BTHK, *rotation), sink_q_BTHK
 
     def run_step(self, q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state):
         """One token per row: writes its slot, and looks at all that are filled, in any order."""
@@ -292,9 +357,14 @@ class SoftmaxAttention(nn.Module):
         sinks = None
         if self.num_sinks:
             sinks = state.sink_keys_BSHK, state.sink_values_BSHV
-            sinks = Sinks(sink_q_BTHK, *sinks, self.num_visible_sinks(clock_B[:, None]))
+            count_B1 = self.num_visible_sinks(clock_B[:, None])
+            sinks = Sinks(sink_q_BTHK, *sinks, count_B1, self.sink_bias(clock_B[:, None], q_BTHK))
         visible_BS = slots_W <= clock_B[:, None]
-        return self.attend(q_BTHK, keys_BWHK, values_BWHV, sinks, visible_BS=visible_BS)
+        distance_BS = clock_B[:, None] - slots_W
+        if self.window is not None:
+            distance_BS = distance_BS % self.window
+        bias = self.step_bias(distance_BS.clamp(min=0), q_BTHK)
+        return self.attend(q_BTHK, keys_BWHK, values_BWHV, sinks, bias, visible_BS=visible_BS)
 
     def run_pass(self, q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state):
         """Any number of tokens, dense or packed, after what the state holds."""
@@ -310,8 +380,11 @@ class SoftmaxAttention(nn.Module):
             values_BSHV = past.put_before(v_BTHV, state.values_BWHV)
             q_BTHK = past.pick(q_BTHK)
             if sinks is not None:
+                bias = None if sinks.bias is None else past.pick(sinks.bias)
                 sinks = sinks._replace(q=past.pick(sinks.q), count=past.pick(sinks.count))
-        y_BTHV = self.attend(q_BTHK, keys_BSHK, values_BSHV, sinks, **documents)
+                sinks = sinks._replace(bias=bias)
+        bias = self.pass_bias(keys_BSHK.shape[1], q_BTHK)
+        y_BTHV = self.attend(q_BTHK, keys_BSHK, values_BSHV, sinks, bias, **documents)
         if state.is_kept:
             self.keep(k_BTHK, v_BTHV, sequence, state)
         return y_BTHV if past is None else past.drop(y_BTHV)
@@ -361,25 +434,72 @@ class SoftmaxAttention(nn.Module):
             gather_tokens(x, old, positions_NS, spans) for x, old in zip((k_BTHK, v_BTHV), held)
         )
         count_BT = self.num_visible_sinks(sequence.clock).expand(sink_q_BTHK.shape[:2])
-        return Sinks(sink_q_BTHK, k_NSHK, v_NSHV, count_BT)
+        bias_BTMH = self.sink_bias(sequence.clock, sink_q_BTHK)
+        return Sinks(sink_q_BTHK, k_NSHK, v_NSHV, count_BT, bias_BTMH)
 
-    def attend(self, q_BTHK, k_BSHK, v_BSHV, sinks=None, visible_BS=None, **documents):
-        """The attention itself, through the implementation that was asked for."""
-        name = self.config._attn_implementation
-        check_implementation(name, self.num_sinks, self.sink_logits is not None)
-        settings = {"scaling": self.head_dim**-0.5, "s_aux": self.sink_logits, "dropout": 0.0}
+    def sink_bias(self, clock_BT, q_BTHK):
+        """What is added to the scores of sinks, [B or 1, T, M, H]; None: nothing.
+
+        The distance to a sink stops growing when the cache is full of S sinks and W others.
+        """
+        if self.position_bias is None:
+            return None
+        largest = self.num_sinks + self.window - 1
+        sinks_S = torch.arange(self.num_sinks, device=clock_BT.device)
+        distance_BTS = (clock_BT.clamp(max=largest)[..., None] - sinks_S).clamp(min=0)
+        bias_HBTS = self.position_bias.by_distance(distance_BTS, accumulator_dtype(q_BTHK))
+        return bias_HBTS.movedim(0, -1)
+
+    def pass_bias(self, num_keys, q_BTHK):
+        """What a pass adds to scores, as keyword arguments of `windowed_attention`.
+
+        Args:
+            num_keys: S, of all keys, of which the last are the queries' own.
+            q_BTHK: queries.
+        """
+        if self.position_bias is None:
+            return {}
+        size, dtype = num_keys if self.window is None else self.window, accumulator_dtype(q_BTHK)
+        return {"distance_bias": self.position_bias.below(size, dtype, q_BTHK.device)}
+
+    def step_bias(self, distance_BS, q_BTHK):
+        """What a step adds to scores, as keyword arguments of `attention_step`.
+
+        Args:
+            distance_BS: of each slot's token.
+            q_BTHK: a query per row.
+        """
+        if self.position_bias is None:
+            return {}
+        bias_HBS = self.position_bias.by_distance(distance_BS, accumulator_dtype(q_BTHK))
+        return {"slot_bias": bias_HBS.transpose(0, 1)}
+
+    def attend(self, q_BTHK, k_BSHK, v_BSHV, sinks=None, bias=None, visible_BS=None, **documents):
+        """The attention itself, through the implementation that was asked for.
+
+        Args:
+            q_BTHK: queries.
+            k_BSHK, v_BSHV: keys and values.
+            sinks: `Sinks`, or None.
+            bias: as `pass_bias` or `step_bias` say it.
+            visible_BS: of a step, which keys are seen.
+            documents: of a pass, its cu_seqlens or first_key.
+        """
+        name, bias = self.config._attn_implementation, bias or {}
+        has_logits = self.sink_logits is not None
+        check_implementation(name, self.num_sinks, has_logits, [self.position_type])
+        settings = {"scaling": self.scale, "s_aux": self.sink_logits, "dropout": 0.0}
         if name in OUR_IMPLEMENTATIONS and visible_BS is not None:
-            return attention_step(
-                q_BTHK, k_BSHK, v_BSHV, visible_BS, sinks=sinks, sink_logits=self.sink_logits
-            )
+            settings = {"scale": self.scale, "sinks": sinks, "sink_logits": self.sink_logits}
+            return attention_step(q_BTHK, k_BSHK, v_BSHV, visible_BS, **settings, **bias)
         if name in OUR_IMPLEMENTATIONS:
-            settings |= documents | {"sinks": sinks, "sliding_window": self.window}
+            settings |= documents | {"sinks": sinks, "sliding_window": self.window} | bias
             settings["attention_mask"] = None
         else:
             # A state may be wider than what autocast computes in.
             k_BSHK, v_BSHV = k_BSHK.to(q_BTHK.dtype), v_BSHV.to(q_BTHK.dtype)
             settings |= mask_arguments(
-                name, q_BTHK, k_BSHK, self.window, visible_BS=visible_BS, **documents
+                name, q_BTHK, k_BSHK, self.window, visible_BS=visible_BS, **documents, **bias
             )
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         heads_first = (x.transpose(1, 2) for x in (q_BTHK, k_BSHK, v_BSHV))

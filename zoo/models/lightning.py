@@ -46,7 +46,7 @@ from ..layers.minimax_block import MiniMaxBlock, MiniMaxBlockConfig, MiniMaxBloc
 from ..layers.mlp import GatedMLP
 from ..layers.norms import WideRMSNorm
 from ..layers.positions import RotaryPositions
-from ..layers.softmax_attention import SoftmaxAttention
+from ..layers.softmax_mixer import softmax_mixer
 
 
 @strict
@@ -243,7 +243,7 @@ class LightningBlock(MiniMaxBlock):
     def mixer_class(config, layer_idx):
         """Lightning attention, or what stands in its place in this layer."""
         if layer_idx in config.softmax_layers:
-            return SoftmaxAttention(config, layer_idx, bias=config.bias)
+            return softmax_mixer(config, layer_idx, bias=config.bias)
         return LightningAttention(config, layer_idx)
 
     def build_norm(self, config):

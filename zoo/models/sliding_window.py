@@ -47,9 +47,9 @@ from ..core.heads import (
 )
 from ..layers.mlp import GatedMLP, PlainMLP
 from ..layers.norms import rms_or_layer_norm
-from ..layers.positions import RotaryPositions, check_rope_parameters
+from ..layers.position_fields import check_position_fields, position_types, turns
+from ..layers.positions import RotaryPositions
 from ..layers.softmax_attention import (
-    SoftmaxAttention,
     SoftmaxPreTrainedModel,
     check_implementation,
     check_key_value_heads,
@@ -58,6 +58,7 @@ from ..layers.softmax_attention import (
     softmax_layer_type,
     state_is_list_of_tokens,
 )
+from ..layers.softmax_mixer import softmax_mixer
 
 
 @strict
@@ -86,6 +87,18 @@ class SlidingWindowConfig(ZooConfig):
             token.
         max_position_embeddings: the length a model was trained for, which dynamic starts from, and
             others where rope_parameters does not say it. Else of no effect.
+        position_embedding_type: how a layer knows positions, one of "rope", "alibi", "t5" and None
+            (by its causality alone); a list has one entry for each layer. RoPE turns by
+            position_ids, biases count the tokens of the document.
+        alibi_bias_max: of "alibi", b in the slopes 2^(-b (h + 1) / H) of the heads h of H; where H
+            is no power of two, those of the power below, and every second above it.
+        relative_attention_num_buckets: of "t5", buckets of distances with a learned bias per head.
+        relative_attention_max_distance: of "t5", the distance from which on all are in one bucket.
+        fire_mlp_width: of "fire".
+        fire_init_c: of "fire".
+        fire_init_length: of "fire".
+        xpos_scale_base: of "xpos".
+        attention_scale: what a score is multiplied by; None: head_dim^-1/2.
         sliding_window: W, the tokens a layer sees, the current one included; None: all.
         num_sink_tokens: S, first tokens of a document that stay visible.
         learnable_sinks: a logit per head in the softmax that stands for no token.
@@ -97,6 +110,24 @@ class SlidingWindowConfig(ZooConfig):
         "sinks": {"sliding_window": 16, "num_key_value_heads": 2, "num_sink_tokens": 3},
         "learnable-sinks": {"sliding_window": 16, "head_dim": 10, "learnable_sinks": True},
         "full": {"sliding_window": None, "num_key_value_heads": 2},
+        "alibi": {
+            "sliding_window": None,
+            "num_key_value_heads": 2,
+            "position_embedding_type": "alibi",
+        },
+        "t5": {
+            "sliding_window": 16,
+            "num_key_value_heads": 2,
+            "position_embedding_type": "t5",
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 12,
+            "attention_scale": 1.0,
+        },
+        "rope-and-none": {
+            "sliding_window": 16,
+            "num_key_value_heads": 2,
+            "position_embedding_type": ["rope", None],
+        },
         "gpt-block": {
             "sliding_window": None,
             "hidden_act": "gelu",
@@ -125,6 +156,15 @@ class SlidingWindowConfig(ZooConfig):
     initializer_range: float = 0.02
     rope_parameters: dict | None = None
     max_position_embeddings: int | None = None
+    position_embedding_type: str | list[str | None] | None = "rope"
+    alibi_bias_max: int | float = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    fire_mlp_width: int = 32
+    fire_init_c: float = 0.1
+    fire_init_length: int = 512
+    xpos_scale_base: int = 512
+    attention_scale: float | int | None = None
     sliding_window: int | None = 4096
     num_sink_tokens: int = 0
     learnable_sinks: bool = False
@@ -134,8 +174,11 @@ class SlidingWindowConfig(ZooConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 7 * self.hidden_size // 2
         # transformers fills the rest of it in.
+        has_rope = turns(self) or bool(self.rope_parameters)
         self.rope_parameters = dict(self.rope_parameters or {})
         super().__post_init__(**kwargs)
+        if not has_rope:  # and that too, where no layer has a use for it
+            self.rope_parameters = None
 
     @property
     def layer_type(self):
@@ -165,33 +208,30 @@ class SlidingWindowConfig(ZooConfig):
             raise ValueError(
                 f"clip_qkv is above 0, got {self.clip_qkv}; None leaves projections as they are."
             )
-        check_rope_parameters(self)
-
-
-class SlidingWindowAttention(SoftmaxAttention):
-    """Attention over a window and, if the config has them, sinks."""
-
-    def __init__(self, config, layer_idx):
-        super().__init__(
-            config,
-            layer_idx,
-            config.num_sink_tokens,
-            config.learnable_sinks,
-            config.attention_bias,
-            config.clip_qkv,
-        )
+        check_position_fields(self)
 
 
 class SlidingWindowBlock(ZooBlock):
     """Mistral's block, or GPT's."""
 
-    mixer_class = SlidingWindowAttention
     build_norm = staticmethod(rms_or_layer_norm)
 
     @staticmethod
     def mlp_class(config):
         """With a gate or without."""
         return (GatedMLP if config.gated_mlp else PlainMLP)(config, bias=config.mlp_bias)
+
+    @staticmethod
+    def mixer_class(config, layer_idx):
+        """Attention over a window and, if the config has them, sinks."""
+        return softmax_mixer(
+            config,
+            layer_idx,
+            num_sinks=config.num_sink_tokens,
+            has_sink_logits=config.learnable_sinks,
+            bias=config.attention_bias,
+            clip_qkv=config.clip_qkv,
+        )
 
 
 class SlidingWindowPreTrainedModel(SoftmaxPreTrainedModel):
@@ -205,9 +245,8 @@ class SlidingWindowPreTrainedModel(SoftmaxPreTrainedModel):
         """The implementation that was asked for, if it can compute these sinks; else banded."""
         if requested_attention is not None:
             config = self.config
-            check_implementation(
-                requested_attention, config.num_sink_tokens, config.learnable_sinks
-            )
+            sinks = config.num_sink_tokens, config.learnable_sinks
+            check_implementation(requested_attention, *sinks, position_types(config))
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
 
@@ -221,7 +260,7 @@ class SlidingWindowModel(SlidingWindowPreTrainedModel, ZooModel):
         super().__init__(config)
         if config.embedding_norm:
             self.embed_norm = rms_or_layer_norm(config)
-        self.rotation = RotaryPositions(config)
+        self.rotation = RotaryPositions(config) if turns(config) else None
         self.post_init()
 
     def embed(self, embeds_BTD, sequence):
@@ -229,10 +268,12 @@ class SlidingWindowModel(SlidingWindowPreTrainedModel, ZooModel):
         return self.embed_norm(embeds_BTD) if self.config.embedding_norm else embeds_BTD
 
     def mixer_inputs(self, x_BTD, sequence):
-        """The rotation of each position, and that of a query for the sinks, the same in all layers.
+        """The rotation of each position, and that of a query for the sinks, for layers that turn.
 
         A query's distance to a sink stops growing when the cache is full of S sinks and W others.
         """
+        if self.rotation is None:
+            return {}
         inputs = {"rotation": self.rotation(sequence.positions)}
         if self.config.num_sink_tokens:
             largest = self.config.num_sink_tokens + self.config.sliding_window - 1

@@ -1,0 +1,199 @@
+"""Types of positions in softmax attention: official numbers, and what configs may say."""
+
+import pytest
+import torch
+from goldens import golden_tensors
+from huggingface_hub.errors import StrictDataclassClassValidationError
+
+from zoo import SlidingWindowConfig, SlidingWindowForCausalLM
+from zoo.kernels.windowed_attention import windowed_attention, windowed_attention_reference
+from zoo.layers.position_bias import AlibiBias, T5Bias
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 40,
+}
+functions = pytest.mark.parametrize("function", [windowed_attention, windowed_attention_reference])
+
+
+def config_of(kind, heads=4, **fields):
+    return SlidingWindowConfig(
+        **SIZES
+        | {"num_attention_heads": heads, "num_key_value_heads": heads}
+        | {"position_embedding_type": kind}
+        | fields
+    )
+
+
+def worst(ours, official, relative=False):
+    difference = (ours.double() - official.double()).abs().max()
+    return (difference / official.abs().max() if relative else difference).item()
+
+
+def attended(function, golden, bias, prefix="", **settings):
+    """(output, gradients of q, k, v) with the golden's cotangent, in its layout [B, H, T, K]."""
+    leaves = [golden[f"{prefix}{name}"].clone().requires_grad_() for name in "qkv"]
+    q, k, v = (x.transpose(1, 2) for x in leaves)
+    table = bias.below(q.shape[1], torch.float64, q.device)
+    o = function(q, k, v, distance_bias=table, **settings).transpose(1, 2)
+    cotangent = golden[f"{prefix}cotangent"]
+    return o, torch.autograd.grad((o * cotangent).sum(), [*leaves, *bias.parameters()])
+
+
+@functions
+def test_alibi_official_numbers(function):
+    golden = golden_tensors("ops-alibi")
+    o, grads = attended(function, golden, AlibiBias(config_of("alibi", 6)))
+    assert worst(o, golden["o"]) < 1e-9
+    for name, grad in zip("qkv", grads):
+        assert worst(grad, golden[f"grad_{name}"]) < 1e-9
+
+
+@pytest.mark.parametrize("layout", ["left padded", "packed"])
+def test_alibi_of_documents(layout):
+    golden = golden_tensors("ops-alibi")
+    q, k, v = (golden[name].transpose(1, 2) for name in "qkv")
+    table = AlibiBias(config_of("alibi", 6)).below(q.shape[1], torch.float64, q.device)
+    if layout == "left padded":
+        mask = golden["attention_mask"].bool()
+        o = windowed_attention(q, k, v, distance_bias=table, first_key=mask.long().argmax(1))
+        found, expected = (x[mask] for x in (o, golden["o_left_padded"].transpose(1, 2)))
+        assert worst(found, expected) < 1e-9
+        return
+    for row in range(len(q)):
+        row = slice(row, row + 1)
+        bounds = {"cu_seqlens": golden["cu_seqlens"]}
+        o = windowed_attention(q[row], k[row], v[row], distance_bias=table, **bounds)
+        assert worst(o.transpose(1, 2), golden["o_packed"][row]) < 1e-9
+
+
+def test_alibi_slopes_of_any_number_of_heads():
+    golden = golden_tensors("ops-alibi")
+    counts = [int(name[7:]) for name in golden if name.startswith("slopes.")]
+    assert len(counts) >= 10
+    for heads in counts:
+        slopes = -AlibiBias(config_of("alibi", heads)).log_decay(torch.device("cpu"))
+        assert worst(slopes, golden[f"slopes.{heads}"]) < 1e-12
+
+
+def test_alibi_bias_max():
+    """b in place of 8: the slopes of MPT's fields."""
+    slopes = -AlibiBias(config_of("alibi", 4, alibi_bias_max=16)).log_decay(torch.device("cpu"))
+    assert slopes.tolist() == [2**-4, 2**-8, 2**-12, 2**-16]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_alibi_is_exact_far_into_a_text(dtype):
+    """By the key's own place the bias would be wrong by 4.5 here in bfloat16."""
+    bias = AlibiBias(config_of("alibi", 8)).to(dtype)
+    q = torch.zeros(1, 4096, 8, 2, dtype=dtype)
+    found = bias.below(4096, torch.promote_types(q.dtype, torch.float32), q.device)
+    slopes = 2.0 ** -torch.arange(1, 9, dtype=torch.float64)
+    assert torch.equal(found.double(), -slopes[:, None] * torch.arange(4096))
+
+
+@functions
+@pytest.mark.parametrize("kind", ["scaled", "unscaled"])
+def test_t5_official_numbers(function, kind):
+    golden = golden_tensors("ops-t5-bias")
+    sizes = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
+    bias = T5Bias(config_of("t5", **sizes)).double()
+    bias.table.data = golden["table"]
+    assert worst(bias.below(60, torch.float64, "cpu"), golden["bias"][:, -1].flip(1)) < 1e-12
+    scale = 1.0 if kind == "unscaled" else None
+    o, grads = attended(function, golden, bias, scale=scale)
+    assert worst(o, golden[f"{kind}.o"]) < 1e-9
+    for name, grad in zip(["q", "k", "v", "table"], grads, strict=True):
+        assert worst(grad, golden[f"{kind}.grad_{name}"]) < 1e-9
+
+
+def test_t5_buckets():
+    golden = golden_tensors("ops-t5-bias")
+    names = [name for name in golden if name.startswith("buckets.")]
+    assert len(names) == 5
+    for name in names:
+        buckets, distance = map(int, name.removeprefix("buckets.").split("_"))
+        fields = {"relative_attention_num_buckets": buckets}
+        bias = T5Bias(config_of("t5", **fields, relative_attention_max_distance=distance))
+        bias.table.data = torch.arange(buckets, dtype=torch.float32)[:, None].expand(-1, 4)
+        found = bias.by_distance(torch.arange(1200), torch.float32)
+        assert torch.equal(found[0].long(), golden[name])
+
+
+def build(**fields):
+    torch.manual_seed(0)
+    model = SlidingWindowForCausalLM(SlidingWindowConfig(**SIZES | fields)).double().eval()
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    return model
+
+
+@torch.no_grad()
+def logits_of(model, ids, sizes=None, **inputs):
+    cache, logits = None, []
+    for piece in ids.split(sizes or ids.shape[1], dim=1):
+        output = model(piece, past_key_values=cache, use_cache=True, **inputs)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+KINDS = ["alibi", "t5", None, ["rope", "alibi"], ["t5", None]]
+
+
+@pytest.mark.parametrize("fields", [{}, {"sliding_window": 9}], ids=["full", "window"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_implementation(kind, fields):
+    model = build(**{"sliding_window": None} | fields, position_embedding_type=kind)
+    ids = torch.randint(0, 50, (2, 41))
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    expected = logits_of(model, ids)
+    alone = logits_of(model, ids[1:, 13:])
+    for name in ("banded", "eager", "sdpa"):
+        model.set_attn_implementation(name)
+        for sizes in (None, [7, 1, 1, 20, 1, 11]):
+            assert worst(logits_of(model, ids, sizes), expected) < 1e-12
+        padded = logits_of(model, ids, attention_mask=mask)
+        assert worst(padded[1:, 13:], alone) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"position_embedding_type": "rotary"}, "one of 'rope', 'alibi'"),
+        ({"position_embedding_type": ["rope"]}, "one entry for each of 2 layers, got 1"),
+        ({"position_embedding_type": ["rope", "x"]}, "one of 'rope', 'alibi'"),
+        ({"alibi_bias_max": 16}, "alibi_bias_max is about layers of .*'alibi', got 16"),
+        ({"relative_attention_num_buckets": 8}, "about layers of .*'t5'"),
+        ({"position_embedding_type": "alibi", "alibi_bias_max": 0}, "above 0, got 0"),
+        (
+            {"position_embedding_type": "t5", "relative_attention_max_distance": 16},
+            "above half of relative_attention_num_buckets, 16, got 16",
+        ),
+        (
+            {"position_embedding_type": "alibi", "rope_parameters": {"rope_theta": 5.0}},
+            "rope_parameters are about layers .*leave them out",
+        ),
+        ({"attention_scale": 0.0}, "attention_scale is a number above 0"),
+    ],
+)
+def test_refused_in_one_line(fields, message):
+    with pytest.raises(StrictDataclassClassValidationError, match=message) as error:
+        SlidingWindowConfig(**SIZES | fields)
+    assert "\n" not in str(error.value.__cause__)
+
+
+@pytest.mark.parametrize("kind", ["alibi", ["rope", None], None], ids=str)
+def test_a_config_that_is_saved_means_the_same(kind, tmp_path):
+    config = SlidingWindowConfig(**SIZES, position_embedding_type=kind)
+    assert (config.rope_parameters is not None) == (kind == ["rope", None])
+    config.save_pretrained(tmp_path)
+    loaded = SlidingWindowConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.position_embedding_type == kind
