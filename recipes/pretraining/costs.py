@@ -1,5 +1,6 @@
 """What a run costs: operations per token, memory, and the share of a device's peak that is used."""
 
+import contextlib
 import re
 import sys
 
@@ -25,12 +26,36 @@ def training_flops(model, length):
 
     Matrices that are not trained get no gradient, but pass one on.
     """
-    frozen = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad
-    ]
-    return (1 + BACKWARD) * model.flops_per_token(length) - product_flops(*frozen)
+    with _in_use(model):
+        frozen = [
+            module.weight
+            for module in model.modules()
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad
+        ]
+        return (1 + BACKWARD) * model.flops_per_token(length) - product_flops(*frozen)
+
+
+def forward_flops(model, length):
+    """Operations per token of a forward pass, of the definition."""
+    with _in_use(model):
+        return model.flops_per_token(length)
+
+
+@contextlib.contextmanager
+def _in_use(model):
+    """A model without the modules that peft keeps beside those that it trains whole."""
+    kept = {}
+    for module in model.modules():
+        if "original_module" in module._modules and "modules_to_save" in module._modules:
+            kept[module] = dict(module._modules)
+    try:
+        for module in kept:
+            del module._modules["original_module"]
+        yield
+    finally:
+        for module, modules in kept.items():
+            module._modules.clear()  # the order is that of the optimizer
+            module._modules.update(modules)
 
 
 def peak_flops(recipe, device, precision):
@@ -76,7 +101,7 @@ def describe(recipe, model):
     number, moving = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
     length = recipe.sequence_length
     tokens = recipe.steps * recipe.batch_size * length
-    forward, training = model.flops_per_token(length), training_flops(model, length)
+    forward, training = forward_flops(model, length), training_flops(model, length)
     parts = {"parameters": size, "gradients": moving, "optimizer": 2 * moving}
     if recipe.ema_decay:
         parts["average"] = size

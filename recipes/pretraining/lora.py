@@ -27,6 +27,7 @@ class Lora:
     dropout: float = 0.0
     target_modules: list = field(default_factory=list)  # names' ends; empty: all of the mixers
     train_embeddings_and_norms: bool = False
+    modules_to_save: list = field(default_factory=list)  # ends of others' names, trained whole too
 
 
 def check_lora(recipe):
@@ -44,6 +45,8 @@ def check_lora(recipe):
         kind = known[key].type
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise UsageError(f"lora.{key} is of type {kind.__name__}, got {value!r}.")
+        if kind is list and not all(type(item) is str for item in value):
+            raise UsageError(f"lora.{key} is a list of strings, got {value!r}.")
     lora = Lora(**recipe.lora)
     if lora.rank < 1 or not 0 < lora.alpha < math.inf or not 0 <= lora.dropout < 1:
         raise UsageError(
@@ -69,11 +72,18 @@ def adapt(model, recipe, folder=None, accelerator=None):
         accelerator: of the run.
 
     Raises:
-        UsageError: peft is not installed, or finds no such modules.
+        UsageError: peft is not installed, or there are no such modules.
     """
     lora = check_lora(recipe)
     if lora is None:
         return model
+    whole = _trained_whole(model, lora)
+    linear = [
+        f"{path}.{name}"
+        for path, mixer in _mixers(model)
+        for name, module in mixer.named_modules()
+        if isinstance(module, nn.Linear) and not _is_in(f"{path}.{name}", whole)
+    ]
     if accelerator and (accelerator.is_fsdp2 or is_zero(accelerator)):
         raise UsageError(
             "[lora] is for weights that each process has whole, got FSDP or DeepSpeed; launch with "
@@ -89,20 +99,14 @@ def adapt(model, recipe, folder=None, accelerator=None):
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
     if folder:
         return PeftModel.from_pretrained(model, folder / ADAPTER, is_trainable=True).train()
-    linear = [
-        f"{path}.{name}"
-        for path, mixer in _mixers(model)
-        for name, module in mixer.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules or linear,
-        modules_to_save=_plain(model) if lora.train_embeddings_and_norms else None,
-        ensure_weight_tying=lora.train_embeddings_and_norms and model.config.tie_word_embeddings,
+        modules_to_save=whole or None,
+        ensure_weight_tying=model.config.tie_word_embeddings and _embeddings(model) in whole,
     )
     try:
         adapted = get_peft_model(model, config).train()
@@ -116,11 +120,49 @@ def _mixers(model):
     return [(name, x) for name, x in model.named_modules() if name.rpartition(".")[2] == "mixer"]
 
 
-def _plain(model):
-    """Names of embeddings and norms."""
+def _trained_whole(model, lora):
+    """Names of the modules that are trained as they are, none of them inside of another.
+
+    Raises:
+        UsageError: there is no such module, or an adapter would lie in one.
+    """
+    modules = {name: x for name, x in model.named_modules() if name and [*x.parameters()]}
+    named = {name: _ending(modules, name) for name in lora.modules_to_save}
+    found = {name for names in named.values() for name in names}
+    for said, names in named.items():
+        if not names:
+            ends = {name.rpartition(".")[2] for name in modules}
+            raise UsageError(
+                f"lora.modules_to_save: no module's name ends in {said!r}: {nearest(said, ends)}"
+            )
+    for said in lora.target_modules:
+        both = [name for name in _ending(modules, said) if _is_in(name, found)]
+        if both:
+            raise UsageError(
+                f"lora.target_modules and lora.modules_to_save both say {both[0]}, which is "
+                "trained either through an adapter or whole; leave it out of one of them."
+            )
     kinds = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-    modules = model.named_modules()
-    return [name for name, x in modules if isinstance(x, kinds) and x.weight is not None]
+    if lora.train_embeddings_and_norms:
+        found |= {name for name in modules if isinstance(modules[name], kinds)}
+    if model.config.tie_word_embeddings and "lm_head" in found:  # the same weights, once
+        found = found - {"lm_head"} | {_embeddings(model)}
+    outer = {name: name.rpartition(".")[0] for name in found}
+    return sorted(name for name in found if not _is_in(outer[name], found))
+
+
+def _embeddings(model):
+    embeddings = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embeddings)
+
+
+def _ending(names, end):
+    return [name for name in names if f".{name}".endswith(f".{end}")]
+
+
+def _is_in(name, modules):
+    """Whether a module is one of these or inside of one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def save_adapter(model, folder):

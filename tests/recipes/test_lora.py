@@ -103,12 +103,67 @@ def test_resumed_is_bit_identical(in_process, workshop, source):
     assert "no such folder" in error_line(in_process(*options, "--resume"))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [("sliding_window", {"sliding_window": 8}), ("gated_deltanet", {})],
+)
+def test_embeddings_norms_and_more_are_trained_whole(in_process, workshop, architecture, fields):
+    """Continued bit by bit, taken up by peft, merged and exported; tied embeddings stay so."""
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    kind = zoo.MODELS[architecture]
+    base = kind.causal_lm(kind.config(**sizes, **fields, tie_word_embeddings=True))
+    source, run_dir = workshop.folder / "source", workshop.folder / "tiny"
+    base.save_pretrained(source)
+    table = 'train_embeddings_and_norms = true\nmodules_to_save = ["lm_head", "1.mlp"]\n'
+    text = workshop.recipe.read_text().split("[model]")[0].replace("retnet", architecture)
+    workshop.recipe.write_text(f'{text}\ninit_from = "{source}"\n[lora]\nrank = 4\n{table}')
+    options = OPTIONS[: OPTIONS.index("--model.dropout")]
+    result = in_process(*options)
+    assert result.returncode == 0, result.stderr
+    whole, curve = load_file(run_dir / "model.safetensors"), workshop.curve("tiny")
+    trained = changed(load_file(source / "model.safetensors"), whole)
+    mixed = {name for name in whole if ".mixer." in name and "proj" in name}
+    plain = {
+        name for name in whole if "norm." in name or "embed" in name or "layers.1.mlp." in name
+    }
+    assert trained == mixed | plain and "lm_head.weight" not in whole
+    shutil.rmtree(run_dir / "checkpoint-6")
+    (run_dir / "model.safetensors").unlink()
+    resumed = in_process(*options, "--resume")
+    assert "after step 3" in resumed.stdout, resumed.stderr
+    assert workshop.curve("tiny") == curve
+    assert not changed(whole, load_file(run_dir / "model.safetensors"))
+    merged = AutoModelForCausalLM.from_pretrained(run_dir).eval()
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
+    ids = torch.arange(40)[None]
+    adapted = PeftModel.from_pretrained(base, run_dir / "adapter").eval()
+    # float32: products of two matrices in place of their sum.
+    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
+    export(run_dir / "checkpoint-6", workshop.folder / "exported")
+    exported = load_file(workshop.folder / "exported" / "model.safetensors")
+    assert exported.keys() == whole.keys() and not changed(whole, exported)
+    # What is trained whole counts once, with what was there before and the adapters.
+    record = json.loads((run_dir / "run.json").read_text())
+    adapters = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    frozen = sum(x.numel() for name, x in whole.items() if "layers.0.mlp." in name or name in mixed)
+    expected = 3 * (merged.flops_per_token(32) + 2 * adapters) - 2 * frozen
+    assert record["training_flops_per_token"] == expected
+
+
 def test_what_is_refused(in_process, workshop, source):
     for options, said in (
         (["--lora.rnk", "4"], "unknown key 'lora.rnk': did you mean 'rank'?"),
         (["--lora.rank", "0"], "lora.rank is at least 1"),
         (["--lora.alpha", "'a'"], "lora.alpha is of type float"),
         (["--lora.target_modules", "['nothing']"], "[lora]: Target modules"),
+        (["--lora.modules_to_save", "['nrm']"], "no module's name ends in 'nrm': did you mean"),
+        (["--lora.modules_to_save", "['']"], "no module's name ends in ''"),
+        (["--lora.modules_to_save", "[3]"], "lora.modules_to_save is a list of strings"),
+        (
+            ["--lora.target_modules", "['q_proj']", "--lora.modules_to_save", "['mixer']"],
+            "both say model.layers.0.mixer.q_proj, which is trained either",
+        ),
         (["--init_from", ""], "say which with init_from"),
         (["--ema_decay", "0.9"], "ema_decay averages whole models"),
     ):

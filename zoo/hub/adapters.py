@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .curve import is_number
 from .files import file_hash, read_fields
+from .lazy import value_of
 
 ADAPTER, WEIGHTS, CONFIG = "adapter", "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what peft's names begin with
@@ -119,7 +120,16 @@ def merge(tensors, adapter, config, source):
             delta = b @ x * scale
             fits = own in tensors and tensors[own].shape == delta.shape
             x = tensors[own] + delta.to(tensors[own].dtype) if fits else delta
+        if own not in tensors and config.get("ensure_weight_tying") and _is_a_copy(name, adapter):
+            continue  # of embeddings that are tied, which a model's file has once
         if own not in tensors or tensors[own].shape != x.shape:
             raise ValueError(f"{source}: the adapter's {name} has no place in the model's weights.")
         merged[own] = x
     return merged
+
+
+def _is_a_copy(name, adapter):
+    """Whether an adapter holds a tensor under a second name."""
+    x = adapter[name]
+    same = (y for other, y in adapter.items() if other != name and y.shape == x.shape)
+    return any(value_of(x).equal(value_of(y)) for y in same)
