@@ -27,6 +27,9 @@ COMPILED_LENGTH = 67
 # Growth of the peak over a prefill that is noise of the allocator, or 1% of the process.
 MEMORY_NOISE = 4 << 20
 CURVE_POINTS = 10
+# Of a prefill; the peak is measured in each. To begin a measurement gives all free memory back to
+# the system, and to take it again costs as much time as a small model computes in a segment.
+MEASUREMENTS = 32
 
 
 def constant_state(subject, checks, num_tokens):
@@ -76,16 +79,19 @@ def _growing_state(subject, checks, model):
 def _prefill(subject, checks, model, num_tokens):
     # A fixed segment, reused: what grows is the model's, not the input's.
     segment = min(SEGMENT, -(-num_tokens // 16))
+    measured = segment * max(1, num_tokens // (segment * MEASUREMENTS))
     settings = {"logits_to_keep": 1} if subject.accepts("logits_to_keep") else {}
     gc.collect()
     cache, done, curve, started = None, 0, [], time.perf_counter()
     while done < num_tokens:
-        length = min(segment, num_tokens - done)
+        end = min(done + measured, num_tokens)
         start_peak_memory()
-        ids = subject.ids(1, length, seed=done)
-        output = subject.forward(model, ids, cache, use_cache=True, **settings)
-        cache = subject.cache_of(output)
-        done += length
+        while done < end:
+            length = min(segment, end - done)
+            ids = subject.ids(1, length, seed=done)
+            output = subject.forward(model, ids, cache, use_cache=True, **settings)
+            cache = subject.cache_of(output)
+            done += length
         curve.append((done, peak_memory()))
     seconds = time.perf_counter() - started
     # The first quarter warms the allocator up.
@@ -98,7 +104,7 @@ def _prefill(subject, checks, model, num_tokens):
     shown = [curve[round(i * (len(curve) - 1) / CURVE_POINTS)] for i in range(CURVE_POINTS + 1)]
     checks.note(
         f"prefill in segments of {segment}, {seconds:.1f} s, {num_tokens / seconds:,.0f} tokens/s; "
-        "peak memory of the process in each segment:\n"
+        f"peak memory of the process in each {measured:,} tokens:\n"
         + "\n".join(f"{tokens:>12,} tokens {_mib(bytes_):>10.1f} MiB" for tokens, bytes_ in shown)
     )
 
