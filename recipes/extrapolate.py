@@ -18,6 +18,7 @@ and figures are made of all there are.
 
 import argparse
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -31,7 +32,8 @@ if str(REPOSITORY) not in sys.path:  # run from a clone in which nothing is inst
 
 import torch  # noqa: E402
 
-from ablating.engines import cores  # noqa: E402
+from ablating.engines import IS_LINUX, cores  # noqa: E402
+from ablating.forking import die_with  # noqa: E402
 from extrapolating.measuring import check  # noqa: E402
 from extrapolating.panels import draw  # noqa: E402
 from extrapolating.readings import readings_of  # noqa: E402
@@ -47,7 +49,7 @@ SOME_LEFT = 1
 TABLES = "tables.md"
 EPILOG = """\
 exit status: 0 all is measured; 1 some trials of the sweep have not ended, the rest is measured;
-2 something to put right, said in one line
+2 something to put right, said in one line; 130 stopped by Ctrl-C
 
 Every key of the TOML is an option too: --seeds "[1]", --ways.rope_linear.panel other, --name other.
 """
@@ -116,10 +118,9 @@ def _done(tasks, workers):
         for reading, held_out in tasks:
             yield reading, reading.measure(held_out)
         return
-    threads = max(1, cores() // workers)
+    begin = os.getpid(), max(1, cores() // workers)
     # A process that has computed with threads does not stand a fork.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,))
-    with pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, begin) as pool:
         futures = {pool.submit(reading.measure, text): reading for reading, text in tasks}
         try:
             for future in as_completed(futures):
@@ -127,6 +128,14 @@ def _done(tasks, workers):
         except BaseException:  # what has begun ends, and is written
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _begin(parent, threads):
+    """Makes ready a process that measures."""
+    if IS_LINUX:
+        die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    torch.set_num_threads(threads)
 
 
 def start(arguments):
@@ -162,7 +171,11 @@ def start(arguments):
 
 def main():
     """Turns what the user can put right into one line."""
-    run_script(lambda arguments: sys.exit(start(arguments)))
+    try:
+        run_script(lambda arguments: sys.exit(start(arguments)))
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from pretraining.comparing import bits_per_byte_by_context
 from pretraining.measuring import nats_by_position
 from pretraining.recipe import UsageError
 from pretraining.reporting import bits_per_byte
-from pretraining.synthetic import accuracy_figures
 from scoring.measures import Here
+from tasks import load
 
 HERE = Here(torch.device("cpu"))
 
@@ -99,20 +99,26 @@ def losses(study, trial, way, held_out):
     return {"in_context": found, "by_position": (nats * scale).tolist()}
 
 
+@torch.inference_mode()
 def recall(study, trial, way):
     """The share of digits that are right, by distance.
+
+    Documents fill the first of the study's lengths that holds them, so that keys lie far from the
+    beginning as well, where sinks would see them.
 
     Returns:
         "by_distance": distance -> share.
     """
-    models, lengths = Models(study, trial, way), study.example_lengths(trial.recipe)
+    models, task = Models(study, trial, way), load(trial.recipe.task)
     by_distance = {}
-    for distance, length in lengths.items():
-        task = study.recall_task(trial.recipe, [distance])
-        # About as many tokens at once as in the longest text.
-        recipe = dataclasses.replace(
-            trial.recipe, eval_batch_size=max(1, study.lengths[-1] // task.length)
-        )
-        figures = accuracy_figures(HERE, models.of(length), task, recipe)
-        by_distance[str(distance)] = figures[f"accuracy/distance_{distance}"]
+    for distance, length in study.example_lengths(trial.recipe).items():
+        settings, whose = {"length": length, "distance": distance}, ["extrapolation", distance]
+        model, right = models.of(length), 0
+        size = max(1, study.lengths[-1] // length)  # as many tokens at once as in the longest text
+        for first in range(0, study.examples, size):
+            batch = task.examples(whose, settings, first, min(size, study.examples - first))
+            targets_BN = batch["shift_labels"][:, -task.digits :]
+            logits = model(batch["input_ids"], use_cache=False, logits_to_keep=task.digits).logits
+            right += (logits.argmax(-1) == targets_BN).sum().item()
+        by_distance[str(distance)] = right / (study.examples * task.digits)
     return {"by_distance": by_distance}

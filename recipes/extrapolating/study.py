@@ -113,12 +113,7 @@ class Study:
             )
         if not self.distances:
             raise UsageError("distances say how far keys lie back, and there is none.")
-        longest = max(self.example_lengths(recipe).values())
-        if longest > self.lengths[-1]:
-            raise UsageError(
-                f"an example with a distance of {self.distances[-1]} has {longest} tokens, more "
-                f"than the longest of lengths, {self.lengths[-1]}; take shorter distances."
-            )
+        self.example_lengths(recipe)
 
     def _way(self, name, table):
         way = _made(Way, table, f"ways.{name}")
@@ -161,21 +156,25 @@ class Study:
         return found
 
     def example_lengths(self, recipe):
-        """Distance -> tokens of an example of the recall task with it.
+        """Distance -> tokens of the documents with it, the first of `lengths` that holds them.
 
         Raises:
-            UsageError: a distance that no example has.
+            UsageError: a distance that no document has.
         """
-        task = self.recall_task(recipe, self.distances)
-        return {
-            distance: task.length_of(task.tests()[f"distance_{distance}"])
-            for distance in self.distances
-        }
-
-    def recall_task(self, recipe, distances):
-        """The task of a recipe with the tests of this study."""
-        settings = {"test_distances": distances, "test_examples": self.examples}
-        return load({**recipe.task, **settings})
+        try:
+            task = load({**recipe.task, "test_distances": self.distances})
+        except UsageError as error:
+            raise UsageError(f"distances: {error}") from None
+        found = {}
+        for distance in self.distances:
+            least = task.length_of({"distance": distance})
+            found[distance] = next((n for n in self.lengths if n >= least), None)
+            if found[distance] is None:
+                raise UsageError(
+                    f"a document with a distance of {distance} has at least {least} tokens, more "
+                    f"than the longest of lengths, {self.lengths[-1]}; take shorter distances."
+                )
+        return found
 
     def measured(self, task, way):
         """What the figures of a trial are a function of, beside the trial itself."""

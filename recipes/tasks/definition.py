@@ -113,13 +113,14 @@ class Task:
             Tensors: "input_ids" [B, T], or "stacked_ids" [B, T, 2], two ids whose embeddings are
             summed; and "shift_labels" [B, T], the targets, `UNSCORED` where there is none.
         """
-        return self._examples(["train", seed, step], self.trained, first, size)
+        return self.examples(["train", seed, step], self.trained, first, size)
 
     def test_batch(self, name, first, size):
         """The same of a test, of whose examples none is one of training, whatever the seed."""
-        return self._examples(["test", name], self.tests()[name], first, size)
+        return self.examples(["test", name], self.tests()[name], first, size)
 
-    def _examples(self, whose, settings, first, size):
+    def examples(self, whose, settings, first, size):
+        """Examples `first` to `first + size` of some settings, others for each list `whose`."""
         # The tests that there are change neither those of training nor each other's.
         key = _sha256([FORMAT, self.name, settings, *whose]).digest()[:16]
         count = -(-self.num_words(settings) // WORDS)  # what one number of the counter makes

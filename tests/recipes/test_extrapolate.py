@@ -13,6 +13,8 @@ from extrapolating.study import read_study
 from extrapolating.summary import cells, points
 from pretraining.building import build_config, build_model, tokenizer_of
 from pretraining.recipe import UsageError
+from tasks import load
+from tasks.passkey import ASK, KEY
 
 SWEEP = """
 output_dir = "{folder}/sweeps"
@@ -50,7 +52,7 @@ text = "text"
 width = 16
 stream = 64
 recall = "recall"
-distances = [4, 30, 62]
+distances = [4, 28, 40]
 examples = 6
 [ways.rope]
 model = "rope"
@@ -111,7 +113,7 @@ def test_ways_are_measured_as_they_say(written):
     # A whole pass of the longest text has the values of the longest.
     by_position = ways["linear"]["by_position"]["1"]
     assert len(by_position) == 4 and by_position[0] != pytest.approx(linear["16"], rel=1e-3)
-    assert set(ways["rope"]["by_distance"]["1"]) == {"4", "30", "62"}
+    assert set(ways["rope"]["by_distance"]["1"]) == {"4", "28", "40"}
     assert set(ways["rope"]["trials"]) == {"text", "recall"}
     both = cells(ways["rope"], "in_context")[64]
     assert both.mean == pytest.approx(sum(both.values.values()) / 2) and len(both.values) == 2
@@ -122,13 +124,16 @@ def test_recall_is_of_the_task_s_own_examples(written):
     study = read_study(written)
     (reading, *_) = [r for r in files.readings_of(study) if r.task == "recall"]
     model = Models(study, reading.trial, reading.way).of(64)
-    task = study.recall_task(reading.trial.recipe, [62])
-    batch = task.test_batch("distance_62", 0, 6)
+    task = load(reading.trial.recipe.task)
+    batch = task.examples(["extrapolation", 40], {"length": 64, "distance": 40}, 0, 6)
+    ids = batch["input_ids"]
+    # The key's mark lies as far before the question's as it says.
+    assert ids.shape == (6, 64) and (ids[:, -1] == ASK).all() and (ids[:, -41] == KEY).all()
     with torch.no_grad():
-        guess = model(batch["input_ids"]).logits[:, -1].argmax(-1)
-    share = (guess == batch["shift_labels"][:, -1]).float().mean().item()
-    found = results_of(written)["ways"]["rope"]["by_distance"]["1"]["62"]
-    assert batch["input_ids"].shape == (6, 64) and found == pytest.approx(share)
+        guess = model(ids).logits[:, -1].argmax(-1)
+    share = (guess == ids[:, -40]).float().mean().item()
+    found = results_of(written)["ways"]["rope"]["by_distance"]["1"]["40"]
+    assert found == pytest.approx(share)
 
 
 def test_nothing_is_measured_twice(written, monkeypatch, capsys):
@@ -156,6 +161,15 @@ def test_nothing_is_measured_twice(written, monkeypatch, capsys):
     window = ["--ways.window.fields", "{ sliding_window = 8 }"]
     assert extrapolate.start([str(written), *window]) == 0
     assert len(seen) == 9 + 2 and before < {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_processes_measure_alike(written):
+    assert extrapolate.start([str(written)]) == 0
+    alone = results_of(written)["ways"]
+    assert extrapolate.start([str(written), "--name", "two", "--workers", "2"]) == 0
+    other = json.loads((written.parent / "studies/two/results.json").read_text())["ways"]
+    assert other == alone
 
 
 def test_what_is_not_trained_is_named(written, capsys):
@@ -187,7 +201,8 @@ def test_a_seed_that_rates_were_chosen_on_is_not_read(written):
         (["--seeds", "[1, 1]"], "seeds are different"),
         (["--text", "tekst"], "did you mean 'text'"),
         (["--recall", "text"], "of the family passkey, got 'text'"),
-        (["--distances", "[4, 63]"], "has 65 tokens, more than the longest of lengths, 64"),
+        (["--distances", "[4, 63]"], "has at least 65 tokens, more than the longest of lengths"),
+        (["--distances", "[1]"], "test_distances are at least 2"),
         (["--ways.window.model", "ropes"], "did you mean 'rope'"),
         (["--ways.window.modle", "rope"], "did you mean 'model'"),
         (["--ways.linear.by_length", "{ a = [1] }"], "a list of 3 values"),
