@@ -17,7 +17,13 @@ from rwkv_files import (
     random_weights,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from zoo.hub.convert import FORMATS, convert
 from zoo.hub.convert.meliad import tensor_names
@@ -492,6 +498,19 @@ def longnet_shapes():
     return shapes | {f"{name}.weight": (count, 16) for name, count in rows.items()}
 
 
+OF_TRANSFORMERS = {
+    "hf-mpt": {"d_model": 16, "n_layers": 2, "n_heads": 4},
+    "hf-bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 4},
+    "hf-smollm3": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "pad_token_id": None,
+    },
+}
+
+
 def make_source(format, folder):
     """A small checkpoint of any format."""
     folder.mkdir()
@@ -536,6 +555,10 @@ def make_source(format, folder):
         sizes = {"vocab_size": 19, "hidden_size": 16, "intermediate_size": 24}
         sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         MistralForCausalLM(MistralConfig(**sizes)).save_pretrained(folder)
+    elif format in OF_TRANSFORMERS:
+        fields = OF_TRANSFORMERS[format] | {"vocab_size": 19}
+        config = AutoConfig.for_model(format.removeprefix("hf-"), **fields)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     elif format == "mistral-consolidated":
         (folder / "params.json").write_text(json.dumps(CONSOLIDATED))
         save_file(random_weights(consolidated_shapes()), folder / "consolidated.safetensors")

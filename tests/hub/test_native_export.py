@@ -24,10 +24,20 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 256}
 HEADS = SIZES | {"num_attention_heads": 4, "head_dim": 12}
 MISTRAL = HEADS | {"num_key_value_heads": 2}
+# GPT's block, as MPT and BLOOM have it.
+GPT = SIZES | {"num_attention_heads": 4, "intermediate_size": 128, "sliding_window": None}
+GPT |= {"position_embedding_type": "alibi", "gated_mlp": False, "norm_type": "layer"}
+BIASES = {"mlp_bias": True, "attention_bias": True, "norm_bias": True, "embedding_norm": True}
 CONFIGS = {
     "window": ("sliding_window", MISTRAL | {"sliding_window": 5}),
     "full": ("sliding_window", MISTRAL | {"sliding_window": None}),
     "tied": ("sliding_window", MISTRAL | {"tie_word_embeddings": True, "sliding_window": 5}),
+    "smollm3": (
+        "sliding_window",
+        MISTRAL | {"position_embedding_type": ["rope", None], "sliding_window": None},
+    ),
+    "mpt": ("sliding_window", GPT | {"hidden_act": "gelu", "clip_qkv": 2.0}),
+    "bloom": ("sliding_window", GPT | BIASES | {"hidden_act": "gelu_bloom"}),
     "rwkv4": ("rwkv4", SIZES),
     "minimax": ("lightning", HEADS | zoo.LightningConfig.variants["minimax"]),
     "hybrid": ("lightning", HEADS | zoo.LightningConfig.variants["hybrid"]),
@@ -36,7 +46,15 @@ CLASS_OF = {
     "sliding_window": "MistralForCausalLM",
     "rwkv4": "RwkvForCausalLM",
     "lightning": "MiniMaxForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "mpt": "MptForCausalLM",
+    "bloom": "BloomForCausalLM",
 }
+
+
+def class_of(name):
+    """transformers' class for one of CONFIGS."""
+    return CLASS_OF.get(name) or CLASS_OF[CONFIGS[name][0]]
 
 
 def save_checkpoint(folder, architecture, fields):
@@ -67,7 +85,7 @@ def models(folder):
         # Of a run, as long as it goes.
         found[name] = save_checkpoint(folder / f"run-{name}" / "checkpoint-3", architecture, fields)
         exported = export(folder / f"run-{name}", folder / name, format="native")
-        assert exported.model_class == CLASS_OF[architecture] and exported.code == []
+        assert exported.model_class == class_of(name) and exported.code == []
     return found
 
 
@@ -102,7 +120,7 @@ def test_without_zoo(elsewhere, models, name):
     # float32, in another order; their angles are float32 too.
     assert (logits[name] - expected).abs().max() / expected.abs().max() < 1e-5
     assert results[name] == {
-        "class": ["transformers", CLASS_OF[CONFIGS[name][0]]],
+        "class": ["transformers", class_of(name)],
         "greedy": greedy.tolist(),
         "tokens": [72, 105],
         "eos": 10,
@@ -124,7 +142,7 @@ def test_files(folder, models, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_converts_back(folder, models, name, tmp_path):
-    native = native_format(CONFIGS[name][0])
+    native = native_format(CONFIGS[name][0], models[name].config)
     assert f"`zoo convert {native.name} SRC DST`" in (folder / name / "README.md").read_text()
     convert(native.name, folder / name, tmp_path / "ours")
     weights = load_file(tmp_path / "ours" / "model.safetensors")
@@ -168,7 +186,7 @@ REFUSED = [
     ("sliding_window", {"learnable_sinks": True}, "learnable_sinks is True: transformers' model"),
     ("sliding_window", {"norm_type": "layer"}, "norm_type is 'layer': transformers' model has no"),
     ("sliding_window", {"gated_mlp": False}, "gated_mlp is False: transformers' model has none"),
-    ("sliding_window", {"attention_bias": True}, "attention_bias is True: transformers' model"),
+    ("sliding_window", {"clip_qkv": 2.0}, "clip_qkv is 2.0: transformers' model has none"),
     ("rwkv4", {"attention_hidden_size": 64}, "transformers cannot decode when they differ"),
     ("rwkv4", {"embedding_norm": False}, "transformers' model always has that norm"),
     ("lightning", {}, "norm_weight is False: transformers' model has True"),  # TransNormerLLM

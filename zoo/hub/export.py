@@ -129,7 +129,7 @@ def export(
     architecture, config = read_config(checkpoint, classifiers=format != "native")
     tokenizer = None
     try:
-        native = native_format(architecture.name) if format == "native" else None
+        native = native_format(architecture.name, config) if format == "native" else None
         if any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
             tokenizer = load_tokenizer(checkpoint)
             check_tokenizer(tokenizer, config.vocab_size)

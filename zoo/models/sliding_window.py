@@ -45,7 +45,7 @@ from ..core.heads import (
     ZooForSequenceClassification,
     ZooForTokenClassification,
 )
-from ..layers.mlp import GatedMLP, PlainMLP
+from ..layers.mlp import OWN_ACTIVATIONS, GatedMLP, PlainMLP
 from ..layers.norms import rms_or_layer_norm
 from ..layers.position_fields import check_position_fields, position_types, turns
 from ..layers.positions import RotaryPositions
@@ -70,7 +70,7 @@ class SlidingWindowConfig(ZooConfig):
         num_key_value_heads: heads of keys and values, each shared by a group of query heads; None:
             num_attention_heads.
         head_dim: width of a head; None: hidden_size / num_attention_heads.
-        hidden_act: activation of the MLP.
+        hidden_act: activation of the MLP: one of transformers', or "gelu_bloom".
         gated_mlp: down(act(gate x) * up x); else down(act(up x)).
         mlp_bias: biases in the MLP.
         attention_bias: biases in the projections to queries, keys and values, and the one out.
@@ -130,7 +130,7 @@ class SlidingWindowConfig(ZooConfig):
         },
         "gpt-block": {
             "sliding_window": None,
-            "hidden_act": "gelu",
+            "hidden_act": "gelu_bloom",
             "gated_mlp": False,
             "mlp_bias": True,
             "attention_bias": True,
@@ -194,7 +194,8 @@ class SlidingWindowConfig(ZooConfig):
         """Checks heads, window and what the rotation needs to know."""
         super().validate_architecture()
         check_head_dim(self)
-        check_activation("hidden_act", self.hidden_act)
+        if self.hidden_act not in OWN_ACTIVATIONS:
+            check_activation("hidden_act", self.hidden_act)
         check_key_value_heads(self)
         check_window(self.sliding_window)
         if self.num_sink_tokens < 0 or (self.num_sink_tokens and self.sliding_window is None):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from ..lazy import value_of
 from ..messages import some
@@ -272,6 +273,40 @@ def refuse_beyond(config, known, whose):
         is_own = field.name not in PreTrainedConfig.__dataclass_fields__
         if is_own and field.name not in known and value != field.default:
             raise ValueError(f"{field.name} is {value!r}: {whose} model has none.")
+
+
+def refuse_other(config, fixed, whose):
+    """Raises a ValueError for a setting that a foreign model has in one way alone.
+
+    Args:
+        config: ours.
+        fixed: our field -> what it is there.
+        whose: its owner, as in "transformers'".
+    """
+    for name, value in fixed.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}: {whose} model has {value!r} at all times."
+            )
+
+
+def check_transformers_activation(config):
+    """Raises a ValueError if transformers has no activation of our hidden_act's name."""
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act is {config.hidden_act!r}: transformers has none of the name.")
+
+
+def split_tensor(weights, name, changes):
+    """Parts of one of their tensors, lazy as it is; as many None if there is none of that name.
+
+    Args:
+        weights: theirs.
+        name: of the tensor.
+        changes: for each part, what cuts it out.
+    """
+    if name not in weights.tensors:
+        return [weights.take(name)] + [None] * (len(changes) - 1)
+    return [weights.take(name, change=change) for change in changes]
 
 
 def read_by_name(weights, config, names, changes):

@@ -7,9 +7,12 @@ from . import (
     fla_retnet,
     fla_rwkv6,
     fla_rwkv7,
+    hf_bloom,
     hf_minimax,
     hf_mistral,
+    hf_mpt,
     hf_rwkv,
+    hf_smollm3,
     infini_beomi,
     infini_lucidrains,
     meliad,
@@ -34,6 +37,9 @@ _FILES = (
     transnormerllm,
     hf_minimax,
     hf_mistral,
+    hf_smollm3,
+    hf_mpt,
+    hf_bloom,
     meliad,
     mistral_consolidated,
     infini_beomi,
@@ -56,22 +62,37 @@ def find_format(name):
     raise ValueError(f"unknown format {name!r}; {hint}")
 
 
-def native_format(architecture):
+def native_format(architecture, config=None):
     """The format of another library's own class for an architecture.
 
-    Where several have one, transformers' comes first, which needs no further package.
+    Where several have one, transformers' comes first, which needs no further package; where that
+    has several classes, the first that can express the config.
 
     Args:
         architecture: a key of `zoo.MODELS`.
+        config: of the model; None: the first class is meant.
 
     Raises:
-        ValueError: there is none that can be written.
+        ValueError: there is none that can be written, or none for this config, and why not.
     """
     written = [f for f in FORMATS.values() if f.architecture and f.library is not None]
-    for library in LIBRARIES:
-        for format in written:
-            if format.architecture == architecture and format.library is library:
-                return format
+    candidates = [
+        format
+        for library in LIBRARIES
+        for format in written
+        if format.architecture == architecture and format.library is library
+    ]
+    refusals = []
+    for format in candidates:
+        try:
+            if config is not None and len(candidates) > 1:
+                format.write_config(config)
+        except ValueError as error:
+            refusals.append(f"{format.name}: {str(error).rstrip('.')}")
+        else:
+            return format
+    if refusals:
+        raise ValueError(f"no other library has a class for this model: {'; '.join(refusals)}.")
     there = "; ".join(
         f"{library.name} for {', '.join(f.architecture for f in written if f.library is library)}"
         for library in LIBRARIES

@@ -9,6 +9,7 @@ from ...models.sliding_window import SlidingWindowConfig
 from .format import (
     TRANSFORMERS,
     Format,
+    check_transformers_activation,
     llama_names,
     read_by_name,
     refuse_beyond,
@@ -66,6 +67,7 @@ def read_config(fields, weights):
 def write_config(config):
     """transformers' fields from our config, and notes."""
     refuse_beyond(config, WRITTEN, "transformers'")
+    check_transformers_activation(config)
     if num_rotated_channels(config) != config.head_dim:
         raise ValueError("partial_rotary_factor is not 1: transformers' model turns whole heads.")
     values = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
