@@ -4,13 +4,15 @@ Child et al. 2019, https://arxiv.org/abs/1904.10509; Mistral 7B, https://arxiv.o
 Query i of a document sees W keys, up to and including its own unless there is a delay:
 
     o_i = sum_j p_ij v_j,   p_ij = exp(s_ij) / Z_i   for i - delay - W < j <= i - delay
-    s_ij = scale q_i^T k_j  [+ b_d, d = i - delay - j]
+    s_ij = scale q_i^T k_j  [+ b_d, d = i - delay - j]  [+ b_i,d]
     Z_i = sum_j exp(s_ij)  [+ sum over sinks]  [+ exp(sink_logit)]
 
 Sinks: M first keys of each document, which a query can go on to see after they left its window,
 with a query of its own for them (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). A sink
 logit per head (as in gpt-oss), or per head and query, takes part in the softmax without a value.
-b is a bias by head and distance.
+b is a bias by head and distance, or by head, query and distance. There may also be a decay of each
+channel by distance, s_ij = scale sum_c q_ic k_jc exp(d log_decay_c), as xPos has it (Sun et al.
+2022, https://arxiv.org/abs/2212.10554).
 
 `windowed_attention` is the function to call: it cuts the queries into blocks and gives each the
 band of keys it can see. `windowed_attention_reference` is the definition, with the whole mask.
@@ -80,6 +82,8 @@ def windowed_attention_reference(
     sink_logits=None,
     delay=0,
     distance_bias=None,
+    query_bias=None,
+    log_decay=None,
 ):
     """The definition: all scores [B, H, T, S] and a mask. As `windowed_attention`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -93,12 +97,18 @@ def windowed_attention_reference(
     visible_BTS = visible_keys(
         length, k.shape[1], window, **documents, delay=delay, device=q.device
     )
-    score_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * scale
+    i_T1 = torch.arange(k.shape[1] - length, k.shape[1], device=q.device)[:, None] - delay
+    distance_TS = (i_T1 - torch.arange(k.shape[1], device=q.device)).clamp(min=0)
+    if log_decay is None:
+        score_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * scale
+    else:
+        score_BHTS = _decayed_scores(q_BTHK, k_BSHK, distance_TS, log_decay.to(dtype)) * scale
     if distance_bias is not None:
-        i_T1 = torch.arange(k.shape[1] - length, k.shape[1], device=q.device)[:, None] - delay
-        distance_TS = i_T1 - torch.arange(k.shape[1], device=q.device)
         last = distance_bias.shape[1] - 1
-        score_BHTS = score_BHTS + distance_bias.to(dtype)[:, distance_TS.clamp(0, last)]
+        score_BHTS = score_BHTS + distance_bias.to(dtype)[:, distance_TS.clamp(max=last)]
+    if query_bias is not None:
+        rows_T = torch.arange(length, device=q.device)
+        score_BHTS = score_BHTS + query_bias(rows_T, distance_TS).to(dtype)
     scores = [score_BHTS.masked_fill(~visible_BTS[:, None], -torch.inf)]
     if sinks is not None:
         # [B, T, M, H, K]: each query's own document's
@@ -125,6 +135,15 @@ def windowed_attention_reference(
     return o_BTHV.to(v.dtype)
 
 
+def _decayed_scores(q_BTHK, k_BSHK, distance_TS, log_decay_K):
+    """sum_c q_c k_c exp(distance log_decay_c), [B, H, T, S], channel by channel."""
+    score_BHTS = 0
+    for q_BTH, k_BSH, log in zip(q_BTHK.unbind(-1), k_BSHK.unbind(-1), log_decay_K.unbind()):
+        pair_BHTS = torch.einsum("bth,bsh->bhts", q_BTH, k_BSH)
+        score_BHTS = score_BHTS + pair_BHTS * (distance_TS * log).exp()
+    return score_BHTS
+
+
 def windowed_attention(
     q,
     k,
@@ -138,6 +157,8 @@ def windowed_attention(
     sink_logits=None,
     delay=0,
     distance_bias=None,
+    query_bias=None,
+    log_decay=None,
     block_length=None,
 ):
     """Attention of each query to the `window` keys up to its own, or up to one before it.
@@ -158,6 +179,11 @@ def windowed_attention(
             sink_logits (a document's first query would have nothing to see), more.
         distance_bias: [H, window], or [H, S] without one, added to the scaled scores: entry d for
             the key d before the newest that a query sees; None: nothing.
+        query_bias: (rows [..., C], d [C, S]) to a bias [B or 1, H, ..., C, S], added to the scaled
+            scores: of the queries with these numbers from 0 to T - 1, and keys d before the newest
+            that each sees (0 for those after it); None: nothing.
+        log_decay: [K], <= 0: channel k of a score is multiplied by exp(d log_decay_k); None: no
+            decay.
         block_length: queries computed at a time; None: by the window.
 
     Returns:
@@ -186,6 +212,8 @@ def windowed_attention(
             sink_logits=sink_logits,
             delay=delay,
             distance_bias=distance_bias,
+            query_bias=query_bias,
+            log_decay=log_decay,
             block_length=block_length,
         )
     window = num_keys if window is None else window
@@ -210,6 +238,7 @@ def windowed_attention(
     first_BT = first_keys(length, cu_seqlens, first_key)
     extra = _SinkBlocks(sinks, cu_seqlens, sizes, grouped, scale, dtype)
     band = bias_GRCS = None  # of the bias: with a window, blocks in the middle have the same
+    decays = None if log_decay is None else _Decays(log_decay, block_length, num_keys, delay, dtype)
     logits = [None] * len(sizes)
     if sink_logits is not None:
         logits_BTH = sink_logits.to(dtype).expand(*q.shape[:3])
@@ -234,14 +263,16 @@ def windowed_attention(
             if band != before:
                 bias_HCS = _band_of_bias(distance_bias.to(dtype), *band)
                 bias_GRCS = bias_HCS.unflatten(0, (num_groups, -1))
+        elif query_bias is not None:
+            rows_C = i_C1[:, 0] - older
+            bias_BHCS = query_bias(rows_C, (i_C1 - delay - j_S).clamp(min=0)).to(dtype)
+            bias_GRCS = bias_BHCS.unflatten(1, (num_groups, -1))
+        q_BGRCK = q_BGRCK.to(dtype) * scale
+        if decays is not None:
+            first_distance = starts[own] - delay - starts[low]
+            q_BGRCK, k_BGSK = decays.shared(q_BGRCK, k_BGSK, first_distance)
         o_BGRCV = _attend(
-            q_BGRCK.to(dtype) * scale,
-            k_BGSK,
-            v_BGSV,
-            visible_BCS,
-            extra.block(n),
-            logits[n],
-            bias_GRCS,
+            q_BGRCK, k_BGSK, v_BGSV, visible_BCS, extra.block(n), logits[n], bias_GRCS
         )
         outputs.append(o_BGRCV.to(v.dtype))
     return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
@@ -260,7 +291,61 @@ def _band_of_bias(bias_HW, first_distance, num_queries, num_keys):
     return row_HS.unfold(1, num_keys, 1).flip(2)
 
 
-def attention_step(q, k, v, visible, *, scale=None, sinks=None, sink_logits=None, slot_bias=None):
+class _Decays:
+    """exp(d log_decay) of a query and a key, as a factor of each: of no more than a block's length.
+
+    Counted from the middle of the block of queries, so that neither leaves its range however long
+    a text is: keys long before it have next to nothing left, as they should.
+    """
+
+    def __init__(self, log_decay, block_length, num_keys, delay, dtype):
+        self.half, self.zero = block_length // 2, block_length + delay
+        _check_decay(log_decay, self.half)
+        # In float64, so that long distances have all their digits.
+        wide = torch.float32 if log_decay.device.type == "mps" else torch.float64
+        exponents_N = torch.arange(-self.zero, num_keys + block_length, device=log_decay.device)
+        self.table_NK = (exponents_N[:, None] * log_decay.detach().to(wide)).exp().to(dtype)
+
+    def shared(self, q_BGRCK, k_BGSK, first_distance):
+        """Queries and keys with their factors.
+
+        Args:
+            q_BGRCK: a block of queries.
+            k_BGSK: its band of keys.
+            first_distance: from the first query back to the first key.
+        """
+        start = self.zero - self.half
+        q_CK = self.table_NK[start : start + q_BGRCK.shape[3]]
+        last = self.zero + self.half + first_distance
+        k_SK = self.table_NK[last - k_BGSK.shape[2] + 1 : last + 1].flip(0)
+        return q_BGRCK * q_CK, k_BGSK * k_SK
+
+
+def _check_decay(log_decay, half):
+    """Raises a ValueError if a decay leaves float32 within half a block of queries."""
+    if log_decay.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    lowest = log_decay.min().item()
+    if -lowest * half > 64:  # exp(88) is float32's largest number
+        raise ValueError(
+            f"log_decay is at least -{64 / half:.3g} per token, got {lowest:.3g}; nothing would be "
+            "left of a score a few tokens away."
+        )
+
+
+def attention_step(
+    q,
+    k,
+    v,
+    visible,
+    *,
+    scale=None,
+    sinks=None,
+    sink_logits=None,
+    slot_bias=None,
+    log_decay=None,
+    distance=None,
+):
     """Attention of one query per row to the keys it is shown, in any order.
 
     Args:
@@ -270,6 +355,8 @@ def attention_step(q, k, v, visible, *, scale=None, sinks=None, sink_logits=None
         visible: [B, S] bool.
         scale, sinks, sink_logits: as of `windowed_attention`.
         slot_bias: [B, H, S], added to the scaled scores; None: nothing.
+        log_decay: as of `windowed_attention`.
+        distance: [B, S], of each key, for it.
 
     Returns:
         o [B, 1, H, V] in v's dtype.
@@ -288,6 +375,9 @@ def attention_step(q, k, v, visible, *, scale=None, sinks=None, sink_logits=None
     if slot_bias is not None:
         bias_BGRCS = slot_bias.to(dtype).unflatten(1, (num_groups, -1))[:, :, :, None]
     k_BGSK, v_BGSV = (x.transpose(1, 2).to(dtype) for x in (k, v))
+    if log_decay is not None:
+        factor_BSK = (distance[..., None] * log_decay.to(dtype)).exp()
+        k_BGSK = k_BGSK * factor_BSK[:, None]
     q_BGRCK = grouped(q).to(dtype) * scale
     o_BGRCV = _attend(q_BGRCK, k_BGSK, v_BGSV, visible[:, None], extra, logits, bias_BGRCS)
     return o_BGRCV.flatten(1, 2).transpose(1, 2).to(v.dtype)

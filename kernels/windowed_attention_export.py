@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from .export_scan import count_chunks, from_chunks, into_chunks
-from .windowed_attention import _attend, _band_of_bias, windowed_attention_reference
+from .windowed_attention import (
+    MAX_BLOCK,
+    _attend,
+    _band_of_bias,
+    windowed_attention_reference,
+)
 
 
 def windowed_attention_exported(
@@ -23,10 +28,12 @@ def windowed_attention_exported(
     sink_logits,
     delay,
     distance_bias,
+    query_bias,
+    log_decay,
     block_length,
 ):
     """Arguments and results as `windowed_attention`; there are no packed documents."""
-    extras = first_key, sinks, sink_logits, distance_bias
+    extras = first_key, sinks, sink_logits, distance_bias, query_bias, log_decay
     if window is None and q.shape[1] == k.shape[1] and all(x is None for x in extras):
         dtype = torch.promote_types(q.dtype, torch.float32)
         heads_first = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
@@ -35,7 +42,7 @@ def windowed_attention_exported(
             *heads_first, is_causal=True, scale=scale, enable_gqa=is_grouped
         )
         return o_BHTV.transpose(1, 2).to(v.dtype)
-    if window is None:
+    if window is None and log_decay is None:
         return windowed_attention_reference(
             q,
             k,
@@ -46,23 +53,40 @@ def windowed_attention_exported(
             sink_logits=sink_logits,
             delay=delay,
             distance_bias=distance_bias,
+            query_bias=query_bias,
         )
     return _in_blocks(
         q,
         k,
         v,
-        window,
+        k.shape[1] if window is None else window,
         scale,
         first_key,
         sinks,
         sink_logits,
         delay,
         distance_bias,
-        1 if q.shape[1] == 1 else block_length,
+        query_bias,
+        log_decay,
+        1 if q.shape[1] == 1 else block_length or MAX_BLOCK,
     )
 
 
-def _in_blocks(q, k, v, window, scale, first_key, sinks, sink_logits, delay, distance_bias, length):
+def _in_blocks(
+    q,
+    k,
+    v,
+    window,
+    scale,
+    first_key,
+    sinks,
+    sink_logits,
+    delay,
+    distance_bias,
+    query_bias,
+    log_decay,
+    length,
+):
     dtype, (batch, time, num_heads, _) = torch.promote_types(q.dtype, torch.float32), q.shape
     num_keys, num_groups = k.shape[1:3]
     groups = num_groups, num_heads // num_groups
@@ -110,8 +134,19 @@ def _in_blocks(q, k, v, window, scale, first_key, sinks, sink_logits, delay, dis
     if distance_bias is not None:
         bias_HCS = _band_of_bias(distance_bias.to(dtype), window - 1, length, band)
         bias = bias_HCS.unflatten(0, groups)
-    o_BGRCV = _attend(
-        grouped(q) * scale, k_BGSK, v_BGSV, visible_NBCS.flatten(0, 1), extra, logits, bias
-    )
+    elif query_bias is not None:
+        rows_NC = i_NC + delay - (num_keys - time)
+        distance_CS = (window - 1) + torch.arange(length, device=q.device)[:, None]
+        distance_CS = (distance_CS - torch.arange(band, device=q.device)).clamp(min=0)
+        bias_BHNCS = query_bias(rows_NC.clamp(max=time - 1), distance_CS).to(dtype)
+        bias_NBHCS = bias_BHNCS.movedim(2, 0).expand(-1, batch, -1, -1, -1)
+        bias = bias_NBHCS.flatten(0, 1).unflatten(1, groups)
+    q_BGRCK = grouped(q) * scale
+    if log_decay is not None:
+        steps_C = torch.arange(length, device=q.device) - length // 2
+        steps_S = window - 1 + length // 2 - torch.arange(band, device=q.device)
+        q_CK, k_SK = ((steps[:, None] * log_decay).exp().to(dtype) for steps in (steps_C, steps_S))
+        q_BGRCK, k_BGSK = q_BGRCK * q_CK, k_BGSK * k_SK
+    o_BGRCV = _attend(q_BGRCK, k_BGSK, v_BGSV, visible_NBCS.flatten(0, 1), extra, logits, bias)
     o_NBCHV = o_BGRCV.flatten(1, 2).transpose(1, 2).unflatten(0, (count, batch))
     return from_chunks(o_NBCHV, time).to(v.dtype)

@@ -121,6 +121,43 @@ def test_bias_by_distance_of_what_is_seen(window, layout, sinks):
         assert worst(run(windowed_attention, *case), expected) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["by query", "decay", "decay and bias"])
+@pytest.mark.parametrize("layout", ["dense", "older keys", "packed"])
+@pytest.mark.parametrize("window", [1, 7, 16, 37, 100, None])
+def test_bias_by_query_and_decay(window, layout, kind):
+    older, packed = 9 if layout == "older keys" else 0, layout == "packed"
+    case = arguments(window=window, older=older, packed=packed, logits=kind == "by query")
+    positional, keyword, leaves = case
+    (batch, length, heads, size), keys = positional[0].shape, positional[1].shape[1]
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return x.requires_grad_()
+
+    if kind == "by query":
+        table = normal(batch, heads, length, keys)
+
+        def query_bias(rows, distance_CS):
+            """Of each row of the batch and each query its own."""
+            return table[:, :, rows[:, None], distance_CS]
+
+        keyword["query_bias"] = query_bias
+        leaves.append(table)
+    else:
+        keyword["log_decay"] = -torch.rand(size, generator=generator, dtype=torch.float64)
+    if kind == "decay and bias":
+        keyword["distance_bias"] = normal(heads, keys if window is None else window)
+        leaves.append(keyword["distance_bias"])
+    if kind != "by query" and layout == "older keys":
+        keyword |= {"delay": 2, "sink_logits": normal(heads)}
+        leaves.append(keyword["sink_logits"])
+    expected = run(windowed_attention_reference, *case)
+    for block_length in (1, 5, 16, 37, None):
+        keyword["block_length"] = block_length
+        assert worst(run(windowed_attention, *case), expected) < 1e-12
+
+
 def test_delay_and_bias_one_query_at_a_time():
     """The reference against sums written out."""
     (q, k, v, window), keyword, _ = arguments((1, 9, 2, 1, 3, 4), window=4, bias=2)

@@ -50,7 +50,14 @@ def band(window, sinks=0):
 
 
 def softmax(mixer):
-    return mixer.num_heads * attention(band(mixer.window, mixer.num_sinks), mixer.head_dim)
+    visible_TS = band(mixer.window, mixer.num_sinks)
+    total = mixer.num_heads * attention(visible_TS, mixer.head_dim)
+    if mixer.position_type == "fire":
+        hidden, heads = torch.ones(1, mixer.config.fire_mlp_width), mixer.num_heads
+        one, out = torch.ones(1, 1), torch.ones(hidden.shape[1], heads)
+        pair = counted(lambda: (one @ hidden) @ out).get_total_flops()
+        total += int(visible_TS.sum()) * pair
+    return total
 
 
 def linear(keys, values, heads):

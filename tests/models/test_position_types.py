@@ -6,8 +6,14 @@ from goldens import golden_tensors
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from zoo import SlidingWindowConfig, SlidingWindowForCausalLM
-from zoo.kernels.windowed_attention import windowed_attention, windowed_attention_reference
-from zoo.layers.position_bias import AlibiBias, T5Bias
+from zoo.kernels.windowed_attention import (
+    attention_step,
+    windowed_attention,
+    windowed_attention_reference,
+)
+from zoo.layers.position_bias import AlibiBias, FireBias, T5Bias
+from zoo.layers.positions import RotaryPositions, rotate
+from zoo.layers.xpos import xpos_log_decay
 
 SIZES = {
     "vocab_size": 50,
@@ -18,6 +24,7 @@ SIZES = {
     "head_dim": 8,
     "intermediate_size": 40,
 }
+d64 = torch.float64
 functions = pytest.mark.parametrize("function", [windowed_attention, windowed_attention_reference])
 
 
@@ -125,6 +132,94 @@ def test_t5_buckets():
         assert torch.equal(found[0].long(), golden[name])
 
 
+FIRE_NAMES = {
+    "c": "c",
+    "L_multiplier": "length_factor",
+    "mlp.0.weight": "up_weight",
+    "mlp.0.bias": "up_bias",
+    "mlp.2.weight": "down_weight",
+    "mlp.2.bias": "down_bias",
+}
+
+
+@functions
+@pytest.mark.parametrize("case", ["paper", "threshold_inside", "negative"])
+@pytest.mark.parametrize("way", ["by query", "as the model chooses"])
+def test_fire_official_numbers(case, way, function):
+    golden = golden_tensors("ops-fire")
+    length = int(golden[f"{case}.W.init_L"])
+    bias = FireBias(config_of("fire", fire_init_length=length)).double()
+    parameters = dict(bias.named_parameters())
+    for theirs, ours in FIRE_NAMES.items():
+        parameters[ours].data = golden[f"{case}.W.{theirs}"].reshape(parameters[ours].shape)
+    place = torch.arange(50)
+
+    def query_bias(rows, distance):
+        return bias.by_query(place[rows], distance, d64).movedim(-1, 0)[None]
+
+    settings = {"query_bias": query_bias}
+    found = query_bias(place, (place[:, None] - place).clamp(min=0))
+    visible = torch.ones(50, 50, dtype=torch.bool).tril()
+    assert worst(found[..., visible], golden[f"{case}.bias"][..., visible]) < 1e-12
+    if way != "by query" and bias.depends_on_distance_alone(place):
+        settings = {"distance_bias": bias.below(50, d64, "cpu")}
+    assert ("distance_bias" in settings) == (way != "by query" and case == "paper")
+    leaves = [golden[f"{case}.{name}"].clone().requires_grad_() for name in "qkv"]
+    o = function(*(x.transpose(1, 2) for x in leaves), **settings).transpose(1, 2)
+    assert worst(o, golden[f"{case}.o"]) < 1e-9
+    leaves += [parameters[name] for name in FIRE_NAMES.values()]
+    grads = torch.autograd.grad((o * golden[f"{case}.cotangent"]).sum(), leaves)
+    expected = [golden[f"{case}.grad_{name}"] for name in "qkv"]
+    expected += [golden[f"{case}.G.{name}"] for name in FIRE_NAMES]
+    for found, official in zip(grads, expected, strict=True):
+        assert worst(found, official.reshape(found.shape)) < 1e-9
+
+
+@functions
+@pytest.mark.parametrize("case", ["T44", "T45"])
+def test_xpos_official_numbers(function, case):
+    golden = golden_tensors("ops-xpos")
+    config = config_of("xpos", head_dim=16)
+    leaves = [golden[f"{case}.{name}"].clone().requires_grad_() for name in "qkv"]
+    rotation = RotaryPositions(config)(torch.arange(int(case[1:]))[None])
+    q, k, v = (x.transpose(1, 2) for x in leaves)
+    q, k = (rotate(x, *rotation, interleaved=True) for x in (q, k))
+    o = function(q, k, v, log_decay=xpos_log_decay(config)).transpose(1, 2)
+    assert worst(o, golden[f"{case}.o"]) < 1e-9
+    grads = torch.autograd.grad((o * golden[f"{case}.cotangent"]).sum(), leaves)
+    for name, grad in zip("qkv", grads):
+        assert worst(grad, golden[f"{case}.grad_{name}"]) < 1e-9
+
+
+def test_xpos_at_any_length():
+    """Powers counted from a sequence's middle are infinite in float32 from 72,000 tokens on."""
+    torch.manual_seed(0)
+    log_decay = xpos_log_decay(config_of("xpos", head_dim=16))
+    length = 100_000
+    q, k, v = (torch.randn(1, length, 1, 16, dtype=d64) for _ in range(3))
+    outputs = []
+    for dtype in (torch.float32, d64):
+        last, *keys = (x.to(dtype) for x in (q[:, -300:], k, v))
+        distance = torch.arange(length).flip(0)[None]
+        seen = {"visible": distance >= 0, "log_decay": log_decay, "distance": distance}
+        step = attention_step(last[:, -1:], *keys, **seen)
+        o = windowed_attention(last, *keys, log_decay=log_decay)
+        assert worst(o[:, -1:], step) < (1e-12 if dtype == d64 else 1e-6)
+        outputs.append(o)
+    assert worst(*outputs) < 1e-6 and outputs[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_xpos_in_16_bits(dtype):
+    """float16 ends at 9,000 tokens from a sequence's middle."""
+    torch.manual_seed(0)
+    log_decay = xpos_log_decay(config_of("xpos", head_dim=16))
+    q, k, v = (torch.randn(1, 20_000, 1, 16).to(dtype) for _ in range(3))
+    o = windowed_attention(q[:, -200:], k, v, log_decay=log_decay)
+    wide = windowed_attention(*(x.double() for x in (q[:, -200:], k, v)), log_decay=log_decay)
+    assert worst(o, wide, relative=True) < 2 * torch.finfo(dtype).eps
+
+
 def build(**fields):
     torch.manual_seed(0)
     model = SlidingWindowForCausalLM(SlidingWindowConfig(**SIZES | fields)).double().eval()
@@ -143,12 +238,14 @@ def logits_of(model, ids, sizes=None, **inputs):
     return torch.cat(logits, dim=1)
 
 
-KINDS = ["alibi", "t5", None, ["rope", "alibi"], ["t5", None]]
+KINDS = ["alibi", "t5", "fire", "xpos", None, ["rope", "alibi"], ["t5", None], ["xpos", "fire"]]
 
 
 @pytest.mark.parametrize("fields", [{}, {"sliding_window": 9}], ids=["full", "window"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_implementation(kind, fields):
+    if "fire" in str(kind):  # a threshold that some tokens are beyond
+        fields = fields | {"fire_init_length": 40}
     model = build(**{"sliding_window": None} | fields, position_embedding_type=kind)
     ids = torch.randint(0, 50, (2, 41))
     mask = torch.ones_like(ids)
@@ -180,6 +277,22 @@ def test_every_implementation(kind, fields):
             {"position_embedding_type": "alibi", "rope_parameters": {"rope_theta": 5.0}},
             "rope_parameters are about layers .*leave them out",
         ),
+        (
+            {
+                "position_embedding_type": "xpos",
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+            },
+            "'xpos' turns whole heads by a rope_theta and no more",
+        ),
+        (
+            {
+                "position_embedding_type": ["xpos", None],
+                "rope_parameters": {"partial_rotary_factor": 0.5},
+            },
+            "'xpos' turns whole heads by a rope_theta and no more",
+        ),
+        ({"position_embedding_type": "xpos", "xpos_scale_base": 7}, "at least 8, got 7"),
+        ({"position_embedding_type": "fire", "fire_init_c": 0.0}, "above 0, got 0.0"),
         ({"attention_scale": 0.0}, "attention_scale is a number above 0"),
     ],
 )

@@ -280,10 +280,17 @@ def sliding_window(config):
 
 
 def position_biases(config):
-    """T5's table as its code has it."""
-    table, types = {}, config.position_embedding_type
-    if "t5" in (types if isinstance(types, list) else [types]):
-        table["*.mixer.position_bias.table"] = (0.0, config.hidden_size**-0.5, "normal")
+    """T5's table as its code has it; FIRE as its paper's appendix, with PyTorch's linear layers."""
+    table, types, bias = {}, config.position_embedding_type, "*.mixer.position_bias."
+    types = types if isinstance(types, list) else [types]
+    if "t5" in types:
+        table[f"{bias}table"] = (0.0, config.hidden_size**-0.5, "normal")
+    if "fire" in types:
+        table[f"{bias}c"] = (config.fire_init_c, 0.0, "constant")
+        table[f"{bias}length_factor"] = ONE
+        table |= dict.fromkeys((f"{bias}up_weight", f"{bias}up_bias"), linear_default(1))
+        down = f"{bias}down_weight", f"{bias}down_bias"
+        table |= dict.fromkeys(down, linear_default(config.fire_mlp_width))
     return table
 
 

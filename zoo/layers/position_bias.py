@@ -6,9 +6,12 @@ A query at place i of its document sees a key at place j <= i; d = i - j. Per he
               https://arxiv.org/abs/2108.12409)
     "t5"      table[bucket(d), h]: a bucket for each small distance, then buckets that grow with the
               logarithm (Raffel et al. 2019, https://arxiv.org/abs/1910.10683)
+    "fire"    MLP_h(log(1 + |c| d) / (log(1 + |c| max(i, |l| L)) + 1e-6)), with c and l learned and
+              one hidden layer of ReLUs (FIRE, Li et al. 2023, https://arxiv.org/abs/2310.04418)
 
-Distances are whole numbers and biases are formed in float32 at least: a slope times the key's own
-place, which comes to the same before rounding, is off by 4.5 in bfloat16 at the 4,095th token.
+FIRE alone needs to know i. Distances are whole numbers and biases are formed in float32 at least: a
+slope times the key's own place, which comes to the same before rounding, is off by 4.5 in bfloat16
+at the 4,095th token.
 """
 
 import functools
@@ -20,12 +23,13 @@ from torch import nn
 from transformers import initialization as init
 
 from ..core.base import Constant
+from ..kernels.export_scan import without_autocast
 from .decay_slopes import alibi_slopes
 
 
 def position_bias(config, kind):
     """The module of a layer of that type; None for types that add nothing to scores."""
-    classes = {"alibi": AlibiBias, "t5": T5Bias}
+    classes = {"alibi": AlibiBias, "t5": T5Bias, "fire": FireBias}
     return classes[kind](config) if kind in classes else None
 
 
@@ -38,7 +42,8 @@ def alibi_log_decay(config):
 def t5_buckets(num_buckets, max_distance, lifted=0.0):
     """T5's bucket of each distance from 0 to max_distance, which all beyond share; in Python.
 
-    Half of the buckets hold one distance each, the others grow with the logarithm.
+    Half of the buckets hold one distance each, the others grow with the logarithm. On a processor
+    or a GPU, in whatever dtype, a distance on a boundary could fall to either side.
 
     Args:
         num_buckets: how many.
@@ -100,3 +105,123 @@ class T5Bias(DistanceBias):
         buckets_D = self.buckets(distance.device).long()
         bucket = buckets_D[distance.clamp(max=len(buckets_D) - 1)]
         return F.embedding(bucket, self.table.to(dtype)).movedim(-1, 0)
+
+
+class QueryBias(nn.Module):
+    """A bias that depends on the query's place in its document too."""
+
+    def by_query(self, place, distance, dtype):
+        """The bias of each head.
+
+        Args:
+            place: i of each query, 0 for a document's first, [...].
+            distance: d of each query and key, [..., S], as broadcasts.
+            dtype: of the result.
+
+        Returns:
+            [..., S, H].
+        """
+        raise NotImplementedError
+
+    def depends_on_distance_alone(self, place):
+        """Whether these queries have biases that do, those of a document's first query."""
+        return False
+
+    def below(self, size, dtype, device):
+        """Of a document's first query, had it keys at the distances below `size`, [H, size]."""
+        place, distance = torch.zeros(1, device=device), torch.arange(size, device=device)
+        return self.by_query(place, distance[None], dtype)[0].T
+
+
+FIRE_EPSILON = 1e-6
+
+
+class FireBias(QueryBias):
+    """A learned function of log distance, as a share of the largest one that a query can have."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        width, heads = config.fire_mlp_width, config.num_attention_heads
+        # Of one number each, not scalars, which could not be cut in shards.
+        self.c = nn.Parameter(torch.empty(1))
+        self.length_factor = nn.Parameter(torch.empty(1))
+        self.up_weight = nn.Parameter(torch.empty(width))
+        self.up_bias = nn.Parameter(torch.empty(width))
+        self.down_weight = nn.Parameter(torch.empty(heads, width))
+        self.down_bias = nn.Parameter(torch.empty(heads))
+
+    def init_weights_of_paper(self):
+        """The paper's c and l; the MLP as PyTorch's linear layers are by default."""
+        init.constant_(self.c, self.config.fire_init_c)
+        init.ones_(self.length_factor)
+        for layer, fan_in in (("up", 1), ("down", self.config.fire_mlp_width)):
+            for name in ("weight", "bias"):
+                init.uniform_(getattr(self, f"{layer}_{name}"), -(fan_in**-0.5), fan_in**-0.5)
+
+    def threshold(self, dtype):
+        """|l| L: up to which place a query's distances are shares of the same, [1]."""
+        return (self.length_factor.to(dtype) * self.config.fire_init_length).abs()
+
+    def depends_on_distance_alone(self, place):
+        """As of `QueryBias`. Not asked of values that are not known yet."""
+        if torch.compiler.is_compiling() or place.is_meta:
+            return False
+        dtype = torch.promote_types(self.length_factor.dtype, torch.float32)
+        return bool((place.max() < self.threshold(dtype)).all())
+
+    def by_query(self, place, distance, dtype):
+        """As of `QueryBias`."""
+        c = self.c.to(dtype).abs()
+        largest = torch.maximum(place.to(dtype), self.threshold(dtype))
+        share = torch.log1p(c * distance.to(dtype))
+        share = share / (torch.log1p(c * largest) + FIRE_EPSILON)[..., None]
+        layers = self.up_weight, self.up_bias, self.down_weight, self.down_bias
+        layers = [x.to(dtype) for x in layers]
+        if torch.compiler.is_exporting():
+            return _unit_by_unit(share, *layers)
+        with without_autocast(share):
+            return _MLPOfOne.apply(share, *layers)
+
+
+def _unit_by_unit(x, up_weight, up_bias, down_weight, down_bias):
+    """`_MLPOfOne` in plain operators of PyTorch, without all hidden units at once."""
+    y = down_bias
+    for unit, (weight, bias) in enumerate(zip(up_weight, up_bias)):
+        y = y + torch.relu(x * weight + bias)[..., None] * down_weight[:, unit]
+    return y
+
+
+class _MLPOfOne(torch.autograd.Function):
+    """down relu(up x) of single numbers x, [...] to [..., H].
+
+    The hidden units of all pairs of tokens would take more memory than all the rest: they exist a
+    part at a time, and once more in the backward pass.
+    """
+
+    SIZE = 2**18  # pairs at a time
+
+    @staticmethod
+    def forward(ctx, x, up_weight, up_bias, down_weight, down_bias):
+        ctx.save_for_backward(x, up_weight, up_bias, down_weight)
+        parts = x.reshape(-1, 1).split(_MLPOfOne.SIZE)
+        y = [F.relu(part * up_weight + up_bias) @ down_weight.T + down_bias for part in parts]
+        return torch.cat(y).unflatten(0, x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, up_weight, up_bias, down_weight = ctx.saved_tensors
+        sums = [torch.zeros_like(w) for w in (up_weight, up_bias, down_weight)]
+        sums, grad_x = [*sums, grad.new_zeros(grad.shape[-1])], []
+        x_parts = x.reshape(-1, 1).split(_MLPOfOne.SIZE)
+        grad_parts = grad.reshape(-1, grad.shape[-1]).split(_MLPOfOne.SIZE)
+        for part, grad_part in zip(x_parts, grad_parts):
+            hidden = part * up_weight + up_bias
+            grad_hidden = (grad_part @ down_weight).masked_fill_(hidden <= 0, 0)
+            grad_x.append(grad_hidden @ up_weight)
+            sums[0] += (grad_hidden * part).sum(0)
+            sums[1] += grad_hidden.sum(0)
+            sums[2] += grad_part.T @ hidden.relu_()
+            sums[3] += grad_part.sum(0)
+        return torch.cat(grad_x).view_as(x), *sums

@@ -9,7 +9,7 @@ import math
 
 from .positions import check_rope_parameters, num_rotated_channels
 
-POSITION_TYPES = ("rope", "alibi", "t5", None)
+POSITION_TYPES = ("rope", "alibi", "t5", "fire", "xpos", None)
 # Those that turn queries and keys, by `rope_parameters`.
 TURNED_TYPES = ("rope", "xpos")
 # Field -> (the type it is about, its default).

@@ -6,15 +6,16 @@ default, linear in the length where there is a window), "eager" (the definition)
 "flex_attention" and the flash attentions.
 """
 
+import functools
+
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..core.base import ZooPreTrainedModel
-from ..core.flops import linear_flops, mean_visible
+from ..core.base import Constant, ZooPreTrainedModel
+from ..core.flops import linear_flops, mean_visible, product_flops
 from ..core.state import GrowingStateLayer, SlidingStateLayer, StateSpec, dtype_of
 from ..core.window import (
     Past,
@@ -30,13 +31,19 @@ from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.windowed_attention import (
     Sinks,
     attention_step,
-    visible_keys,
     windowed_attention,
     windowed_attention_reference,
 )
-from .position_bias import position_bias
+from .foreign_attention import (
+    all_biases,
+    decayed,
+    flex_attention_with_bias,
+    mask_arguments,
+)
+from .position_bias import DistanceBias, position_bias
 from .position_fields import TURNED_TYPES, position_type_of
 from .positions import rotate
+from .xpos import xpos_log_decay, xpos_steepest
 
 OUR_IMPLEMENTATIONS = ("banded", "eager")
 # Of `position_embedding_type`, those that add to scores.
@@ -110,6 +117,8 @@ def _in_our_layout(
     sinks=None,
     s_aux=None,
     distance_bias=None,
+    query_bias=None,
+    log_decay=None,
     **settings,
 ):
     if attention_mask is not None:
@@ -129,6 +138,8 @@ def _in_our_layout(
         sinks=sinks,
         sink_logits=s_aux,
         distance_bias=distance_bias,
+        query_bias=query_bias,
+        log_decay=log_decay,
     )
     return o_BTHV, None
 
@@ -160,76 +171,6 @@ def check_implementation(name, num_sinks, has_sink_logits, position_types=()):
             f"attn_implementation={name!r} has no logits without a value (learnable_sinks); "
             "use 'banded', 'eager' or, on a GPU, 'flex_attention'."
         )
-
-
-def mask_arguments(
-    name,
-    q_BTHK,
-    k_BSHK,
-    window,
-    cu_seqlens=None,
-    first_key=None,
-    visible_BS=None,
-    distance_bias=None,
-    slot_bias=None,
-):
-    """Which keys are visible, in the terms of one of transformers' attention functions.
-
-    Args:
-        name: of the implementation.
-        q_BTHK: queries.
-        k_BSHK: keys.
-        window: W or None.
-        cu_seqlens, first_key: as of `windowed_attention`.
-        visible_BS: instead of all these, for one query per row, bool.
-        distance_bias: as of `windowed_attention`.
-        slot_bias: as of `attention_step`.
-
-    Returns:
-        Its keyword arguments.
-    """
-    length, num_keys, device = q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.device
-    if name.startswith("flash"):
-        if visible_BS is not None:
-            return {"attention_mask": visible_BS.long()}
-        arguments = {"attention_mask": None, "sliding_window": window}
-        if first_key is not None:
-            keys_S = torch.arange(num_keys, device=device)
-            arguments["attention_mask"] = (keys_S >= first_key[:, None]).long()
-        if cu_seqlens is not None:
-            bounds, longest = cu_seqlens.int(), int(cu_seqlens.diff().max())
-            for side in "qk":
-                arguments |= {f"cu_seq_lens_{side}": bounds, f"max_length_{side}": longest}
-        return arguments
-    if visible_BS is not None:
-        visible_BTS = visible_BS[:, None]
-    else:
-        documents = {"cu_seqlens": cu_seqlens, "first_key": first_key}
-        visible_BTS = visible_keys(length, num_keys, window, **documents, device=device)
-    bias_BHTS = None
-    if slot_bias is not None:
-        bias_BHTS = slot_bias[:, :, None]
-    elif distance_bias is not None:
-        distance_TS = query_distances(length, num_keys, device)
-        bias_BHTS = distance_bias[None, :, distance_TS.clamp(max=distance_bias.shape[1] - 1)]
-    if bias_BHTS is not None:
-        bias_BHTS = bias_BHTS.masked_fill(~visible_BTS[:, None], -torch.inf)
-        return {"attention_mask": bias_BHTS.to(q_BTHK.dtype)}
-    if name == "flex_attention":
-        visible_BTS = visible_BTS.expand(len(q_BTHK), -1, -1)
-        sizes = len(q_BTHK), None, length, num_keys
-        mask = create_block_mask(lambda b, h, i, j: visible_BTS[b, i, j], *sizes, device=device)
-        return {"attention_mask": mask}
-    is_plain = visible_BS is None and cu_seqlens is None and first_key is None
-    if is_plain and length == num_keys <= (window or num_keys):
-        return {"attention_mask": None}  # causal, which they are by themselves, and faster
-    return {"attention_mask": visible_BTS[:, None]}
-
-
-def query_distances(length, num_keys, device):
-    """How far before each of the last so many tokens each key is, [T, S]; 0 for later ones."""
-    i_T1 = torch.arange(num_keys - length, num_keys, device=device)[:, None]
-    return (i_T1 - torch.arange(num_keys, device=device)).clamp(min=0)
 
 
 def longer(held_BSHK, more, like_BTHK, spec):
@@ -272,6 +213,9 @@ class SoftmaxAttention(nn.Module):
         self.out_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
         self.position_type = position_type_of(config, layer_idx)
         self.position_bias = position_bias(config, self.position_type)
+        self.log_decay = None
+        if self.position_type == "xpos":
+            self.log_decay = Constant(functools.partial(xpos_log_decay, config))
         self.sink_logits = None
         if has_sink_logits:
             self.sink_logits = nn.Parameter(torch.empty(self.num_heads))
@@ -294,9 +238,12 @@ class SoftmaxAttention(nn.Module):
         return {name: StateSpec((size, *shape), dtype=dtype) for name, size in sizes.items()}
 
     def flops_per_token(self, length):
-        """Of its matrices, and of attention to the keys a token sees."""
+        """Of its matrices, and of attention to the keys a token sees, with FIRE's MLP for each."""
         keys = mean_visible(length, self.window, self.num_sinks)
-        return linear_flops(self) + 4 * self.num_heads * self.head_dim * keys
+        per_key = 4 * self.num_heads * self.head_dim
+        if self.position_type == "fire":
+            per_key += product_flops(self.position_bias.up_weight, self.position_bias.down_weight)
+        return linear_flops(self) + per_key * keys
 
     def forward(self, x_BTD, sequence, state, rotation=None, sink_rotation=None):
         """Mixes a sequence [B, T, D]; returns it with the state after it.
@@ -329,8 +276,9 @@ class SoftmaxAttention(nn.Module):
         """(queries, keys, queries for the sinks), turned where this layer's type does that."""
         if self.position_type not in TURNED_TYPES:
             return q_BTHK, k_BTHK, q_BTHK
-        sink_q_BTHK = None if sink_rotation is None else rotate(q_BTHK, *sink_rotation)
-        return rotate(q_BTHK, *rotation), rotate(k_BTHK, *rotation), sink_q_BTHK
+        turned = functools.partial(rotate, interleaved=self.position_type == "xpos")
+        sink_q_BTHK = None if sink_rotation is None else turned(q_BTHK, *sink_rotation)
+        return turned(q_BTHK, *rotation), turned(k_BTHK, *rotation), sink_q_BTHK
 
     def run_step(self, q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state):
         """One token per row: writes its slot, and looks at all that are filled, in any order."""
@@ -356,14 +304,13 @@ class SoftmaxAttention(nn.Module):
         slots_W = torch.arange(keys_BWHK.shape[1], device=clock_B.device)
         sinks = None
         if self.num_sinks:
-            sinks = state.sink_keys_BSHK, state.sink_values_BSHV
-            count_B1 = self.num_visible_sinks(clock_B[:, None])
-            sinks = Sinks(sink_q_BTHK, *sinks, count_B1, self.sink_bias(clock_B[:, None], q_BTHK))
+            held = state.sink_keys_BSHK, state.sink_values_BSHV
+            sinks = self.sinks_seen_from(clock_B[:, None], sink_q_BTHK, *held)
         visible_BS = slots_W <= clock_B[:, None]
         distance_BS = clock_B[:, None] - slots_W
         if self.window is not None:
             distance_BS = distance_BS % self.window
-        bias = self.step_bias(distance_BS.clamp(min=0), q_BTHK)
+        bias = self.step_bias(clock_B, distance_BS.clamp(min=0), q_BTHK)
         return self.attend(q_BTHK, keys_BWHK, values_BWHV, sinks, bias, visible_BS=visible_BS)
 
     def run_pass(self, q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state):
@@ -371,19 +318,19 @@ class SoftmaxAttention(nn.Module):
         documents, sinks = {"cu_seqlens": sequence.cu_seqlens}, None
         if self.num_sinks:
             sinks = self.sinks_of_documents(k_BTHK, v_BTHV, sink_q_BTHK, sequence, state)
-        past, keys_BSHK, values_BSHV = None, k_BTHK, v_BTHV
+        past, keys_BSHK, values_BSHV, clock_BT = None, k_BTHK, v_BTHV, sequence.clock
         if state.keys_BWHK is not None:
             size = state.keys_BWHK.shape[1] if self.window is None else self.window - 1
             past = Past(sequence, state.keys_BWHK, size)
             documents = {"cu_seqlens": past.cu_seqlens, "first_key": past.first_key}
             keys_BSHK = past.put_before(k_BTHK, state.keys_BWHK)
             values_BSHV = past.put_before(v_BTHV, state.values_BWHV)
-            q_BTHK = past.pick(q_BTHK)
+            q_BTHK, clock_BT = past.pick(q_BTHK), past.pick(clock_BT)
             if sinks is not None:
                 bias = None if sinks.bias is None else past.pick(sinks.bias)
                 sinks = sinks._replace(q=past.pick(sinks.q), count=past.pick(sinks.count))
                 sinks = sinks._replace(bias=bias)
-        bias = self.pass_bias(keys_BSHK.shape[1], q_BTHK)
+        bias = self.pass_bias(clock_BT, keys_BSHK.shape[1], q_BTHK)
         y_BTHV = self.attend(q_BTHK, keys_BSHK, values_BSHV, sinks, bias, **documents)
         if state.is_kept:
             self.keep(k_BTHK, v_BTHV, sequence, state)
@@ -433,46 +380,78 @@ class SoftmaxAttention(nn.Module):
         k_NSHK, v_NSHV = (
             gather_tokens(x, old, positions_NS, spans) for x, old in zip((k_BTHK, v_BTHV), held)
         )
-        count_BT = self.num_visible_sinks(sequence.clock).expand(sink_q_BTHK.shape[:2])
-        bias_BTMH = self.sink_bias(sequence.clock, sink_q_BTHK)
-        return Sinks(sink_q_BTHK, k_NSHK, v_NSHV, count_BT, bias_BTMH)
+        return self.sinks_seen_from(sequence.clock, sink_q_BTHK, k_NSHK, v_NSHV)
 
-    def sink_bias(self, clock_BT, q_BTHK):
-        """What is added to the scores of sinks, [B or 1, T, M, H]; None: nothing.
+    def place_in_cache(self, clock_BT):
+        """Where a token is as its layer counts: with sinks, in a cache of S of them and W others.
 
-        The distance to a sink stops growing when the cache is full of S sinks and W others.
+        It stops growing when that is full, and so does the distance to a sink.
         """
-        if self.position_bias is None:
-            return None
-        largest = self.num_sinks + self.window - 1
-        sinks_S = torch.arange(self.num_sinks, device=clock_BT.device)
-        distance_BTS = (clock_BT.clamp(max=largest)[..., None] - sinks_S).clamp(min=0)
-        bias_HBTS = self.position_bias.by_distance(distance_BTS, accumulator_dtype(q_BTHK))
-        return bias_HBTS.movedim(0, -1)
+        if not self.num_sinks:
+            return clock_BT
+        return clock_BT.clamp(max=self.num_sinks + self.window - 1)
 
-    def pass_bias(self, num_keys, q_BTHK):
-        """What a pass adds to scores, as keyword arguments of `windowed_attention`.
+    def sinks_seen_from(self, clock_BT, sink_q_BTHK, k_NSHK, v_NSHV):
+        """The `Sinks` of queries at these clocks."""
+        place_BT, dtype = self.place_in_cache(clock_BT), accumulator_dtype(sink_q_BTHK)
+        count_BT = self.num_visible_sinks(clock_BT).expand(sink_q_BTHK.shape[:2])
+        sinks_S = torch.arange(self.num_sinks, device=clock_BT.device)
+        distance_BTS = (place_BT[..., None] - sinks_S).clamp(min=0)
+        bias_BTSH = None
+        if isinstance(self.position_bias, DistanceBias):
+            bias_BTSH = self.position_bias.by_distance(distance_BTS, dtype).movedim(0, -1)
+        elif self.position_bias is not None:
+            bias_BTSH = self.position_bias.by_query(place_BT, distance_BTS, dtype)
+        if self.log_decay is not None:
+            log_decay_K = self.log_decay(clock_BT.device)
+            q_factor_BTK = (place_BT[..., None] * log_decay_K).exp().to(dtype)
+            k_factor_SK = (-sinks_S[:, None] * log_decay_K).exp().to(dtype)
+            sink_q_BTHK = sink_q_BTHK * q_factor_BTK[:, :, None]
+            k_NSHK = k_NSHK * k_factor_SK[:, None]
+        return Sinks(sink_q_BTHK, k_NSHK, v_NSHV, count_BT, bias_BTSH)
+
+    def pass_bias(self, clock_BT, num_keys, q_BTHK):
+        """What positions do to the scores of a pass, as keyword arguments of `windowed_attention`.
 
         Args:
+            clock_BT: of each query, [B or 1, T].
             num_keys: S, of all keys, of which the last are the queries' own.
             q_BTHK: queries.
         """
-        if self.position_bias is None:
+        bias, dtype, device = self.position_bias, accumulator_dtype(q_BTHK), q_BTHK.device
+        if self.log_decay is not None:
+            return {"log_decay": self.log_decay(device)}
+        if bias is None:
             return {}
-        size, dtype = num_keys if self.window is None else self.window, accumulator_dtype(q_BTHK)
-        return {"distance_bias": self.position_bias.below(size, dtype, q_BTHK.device)}
+        size = num_keys if self.window is None else self.window
+        if isinstance(bias, DistanceBias):
+            return {"distance_bias": bias.below(size, dtype, device)}
+        place_BT = self.place_in_cache(clock_BT)
+        if bias.depends_on_distance_alone(place_BT):
+            return {"distance_bias": bias.below(size, dtype, device)}
 
-    def step_bias(self, distance_BS, q_BTHK):
-        """What a step adds to scores, as keyword arguments of `attention_step`.
+        def query_bias(rows, distance_CS):
+            return bias.by_query(place_BT[:, rows], distance_CS, dtype).movedim(-1, 1)
+
+        return {"query_bias": query_bias}
+
+    def step_bias(self, clock_B, distance_BS, q_BTHK):
+        """What positions do to the scores of a step, as keyword arguments of `attention_step`.
 
         Args:
+            clock_B: of the query of each row.
             distance_BS: of each slot's token.
             q_BTHK: a query per row.
         """
-        if self.position_bias is None:
+        bias, dtype = self.position_bias, accumulator_dtype(q_BTHK)
+        if self.log_decay is not None:
+            return {"log_decay": self.log_decay(clock_B.device), "distance": distance_BS}
+        if bias is None:
             return {}
-        bias_HBS = self.position_bias.by_distance(distance_BS, accumulator_dtype(q_BTHK))
-        return {"slot_bias": bias_HBS.transpose(0, 1)}
+        if isinstance(bias, DistanceBias):
+            return {"slot_bias": bias.by_distance(distance_BS, dtype).transpose(0, 1)}
+        bias_BSH = bias.by_query(self.place_in_cache(clock_B), distance_BS, dtype)
+        return {"slot_bias": bias_BSH.transpose(1, 2)}
 
     def attend(self, q_BTHK, k_BSHK, v_BSHV, sinks=None, bias=None, visible_BS=None, **documents):
         """The attention itself, through the implementation that was asked for.
@@ -498,11 +477,18 @@ class SoftmaxAttention(nn.Module):
         else:
             # A state may be wider than what autocast computes in.
             k_BSHK, v_BSHV = k_BSHK.to(q_BTHK.dtype), v_BSHV.to(q_BTHK.dtype)
-            settings |= mask_arguments(
-                name, q_BTHK, k_BSHK, self.window, visible_BS=visible_BS, **documents, **bias
-            )
+            bias_BHTS = None
+            if "log_decay" in bias:
+                bias = bias | {"steepest": xpos_steepest(self.config)}
+                q_BTHK, k_BSHK = decayed(q_BTHK, k_BSHK, **bias)
+            else:
+                bias_BHTS = all_biases(q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.device, **bias)
+            seen = {"visible_BS": visible_BS, "bias_BHTS": bias_BHTS} | documents
+            settings |= mask_arguments(name, q_BTHK, k_BSHK, self.window, **seen)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         heads_first = (x.transpose(1, 2) for x in (q_BTHK, k_BSHK, v_BSHV))
+        if name == "flex_attention" and bias_BHTS is not None:
+            interface = functools.partial(flex_attention_with_bias, bias_BHTS=bias_BHTS)
         return interface(self, *heads_first, **settings)[0]
 
 

@@ -1,10 +1,11 @@
 """xPos: rotations of queries and keys, and scores that decay with distance.
 
-Sun et al. 2022, https://arxiv.org/abs/2212.10554. LongNet has both; RetNet has the rotation alone,
-as its decay is that of the retention.
+Sun et al. 2022, https://arxiv.org/abs/2212.10554. LongNet and softmax attention have both; RetNet
+has the rotation alone, as its decay is that of the retention.
 """
 
 import functools
+import math
 
 import torch
 from torch import nn
@@ -27,6 +28,11 @@ def xpos_zeta(config):
 def xpos_log_decay(config):
     """log of what a token of distance multiplies each channel of a score by, [K] in float64."""
     return xpos_zeta(config).log().repeat_interleave(2) / config.xpos_scale_base
+
+
+def xpos_steepest(config):
+    """-log of what a token of distance multiplies the first pair by: no other decays as fast."""
+    return math.log(1.4 / 0.4) / config.xpos_scale_base
 
 
 class Rotation(nn.Module):

@@ -87,17 +87,20 @@ class SlidingWindowConfig(ZooConfig):
             token.
         max_position_embeddings: the length a model was trained for, which dynamic starts from, and
             others where rope_parameters does not say it. Else of no effect.
-        position_embedding_type: how a layer knows positions, one of "rope", "alibi", "t5" and None
-            (by its causality alone); a list has one entry for each layer. RoPE turns by
-            position_ids, biases count the tokens of the document.
+        position_embedding_type: how a layer knows positions, one of "rope", "alibi", "t5", "fire",
+            "xpos" and None (by its causality alone), as of zoo/layers/position_bias.py; a list has
+            one entry for each layer. RoPE and xPos turn by position_ids; biases, and the decay of
+            xPos, count the tokens of the document.
         alibi_bias_max: of "alibi", b in the slopes 2^(-b (h + 1) / H) of the heads h of H; where H
             is no power of two, those of the power below, and every second above it.
         relative_attention_num_buckets: of "t5", buckets of distances with a learned bias per head.
         relative_attention_max_distance: of "t5", the distance from which on all are in one bucket.
-        fire_mlp_width: of "fire".
-        fire_init_c: of "fire".
-        fire_init_length: of "fire".
-        xpos_scale_base: of "xpos".
+        fire_mlp_width: of "fire", hidden units of its MLP.
+        fire_init_c: of "fire", c at the start.
+        fire_init_length: of "fire", L.
+        xpos_scale_base: of "xpos", tokens of distance that multiply a score by zeta once: pairs of
+            channels (2j, 2j + 1) are turned by rope_theta, and channels decay by
+            zeta_j = (2j + 0.4 K) / (1.4 K).
         attention_scale: what a score is multiplied by; None: head_dim^-1/2.
         sliding_window: W, the tokens a layer sees, the current one included; None: all.
         num_sink_tokens: S, first tokens of a document that stay visible.
@@ -123,10 +126,16 @@ class SlidingWindowConfig(ZooConfig):
             "relative_attention_max_distance": 12,
             "attention_scale": 1.0,
         },
-        "rope-and-none": {
+        "fire": {
             "sliding_window": 16,
+            "position_embedding_type": "fire",
+            "fire_init_length": 30,
+        },
+        "xpos-and-none": {
+            "sliding_window": None,
             "num_key_value_heads": 2,
-            "position_embedding_type": ["rope", None],
+            "position_embedding_type": ["xpos", None],
+            "xpos_scale_base": 32,
         },
         "gpt-block": {
             "sliding_window": None,
