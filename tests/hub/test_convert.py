@@ -500,6 +500,13 @@ def longnet_shapes():
 
 OF_TRANSFORMERS = {
     "hf-mpt": {"d_model": 16, "n_layers": 2, "n_heads": 4},
+    "hf-falcon": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "alibi": True,
+        "parallel_attn": False,
+    },
     "hf-bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 4},
     "hf-smollm3": {
         "hidden_size": 16,

@@ -38,6 +38,10 @@ CONFIGS = {
     ),
     "mpt": ("sliding_window", GPT | {"hidden_act": "gelu", "clip_qkv": 2.0}),
     "bloom": ("sliding_window", GPT | BIASES | {"hidden_act": "gelu_bloom"}),
+    "falcon": (
+        "sliding_window",
+        GPT | {"norm_bias": True, "alibi_rounding": "bfloat16", "alibi_scaled": True},
+    ),
     "rwkv4": ("rwkv4", SIZES),
     "minimax": ("lightning", HEADS | zoo.LightningConfig.variants["minimax"]),
     "hybrid": ("lightning", HEADS | zoo.LightningConfig.variants["hybrid"]),
@@ -49,6 +53,7 @@ CLASS_OF = {
     "smollm3": "SmolLM3ForCausalLM",
     "mpt": "MptForCausalLM",
     "bloom": "BloomForCausalLM",
+    "falcon": "FalconForCausalLM",
 }
 
 

@@ -9,16 +9,19 @@ import torch
 from goldens import golden_folder, golden_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 from transformers.models.mpt import modeling_mpt
 from ways import gradients, worst
 
+from zoo import SlidingWindowConfig
 from zoo.hub.convert import FORMATS, convert, convert_back
 from zoo.hub.convert.format import Weights
+from zoo.layers.position_bias import RoundedAlibiBias
 
 GOLDENS = {
     "alibi-mpt-hf": ("hf-mpt", None),
     "alibi-bloom-hf": ("hf-bloom", None),
-    # "alibi-falcon-hf": ("hf-falcon", None),
+    "alibi-falcon-hf": ("hf-falcon", None),
     "nope-smollm3-hf every_second": ("hf-smollm3", "every_second"),
     "nope-smollm3-hf none": ("hf-smollm3", "none"),
 }
@@ -299,6 +302,41 @@ def of(**fields):
     return lambda values: values | fields
 
 
+def test_falcon_in_float64_beyond_the_places_that_bfloat16_tells_apart(tmp_path):
+    """Whole, padded and in pieces; and its rounding and scale are seen."""
+    fields = {"num_hidden_layers": 1, "max_position_embeddings": 64}
+    official, report, model = converted(tmp_path, "falcon", dtype=torch.float64, **fields)
+    assert official.config._attn_implementation == "sdpa"
+    assert [note for note in report.notes if "eager attention adds ALiBi twice" in note]
+    ids, mask = padded_on_the_left(random_ids(2, 600), 40)
+    expected, visible = run(official, ids, attention_mask=mask), mask.bool()
+    assert worst(run(model, ids, attention_mask=mask)[visible], expected[visible]) < 1e-9
+    for implementation in ("banded", "eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        found = run(model, ids, [300, 1, 290, *[1] * 9])
+        assert worst(found, run(official, ids)) < 1e-9
+    for other in ({"alibi_rounding": None}, {"alibi_scaled": False}):
+        changed = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "ours", dtype=official.dtype, **other
+        )
+        assert worst(run(changed.eval(), ids), run(official, ids)) > 1e-2
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 20, 32, 71, 112])
+def test_falcon_slopes(heads):
+    config = SlidingWindowConfig(
+        hidden_size=8 * heads,
+        num_attention_heads=heads,
+        position_embedding_type="alibi",
+        alibi_rounding="bfloat16",
+    )
+    mask = torch.ones(1, 3000, dtype=torch.long)
+    expected_HS = build_alibi_tensor(mask, heads, torch.float64)[:, 0]
+    place, distance_S = torch.tensor([2999]), torch.arange(3000).flip(0)
+    bias_SH = RoundedAlibiBias(config).by_query(place, distance_S, torch.float64)[0]
+    assert torch.equal(bias_SH.T, expected_HS - expected_HS[:, -1:])
+
+
 KINDS = ["full_attention", "sliding_attention"]
 REFUSED = [
     ("mpt", attention(alibi=False), "alibi = False .* learned positions"),
@@ -321,6 +359,13 @@ REFUSED = [
     ("bloom", of(n_inner=99), "n_inner = 99"),
     ("bloom", of(hidden_size=42), "by the config|does not fit"),
     ("bloom", of(rotary=True), "does not know: rotary"),
+    ("falcon", of(alibi=False), "alibi = False, and so RoPE; .* falcon-rw-1b and falcon-rw-7b"),
+    ("falcon", of(parallel_attn=True), "parallel_attn = True, attention and MLP side by side"),
+    ("falcon", of(new_decoder_architecture=True), "new_decoder_architecture = True, attention"),
+    ("falcon", of(num_kv_heads=2), "num_kv_heads = 2 of 6 heads without multi_query"),
+    ("falcon", of(num_ln_in_parallel_attn=2), "num_ln_in_parallel_attn = 2"),
+    ("falcon", of(multi_query=True), "query_key_value.weight of shape .* does not fit"),
+    ("falcon", of(ffn_hidden_size=99), r"\[99, 48\] by the config"),
     ("smollm3", of(no_rope_layers=[1, 0]), "no_rope_layers of 2 layers, and .*= 3"),
     ("smollm3", of(layer_types=[*KINDS, KINDS[0]], sliding_window=4), "all have the same window"),
     (
@@ -352,6 +397,11 @@ NOT_BACK = [
     ("bloom", {"alibi_bias_max": 16}, "alibi_bias_max is 16: transformers' model has 8"),
     ("bloom", {"hidden_act": "gelu"}, "hidden_act is 'gelu': transformers' model has 'gelu_bloom'"),
     ("bloom", {"attention_scale": 1.0}, "attention_scale is 1.0: transformers' model has none"),
+    ("falcon", {"alibi_rounding": None}, "alibi_rounding is None: .* has 'bfloat16' at all times"),
+    ("falcon", {"alibi_scaled": False}, "alibi_scaled is False: transformers' model has True"),
+    ("falcon", {"mlp_bias": False}, "attention_bias is not mlp_bias"),
+    ("falcon", {"num_key_value_heads": 3}, "num_key_value_heads is 3: transformers' Falcon"),
+    ("bloom", {"alibi_scaled": True}, "alibi_scaled is True: transformers' model has none"),
     ("smollm3", {"norm_type": "layer"}, "norm_type is 'layer': transformers' model has none"),
     ("smollm3", {"hidden_act": "gelu_bloom"}, "transformers has none of the name"),
     (

@@ -9,9 +9,14 @@ A query at place i of its document sees a key at place j <= i; d = i - j. Per he
     "fire"    MLP_h(log(1 + |c| d) / (log(1 + |c| max(i, |l| L)) + 1e-6)), with c and l learned and
               one hidden layer of ReLUs (FIRE, Li et al. 2023, https://arxiv.org/abs/2310.04418)
 
-FIRE alone needs to know i. Distances are whole numbers and biases are formed in float32 at least: a
-slope times the key's own place, which comes to the same before rounding, is off by 4.5 in bfloat16
-at the 4,095th token.
+ALiBi may also be as Falcon has it: times attention_scale as the product of query and key is
+(`alibi_scaled`), and rounded (`alibi_rounding`), the slope and its product with j, so that it is
+
+              r(m_h j) - r(m_h i),   r(m j) = round(round(m) round(j))
+
+FIRE and that alone need to know i. Distances are whole numbers and biases are formed in float32 at
+least: a slope times the key's own place, which comes to the same before rounding, is off by 4.5 in
+bfloat16 at the 4,095th token.
 """
 
 import functools
@@ -30,13 +35,28 @@ from .decay_slopes import alibi_slopes
 def position_bias(config, kind):
     """The module of a layer of that type; None for types that add nothing to scores."""
     classes = {"alibi": AlibiBias, "t5": T5Bias, "fire": FireBias}
+    if getattr(config, "alibi_rounding", None) is not None:
+        classes["alibi"] = RoundedAlibiBias
     return classes[kind](config) if kind in classes else None
 
 
 def alibi_log_decay(config):
     """What a token of distance adds to the scores of each head, -m, [H] in float64."""
     slopes = alibi_slopes(config.num_attention_heads, config.alibi_bias_max)
-    return -torch.tensor(slopes, dtype=torch.float64)
+    return -torch.tensor(slopes, dtype=torch.float64) * alibi_factor(config)
+
+
+def alibi_factor(config):
+    """What a bias is multiplied by."""
+    if not getattr(config, "alibi_scaled", False):
+        return 1.0
+    return config.attention_scale or config.head_dim**-0.5
+
+
+def rounded_slopes(config):
+    """The slopes in bfloat16, [H] in float64."""
+    slopes = alibi_slopes(config.num_attention_heads, config.alibi_bias_max)
+    return torch.tensor(slopes, dtype=torch.float64).bfloat16().double()
 
 
 def t5_buckets(num_buckets, max_distance, lifted=0.0):
@@ -131,6 +151,31 @@ class QueryBias(nn.Module):
         """Of a document's first query, had it keys at the distances below `size`, [H, size]."""
         place, distance = torch.zeros(1, device=device), torch.arange(size, device=device)
         return self.by_query(place, distance[None], dtype)[0].T
+
+
+class RoundedAlibiBias(QueryBias):
+    """m_h (j - i) in which slope, place and their product are rounded to bfloat16, as in Falcon.
+
+    By that i - j is no longer all that counts, if places go beyond the 256 that bfloat16 tells
+    apart, or a slope is no power of two. The part of the query, which a softmax does not see, keeps
+    the numbers small.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.slopes = Constant(functools.partial(rounded_slopes, config))
+        self.factor = alibi_factor(config)
+
+    def by_query(self, place, distance, dtype):
+        """As of `QueryBias`."""
+        own = place[..., None]
+        difference = self.rounded(own - distance, dtype) - self.rounded(own, dtype)
+        return difference * self.factor
+
+    def rounded(self, place, dtype):
+        """A slope times a place, [*place.shape, H]."""
+        slopes_H = self.slopes(place.device).to(torch.bfloat16)
+        return (place[..., None].to(torch.bfloat16) * slopes_H).to(dtype)
 
 
 FIRE_EPSILON = 1e-6

@@ -15,6 +15,8 @@ TURNED_TYPES = ("rope", "xpos")
 # Field -> (the type it is about, its default).
 POSITION_FIELDS = {
     "alibi_bias_max": ("alibi", 8),
+    "alibi_scaled": ("alibi", False),
+    "alibi_rounding": ("alibi", None),
     "relative_attention_num_buckets": ("t5", 32),
     "relative_attention_max_distance": ("t5", 128),
     "fire_mlp_width": ("fire", 32),
@@ -109,7 +111,8 @@ def _check_values(config):
         raise ValueError(
             f"attention_scale is a number above 0, or None for head_dim^-1/2, got {scale}."
         )
-    least = dict.fromkeys(POSITION_FIELDS, 1) | {
+    numbers = POSITION_FIELDS.keys() - {"alibi_scaled", "alibi_rounding"}
+    least = dict.fromkeys(sorted(numbers), 1) | {
         "alibi_bias_max": 0,
         "relative_attention_num_buckets": 2,
         "fire_init_c": 0,

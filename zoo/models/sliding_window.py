@@ -23,7 +23,9 @@ The block is Mistral's, or GPT's: LayerNorms (`norm_type`, `norm_bias`, `embeddi
 without a gate (`gated_mlp`), biases (`attention_bias`, `mlp_bias`), and projections that are cut
 off (`clip_qkv`).
 
-Weights of Mistral load through `zoo convert hf-mistral` and `zoo convert mistral-consolidated`.
+Weights of Mistral load through `zoo convert hf-mistral` and `zoo convert mistral-consolidated`,
+those of SmolLM3, MPT, BLOOM and Falcon's models with ALiBi through `hf-smollm3`, `hf-mpt`,
+`hf-bloom` and `hf-falcon`.
 """
 
 from typing import ClassVar, Literal
@@ -93,6 +95,9 @@ class SlidingWindowConfig(ZooConfig):
             xPos, count the tokens of the document.
         alibi_bias_max: of "alibi", b in the slopes 2^(-b (h + 1) / H) of the heads h of H; where H
             is no power of two, those of the power below, and every second above it.
+        alibi_scaled: of "alibi", multiply what is added by attention_scale too, as Falcon does.
+        alibi_rounding: of "alibi", "bfloat16": slopes, and a slope times a key's place, are rounded
+            to it, as Falcon does in whatever dtype; None: not.
         relative_attention_num_buckets: of "t5", buckets of distances with a learned bias per head.
         relative_attention_max_distance: of "t5", the distance from which on all are in one bucket.
         fire_mlp_width: of "fire", hidden units of its MLP.
@@ -148,6 +153,9 @@ class SlidingWindowConfig(ZooConfig):
             "norm_bias": True,
             "embedding_norm": True,
             "tie_word_embeddings": True,
+            "position_embedding_type": "alibi",
+            "alibi_scaled": True,
+            "alibi_rounding": "bfloat16",
         },
     }
 
@@ -167,6 +175,8 @@ class SlidingWindowConfig(ZooConfig):
     max_position_embeddings: int | None = None
     position_embedding_type: str | list[str | None] | None = "rope"
     alibi_bias_max: int | float = 8
+    alibi_scaled: bool = False
+    alibi_rounding: Literal["bfloat16"] | None = None
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     fire_mlp_width: int = 32
