@@ -431,7 +431,8 @@ def _attend(q_BGRCK, k_BGSK, v_BGSV, visible_BCS, extra, logits_BGRC1, bias):
     if logits_BGRC1 is not None:
         scores.append(logits_BGRC1)
     p_BGRCS = (torch.cat(scores, dim=-1) if len(scores) > 1 else score_BGRCS).softmax(-1)
-    o_BGRCV = (p_BGRCS[..., :size].flatten(2, 3) @ v_BGSV).unflatten(2, shape)
+    of_keys_BGRCS = p_BGRCS[..., :size] if len(scores) > 1 else p_BGRCS
+    o_BGRCV = (of_keys_BGRCS.flatten(2, 3) @ v_BGSV).unflatten(2, shape)
     if extra is not None:
         p_BGRCM = p_BGRCS[..., size : size + extra[0].shape[-1]]
         o_BGRCV = o_BGRCV + torch.einsum("bgrcm,bcmgv->bgrcv", p_BGRCM, extra[1])

@@ -42,7 +42,8 @@ def windowed_attention_exported(
             *heads_first, is_causal=True, scale=scale, enable_gqa=is_grouped
         )
         return o_BHTV.transpose(1, 2).to(v.dtype)
-    if window is None and log_decay is None:
+    has_bias = distance_bias is not None or query_bias is not None
+    if window is None and (log_decay is None or has_bias):
         return windowed_attention_reference(
             q,
             k,
@@ -54,12 +55,13 @@ def windowed_attention_exported(
             delay=delay,
             distance_bias=distance_bias,
             query_bias=query_bias,
+            log_decay=log_decay,
         )
     return _in_blocks(
         q,
         k,
         v,
-        k.shape[1] if window is None else window,
+        window,
         scale,
         first_key,
         sinks,
@@ -90,7 +92,9 @@ def _in_blocks(
     dtype, (batch, time, num_heads, _) = torch.promote_types(q.dtype, torch.float32), q.shape
     num_keys, num_groups = k.shape[1:3]
     groups = num_groups, num_heads // num_groups
-    count, band = count_chunks(time, length), length + window - 1
+    count = count_chunks(time, length)
+    # Without a window every block has all keys: bands would overlap by as much.
+    band = num_keys if window is None else length + window - 1
 
     def grouped(x_BTHK):
         """Blocks of queries, [N B, G, R, C, K]."""
@@ -103,9 +107,14 @@ def _in_blocks(
 
     starts_N1 = torch.arange(count, device=q.device)[:, None] * length + (num_keys - time - delay)
     i_NC = starts_N1 + torch.arange(length, device=q.device)
-    j_NS = starts_N1 - (window - 1) + torch.arange(band, device=q.device)
-    visible_NCS = (j_NS[:, None] <= i_NC[..., None]) & (j_NS[:, None] > i_NC[..., None] - window)
-    visible_NCS = visible_NCS & (j_NS >= 0)[:, None]
+    if window is None:
+        j_NS = torch.arange(band, device=q.device).expand(count, -1)
+        visible_NCS = j_NS[:, None] <= i_NC[..., None]
+    else:
+        j_NS = starts_N1 - (window - 1) + torch.arange(band, device=q.device)
+        visible_NCS = j_NS[:, None] <= i_NC[..., None]
+        visible_NCS = visible_NCS & (j_NS[:, None] > i_NC[..., None] - window)
+        visible_NCS = visible_NCS & (j_NS >= 0)[:, None]
     visible_NBCS = visible_NCS[:, None].expand(-1, batch, -1, -1)
     if first_key is not None:
         visible_NBCS = visible_NBCS & (j_NS[:, None] >= first_key[:, None])[:, :, None]
@@ -143,10 +152,13 @@ def _in_blocks(
         bias = bias_NBHCS.flatten(0, 1).unflatten(1, groups)
     q_BGRCK = grouped(q) * scale
     if log_decay is not None:
+        # From the middle of each block; keys after it, which none of its queries see, as the last.
         steps_C = torch.arange(length, device=q.device) - length // 2
-        steps_S = window - 1 + length // 2 - torch.arange(band, device=q.device)
-        q_CK, k_SK = ((steps[:, None] * log_decay).exp().to(dtype) for steps in (steps_C, steps_S))
-        q_BGRCK, k_BGSK = q_BGRCK * q_CK, k_BGSK * k_SK
+        steps_NS = (starts_N1 + length // 2 - j_NS).clamp(min=-(length // 2))
+        q_CK = (steps_C[:, None] * log_decay).exp().to(dtype)
+        k_NSK = (steps_NS[..., None] * log_decay).exp().to(dtype)
+        k_B1SK = k_NSK[:, None].expand(-1, batch, -1, -1).flatten(0, 1)[:, None]
+        q_BGRCK, k_BGSK = q_BGRCK * q_CK, k_BGSK * k_B1SK
     o_BGRCV = _attend(q_BGRCK, k_BGSK, v_BGSV, visible_NBCS.flatten(0, 1), extra, logits, bias)
     o_NBCHV = o_BGRCV.flatten(1, 2).transpose(1, 2).unflatten(0, (count, batch))
     return from_chunks(o_NBCHV, time).to(v.dtype)

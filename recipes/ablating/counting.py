@@ -32,12 +32,18 @@ def _wkv4(w, u, k, v, **options):
     return 2 * 4 * k.numel()
 
 
-def _windowed(q, k, v, window=None, *, delay=0, sinks=None, **options):
+def _windowed(q, k, v, window=None, *, delay=0, sinks=None, query_bias=None, **options):
     batch, length, heads, size = q.shape
     keys = mean_visible(length, None if window is None else window + delay) - delay
     if sinks is not None:
         keys = mean_visible(length, window, sinks.k.shape[1])
-    return batch * length * heads * keys * 2 * (size + v.shape[-1])
+    total = batch * length * heads * keys * 2 * (size + v.shape[-1])
+    if query_bias is None:
+        return total
+    place = torch.zeros(1, dtype=torch.long, device=q.device)
+    with FlopCounterMode(display=False) as of_a_pair:
+        query_bias(place, place[None])
+    return total + batch * length * keys * of_a_pair.get_total_flops()
 
 
 def _dilated(q, k, v, segment_lengths, dilation_rates, *, offsets="grouped", **options):
@@ -97,8 +103,9 @@ def _patch(patches, operator, formula, counter, corrected):
     def counting(*arguments, **options):
         before = counter.get_total_flops()
         result = operator(*arguments, **options)
+        wanted = formula(*arguments, **options)  # which may run something itself
         seen = counter.get_total_flops() - before
-        corrected[0] += formula(*arguments, **options) - seen
+        corrected[0] += wanted - seen
         return result
 
     name = operator.__name__

@@ -53,10 +53,9 @@ def softmax(mixer):
     visible_TS = band(mixer.window, mixer.num_sinks)
     total = mixer.num_heads * attention(visible_TS, mixer.head_dim)
     if mixer.position_type == "fire":
-        hidden, heads = torch.ones(1, mixer.config.fire_mlp_width), mixer.num_heads
-        one, out = torch.ones(1, 1), torch.ones(hidden.shape[1], heads)
-        pair = counted(lambda: (one @ hidden) @ out).get_total_flops()
-        total += int(visible_TS.sum()) * pair
+        hidden = torch.ones(1, mixer.config.fire_mlp_width)
+        down = torch.ones(hidden.shape[1], mixer.num_heads)
+        total += int(visible_TS.sum()) * counted(lambda: hidden @ down).get_total_flops()
     return total
 
 

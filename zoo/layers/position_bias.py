@@ -86,7 +86,8 @@ class DistanceBias(nn.Module):
 
     def by_distance(self, distance, dtype):
         """The bias of each head at these distances, [H, *distance.shape]."""
-        raise NotImplementedError
+        # Called as a module, so that its weights are brought to where they are used.
+        return self(distance, dtype)
 
     def below(self, size, dtype, device):
         """Of the distances below `size`, [H, size]."""
@@ -100,8 +101,8 @@ class AlibiBias(DistanceBias):
         super().__init__()
         self.log_decay = Constant(functools.partial(alibi_log_decay, config))
 
-    def by_distance(self, distance, dtype):
-        """As of `DistanceBias`."""
+    def forward(self, distance, dtype):
+        """As of `by_distance`."""
         slopes_H = self.log_decay(distance.device).to(dtype)
         return slopes_H.view(-1, *[1] * distance.ndim) * distance.to(dtype)
 
@@ -120,8 +121,8 @@ class T5Bias(DistanceBias):
         """As T5's code does."""
         init.normal_(self.table, std=self.config.hidden_size**-0.5)
 
-    def by_distance(self, distance, dtype):
-        """As of `DistanceBias`."""
+    def forward(self, distance, dtype):
+        """As of `by_distance`."""
         buckets_D = self.buckets(distance.device).long()
         bucket = buckets_D[distance.clamp(max=len(buckets_D) - 1)]
         return F.embedding(bucket, self.table.to(dtype)).movedim(-1, 0)
@@ -141,7 +142,7 @@ class QueryBias(nn.Module):
         Returns:
             [..., S, H].
         """
-        raise NotImplementedError
+        return self(place, distance, dtype)
 
     def depends_on_distance_alone(self, place):
         """Whether these queries have biases that do, those of a document's first query."""
@@ -179,6 +180,8 @@ class RoundedAlibiBias(QueryBias):
 
 
 FIRE_EPSILON = 1e-6
+# Of tokens, whose hidden units exist together: 32 MB for 32 of them.
+PAIRS_AT_A_TIME = 2**18
 
 
 class FireBias(QueryBias):
@@ -210,13 +213,13 @@ class FireBias(QueryBias):
 
     def depends_on_distance_alone(self, place):
         """As of `QueryBias`. Not asked of values that are not known yet."""
-        if torch.compiler.is_compiling() or place.is_meta:
+        if torch.compiler.is_compiling() or place.is_meta or self.length_factor.is_meta:
             return False
         dtype = torch.promote_types(self.length_factor.dtype, torch.float32)
         return bool((place.max() < self.threshold(dtype)).all())
 
-    def by_query(self, place, distance, dtype):
-        """As of `QueryBias`."""
+    def forward(self, place, distance, dtype):
+        """As of `by_query`."""
         c = self.c.to(dtype).abs()
         largest = torch.maximum(place.to(dtype), self.threshold(dtype))
         share = torch.log1p(c * distance.to(dtype))
@@ -244,12 +247,10 @@ class _MLPOfOne(torch.autograd.Function):
     part at a time, and once more in the backward pass.
     """
 
-    SIZE = 2**18  # pairs at a time
-
     @staticmethod
     def forward(ctx, x, up_weight, up_bias, down_weight, down_bias):
         ctx.save_for_backward(x, up_weight, up_bias, down_weight)
-        parts = x.reshape(-1, 1).split(_MLPOfOne.SIZE)
+        parts = x.reshape(-1, 1).split(PAIRS_AT_A_TIME)
         y = [F.relu(part * up_weight + up_bias) @ down_weight.T + down_bias for part in parts]
         return torch.cat(y).unflatten(0, x.shape)
 
@@ -259,8 +260,8 @@ class _MLPOfOne(torch.autograd.Function):
         x, up_weight, up_bias, down_weight = ctx.saved_tensors
         sums = [torch.zeros_like(w) for w in (up_weight, up_bias, down_weight)]
         sums, grad_x = [*sums, grad.new_zeros(grad.shape[-1])], []
-        x_parts = x.reshape(-1, 1).split(_MLPOfOne.SIZE)
-        grad_parts = grad.reshape(-1, grad.shape[-1]).split(_MLPOfOne.SIZE)
+        x_parts = x.reshape(-1, 1).split(PAIRS_AT_A_TIME)
+        grad_parts = grad.reshape(-1, grad.shape[-1]).split(PAIRS_AT_A_TIME)
         for part, grad_part in zip(x_parts, grad_parts):
             hidden = part * up_weight + up_bias
             grad_hidden = (grad_part @ down_weight).masked_fill_(hidden <= 0, 0)

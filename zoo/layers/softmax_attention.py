@@ -242,7 +242,7 @@ class SoftmaxAttention(nn.Module):
         keys = mean_visible(length, self.window, self.num_sinks)
         per_key = 4 * self.num_heads * self.head_dim
         if self.position_type == "fire":
-            per_key += product_flops(self.position_bias.up_weight, self.position_bias.down_weight)
+            per_key += product_flops(self.position_bias.down_weight)
         return linear_flops(self) + per_key * keys
 
     def forward(self, x_BTD, sequence, state, rotation=None, sink_rotation=None):
