@@ -189,6 +189,8 @@ class SoftmaxAttention(nn.Module):
             zoo/layers/position_fields.py.
         layer_idx: of the layer.
         num_sinks: first tokens of a document that stay visible.
+        sink_distance: how far away they are once they have left the window; None: as far as in a
+            cache of them and the window.
         has_sink_logits: a logit per head in the softmax that stands for no token.
         bias: in the linear layers.
         clip_qkv: queries, keys and values are cut off at plus and minus this; None: not.
@@ -197,10 +199,17 @@ class SoftmaxAttention(nn.Module):
     is_causal = True
 
     def __init__(
-        self, config, layer_idx, num_sinks=0, has_sink_logits=False, bias=False, clip_qkv=None
+        self,
+        config,
+        layer_idx,
+        num_sinks=0,
+        sink_distance=None,
+        has_sink_logits=False,
+        bias=False,
+        clip_qkv=None,
     ):
         super().__init__()
-        self.config, self.layer_idx = config, layer_idx
+        self.config, self.layer_idx, self.sink_distance = config, layer_idx, sink_distance
         self.window, self.num_sinks, self.clip_qkv = config.sliding_window, num_sinks, clip_qkv
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.num_groups = config.num_key_value_heads
@@ -256,10 +265,10 @@ class SoftmaxAttention(nn.Module):
             sink_rotation: of each position as sinks are seen from it.
         """
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD)
-        q_BTHK, k_BTHK, sink_q_BTHK = self.turn(q_BTHK, k_BTHK, rotation, sink_rotation)
+        q_BTHK, k_BTHK, as_sinks = self.turn(q_BTHK, k_BTHK, rotation, sink_rotation)
         is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
         run = self.run_step if is_step else self.run_pass
-        y_BTHV = run(q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state)
+        y_BTHV = run(q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state)
         return self.out_proj(y_BTHV.flatten(2)), state
 
     def project(self, x_BTD):
@@ -273,18 +282,24 @@ class SoftmaxAttention(nn.Module):
             yield y_BTK.unflatten(-1, (heads, self.head_dim))
 
     def turn(self, q_BTHK, k_BTHK, rotation, sink_rotation):
-        """(queries, keys, queries for the sinks), turned where this layer's type does that."""
+        """Queries and keys, turned where this layer's type does that, and both as of sinks."""
         if self.position_type not in TURNED_TYPES:
-            return q_BTHK, k_BTHK, q_BTHK
+            return q_BTHK, k_BTHK, (q_BTHK, k_BTHK)
         turned = functools.partial(rotate, interleaved=self.position_type == "xpos")
-        sink_q_BTHK = None if sink_rotation is None else turned(q_BTHK, *sink_rotation)
-        return turned(q_BTHK, *rotation), turned(k_BTHK, *rotation), sink_q_BTHK
+        turned_k_BTHK, as_sinks = turned(k_BTHK, *rotation), None
+        if sink_rotation is not None:
+            # At a distance that is a number, the same for all of them, it is the query that turns.
+            sink_k_BTHK = turned_k_BTHK if self.sink_distance is None else k_BTHK
+            as_sinks = turned(q_BTHK, *sink_rotation), sink_k_BTHK
+        return turned(q_BTHK, *rotation), turned_k_BTHK, as_sinks
 
-    def run_step(self, q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state):
+    def run_step(self, q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state):
         """One token per row: writes its slot, and looks at all that are filled, in any order."""
         clock_B = sequence.clock[:, 0].expand(len(q_BTHK))
         specs = self.state_specs()
-        new = {"keys": k_BTHK, "sink_keys": k_BTHK, "values": v_BTHV, "sink_values": v_BTHV}
+        new = {"keys": k_BTHK, "values": v_BTHV, "sink_values": v_BTHV}
+        if self.num_sinks:
+            sink_q_BTHK, new["sink_keys"] = as_sinks
         for name, spec in specs.items():
             x_BTHK, slot_B, is_written_B = new[name.rpartition("_")[0]], clock_B, sequence.keep
             held_BSHK, may_overwrite = getattr(state, name), state.may_overwrite
@@ -313,11 +328,11 @@ class SoftmaxAttention(nn.Module):
         bias = self.step_bias(clock_B, distance_BS.clamp(min=0), q_BTHK)
         return self.attend(q_BTHK, keys_BWHK, values_BWHV, sinks, bias, visible_BS=visible_BS)
 
-    def run_pass(self, q_BTHK, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state):
+    def run_pass(self, q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state):
         """Any number of tokens, dense or packed, after what the state holds."""
         documents, sinks = {"cu_seqlens": sequence.cu_seqlens}, None
         if self.num_sinks:
-            sinks = self.sinks_of_documents(k_BTHK, v_BTHV, sink_q_BTHK, sequence, state)
+            sinks = self.sinks_of_documents(*as_sinks, v_BTHV, sequence, state)
         past, keys_BSHK, values_BSHV, clock_BT = None, k_BTHK, v_BTHV, sequence.clock
         if state.keys_BWHK is not None:
             size = state.keys_BWHK.shape[1] if self.window is None else self.window - 1
@@ -333,10 +348,10 @@ class SoftmaxAttention(nn.Module):
         bias = self.pass_bias(clock_BT, keys_BSHK.shape[1], q_BTHK)
         y_BTHV = self.attend(q_BTHK, keys_BSHK, values_BSHV, sinks, bias, **documents)
         if state.is_kept:
-            self.keep(k_BTHK, v_BTHV, sequence, state)
+            self.keep(k_BTHK, v_BTHV, as_sinks, sequence, state)
         return y_BTHV if past is None else past.drop(y_BTHV)
 
-    def keep(self, k_BTHK, v_BTHV, sequence, state):
+    def keep(self, k_BTHK, v_BTHV, as_sinks, sequence, state):
         """Brings the state up to date."""
         spans, dtype = row_spans(sequence), self.state_specs()["keys_BWHK"].dtype
         k_BTHK, v_BTHV = k_BTHK.to(dtype), v_BTHV.to(dtype)
@@ -351,7 +366,8 @@ class SoftmaxAttention(nn.Module):
         if self.num_sinks:
             positions_BS = first_positions(spans.after, self.num_sinks)
             held = state.sink_keys_BSHK, state.sink_values_BSHV
-            state.sink_keys_BSHK = gather_tokens(k_BTHK, held[0], positions_BS, spans)
+            sink_k_BTHK = as_sinks[1].to(dtype)
+            state.sink_keys_BSHK = gather_tokens(sink_k_BTHK, held[0], positions_BS, spans)
             state.sink_values_BSHV = gather_tokens(v_BTHV, held[1], positions_BS, spans)
 
     def make_room(self, k_BTHK, sequence, state):
@@ -370,7 +386,7 @@ class SoftmaxAttention(nn.Module):
         """How many sinks have left the window; those inside are seen there."""
         return (clock_BT - self.window + 1).clamp(0, self.num_sinks)
 
-    def sinks_of_documents(self, k_BTHK, v_BTHV, sink_q_BTHK, sequence, state):
+    def sinks_of_documents(self, sink_q_BTHK, k_BTHK, v_BTHV, sequence, state):
         """The `Sinks` of each document, from the state and from this pass."""
         spans = document_spans(sequence)
         positions_NS = first_positions(spans.after, self.num_sinks)
@@ -397,6 +413,8 @@ class SoftmaxAttention(nn.Module):
         count_BT = self.num_visible_sinks(clock_BT).expand(sink_q_BTHK.shape[:2])
         sinks_S = torch.arange(self.num_sinks, device=clock_BT.device)
         distance_BTS = (place_BT[..., None] - sinks_S).clamp(min=0)
+        if self.sink_distance is not None:
+            distance_BTS = torch.full_like(distance_BTS, self.sink_distance)
         bias_BTSH = None
         if isinstance(self.position_bias, DistanceBias):
             bias_BTSH = self.position_bias.by_distance(distance_BTS, dtype).movedim(0, -1)

@@ -16,8 +16,10 @@ Attention sinks (StreamingLLM, Xiao et al. 2023, https://arxiv.org/abs/2309.1745
 `num_sink_tokens` S tokens of a document stay visible, with positions counted inside the cache. So a
 query at position p sees a sink at j from position min(p, S + W - 1). Keys in the window need only
 differences of positions, so they keep their own; for the sinks alone the query is turned a second
-time. That makes it a function of the text, the same in training and in generation. Sink logits
-(`learnable_sinks`) are those of gpt-oss: one per head, in the softmax's denominator only.
+time. That makes it a function of the text, the same in training and in generation. LM-Infinite (Han
+et al. 2023, https://arxiv.org/abs/2308.16137) is the same with one distance for all sinks that have
+left the window (`sink_distance`). Sink logits (`learnable_sinks`) are those of gpt-oss: one per
+head, in the softmax's denominator only.
 
 The block is Mistral's, or GPT's: LayerNorms (`norm_type`, `norm_bias`, `embedding_norm`), an MLP
 without a gate (`gated_mlp`), biases (`attention_bias`, `mlp_bias`), and projections that are cut
@@ -109,6 +111,9 @@ class SlidingWindowConfig(ZooConfig):
         attention_scale: what a score is multiplied by; None: head_dim^-1/2.
         sliding_window: W, the tokens a layer sees, the current one included; None: all.
         num_sink_tokens: S, first tokens of a document that stay visible.
+        sink_distance: of sinks that have left the window: "cache", places in a cache of S sinks and
+            W others (StreamingLLM); or a number, the same for all of them (LM-Infinite, whose code
+            has at most sliding_window).
         learnable_sinks: a logit per head in the softmax that stands for no token.
     """
 
@@ -116,6 +121,12 @@ class SlidingWindowConfig(ZooConfig):
     variants: ClassVar[dict[str, dict]] = {
         "default": {"sliding_window": 16, "num_key_value_heads": 2},
         "sinks": {"sliding_window": 16, "num_key_value_heads": 2, "num_sink_tokens": 3},
+        "sinks-at-a-distance": {
+            "sliding_window": 16,
+            "num_key_value_heads": 2,
+            "num_sink_tokens": 3,
+            "sink_distance": 16,
+        },
         "learnable-sinks": {"sliding_window": 16, "head_dim": 10, "learnable_sinks": True},
         "full": {"sliding_window": None, "num_key_value_heads": 2},
         "alibi": {
@@ -186,6 +197,7 @@ class SlidingWindowConfig(ZooConfig):
     attention_scale: float | int | None = None
     sliding_window: int | None = 4096
     num_sink_tokens: int = 0
+    sink_distance: Literal["cache"] | int = "cache"
     learnable_sinks: bool = False
 
     def __post_init__(self, **kwargs):
@@ -222,6 +234,7 @@ class SlidingWindowConfig(ZooConfig):
                 "num_sink_tokens is at least 0, and 0 without a sliding_window (where every token "
                 f"stays visible), got {self.num_sink_tokens}."
             )
+        self.check_sink_distance()
         if self.norm_bias and self.norm_type == "rms":
             raise ValueError("norm_bias is of norm_type 'layer': RMSNorms have none; leave it out.")
         if self.clip_qkv is not None and not self.clip_qkv > 0:
@@ -229,6 +242,19 @@ class SlidingWindowConfig(ZooConfig):
                 f"clip_qkv is above 0, got {self.clip_qkv}; None leaves projections as they are."
             )
         check_position_fields(self)
+
+    def check_sink_distance(self):
+        """Raises a ValueError for a distance without sinks, or of layers that cannot have it."""
+        if self.sink_distance == "cache":
+            return
+        types = {*position_types(self)}
+        fits = type(self.sink_distance) is int and self.sink_distance > 0
+        if not fits or not self.num_sink_tokens or not types <= {"rope", "alibi", "t5", None}:
+            raise ValueError(
+                "sink_distance is 'cache', or a number of tokens above 0 for num_sink_tokens in "
+                f"layers of rope, alibi, t5 or none, got {self.sink_distance!r}, "
+                f"{self.num_sink_tokens} sinks and {self.position_embedding_type!r}."
+            )
 
 
 class SlidingWindowBlock(ZooBlock):
@@ -248,6 +274,7 @@ class SlidingWindowBlock(ZooBlock):
             config,
             layer_idx,
             num_sinks=config.num_sink_tokens,
+            sink_distance=None if config.sink_distance == "cache" else config.sink_distance,
             has_sink_logits=config.learnable_sinks,
             bias=config.attention_bias,
             clip_qkv=config.clip_qkv,
@@ -295,7 +322,10 @@ class SlidingWindowModel(SlidingWindowPreTrainedModel, ZooModel):
         if self.rotation is None:
             return {}
         inputs = {"rotation": self.rotation(sequence.positions)}
-        if self.config.num_sink_tokens:
+        if self.config.sink_distance != "cache":
+            place_B1 = torch.full_like(sequence.positions[:, :1], self.config.sink_distance)
+            inputs["sink_rotation"] = self.rotation(place_B1)
+        elif self.config.num_sink_tokens:
             largest = self.config.num_sink_tokens + self.config.sliding_window - 1
             excess_BT = (sequence.clock - largest).clamp(min=0)
             inputs["sink_rotation"] = self.rotation(sequence.positions - excess_BT)
