@@ -348,10 +348,10 @@ class SoftmaxAttention(nn.Module):
         bias = self.pass_bias(clock_BT, keys_BSHK.shape[1], q_BTHK)
         y_BTHV = self.attend(q_BTHK, keys_BSHK, values_BSHV, sinks, bias, **documents)
         if state.is_kept:
-            self.keep(k_BTHK, v_BTHV, as_sinks, sequence, state)
+            self.keep(k_BTHK, v_BTHV, sequence, state, as_sinks)
         return y_BTHV if past is None else past.drop(y_BTHV)
 
-    def keep(self, k_BTHK, v_BTHV, as_sinks, sequence, state):
+    def keep(self, k_BTHK, v_BTHV, sequence, state, as_sinks=None):
         """Brings the state up to date."""
         spans, dtype = row_spans(sequence), self.state_specs()["keys_BWHK"].dtype
         k_BTHK, v_BTHV = k_BTHK.to(dtype), v_BTHV.to(dtype)
