@@ -9,9 +9,11 @@ import pytest
 import torch
 from test_state_operations import check_same, contents, tensors_of
 from transformers import DynamicCache
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from zoo import MODELS, join_states
 from zoo.core import state
+from zoo.hub.export import export
 
 SIZES = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 START, LONGEST, TASK = 1, 6, 5
@@ -370,3 +372,18 @@ def test_windows_that_do_not_begin_alike(model):
     low = copy.deepcopy(model).bfloat16()
     cache = batch_of(low, WINDOWS)
     low.join_states([*caches_of(low), cache], rows=[[0, 1, 2, 3, 4, 5]])
+
+
+def test_an_exported_folder_has_it(model, tmp_path):
+    """By its own code: the cache's layers are its own, too."""
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "exported")
+    path = str(tmp_path / "exported")
+    # As the Auto classes do where the zoo has not registered its own.
+    kind = get_class_from_dynamic_module("sliding_window.SlidingWindowForCausalLM", path)
+    own = kind.from_pretrained(path, dtype="auto").eval()
+    assert kind.__module__.startswith("transformers_modules") and own.dtype == torch.float64
+    found = own.generate(TASKS, past_key_values=joined(own, 2), **GREEDY)
+    assert torch.equal(found, model.generate(TASKS, past_key_values=joined(model, 2), **GREEDY))
+    with pytest.raises(ValueError, match="expected caches of 2 GrowingStateLayers of this model"):
+        own.join_states(caches_of(model))
