@@ -176,7 +176,9 @@ def small_model(variant="default", seed=0, **fields):
         "num_attention_heads": 3,
         "num_hidden_layers": 2,
     }
-    sizes |= BlockRecurrentConfig.variants[variant] | {"num_buckets": 8, "max_distance": 12}
+    sizes |= BlockRecurrentConfig.variants[variant]
+    if (sizes | fields).get("position_embedding_type") != "alibi":
+        sizes |= {"num_buckets": 8, "max_distance": 12}
     config = BlockRecurrentConfig(**sizes | {"sliding_window": 7} | fields)
     torch.manual_seed(seed)
     model = BlockRecurrentForCausalLM(config).double().eval()
@@ -207,7 +209,9 @@ class Definition:
         return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() if is_unit else x
 
     def attention(self, q, k, v, scale, bias=0.0, mask=None, extra=True):
-        score = (torch.einsum("thk,shk->hts", q, k) + bias) * self.p[scale].abs()[:, None, None]
+        score, scale = torch.einsum("thk,shk->hts", q, k), self.p[scale].abs()[:, None, None]
+        is_scaled = self.c.position_embedding_type == "t5"
+        score = (score + bias) * scale if is_scaled else score * scale + bias
         if mask is not None:
             score = score.masked_fill(~mask, -math.inf)
         exp = score.exp()
@@ -263,6 +267,9 @@ class Definition:
         i, j = torch.arange(window)[:, None] + window, torch.arange(2 * window)
         mask = (i - j >= 1) & (i - j <= window)
         buckets = torch.tensor([[self.bucket(max(x, 0)) for x in row] for row in (i - j).tolist()])
+        # ALiBi's, of three heads: those of two, and the first between them.
+        b = c.alibi_bias_max
+        slopes = torch.tensor([2 ** (-b / 2), 2**-b, 2 ** (-b / 4)], dtype=torch.float64)
         logits = []
         for own in ids.split(window):
             x, length = p["model.embed_tokens.weight"][own], len(own)
@@ -277,7 +284,10 @@ class Definition:
                 q, k = (self.heads(a, f"{mixer}.{part}_proj") for part in "qk")
                 v = self.heads(a, f"{mixer}.v_proj", False)
                 k2, v2 = (torch.cat(pair) for pair in zip(before[layer], (k, v)))
-                bias = p[f"{mixer}.relative_bias"][:, buckets[:length, : window + length]]
+                if c.position_embedding_type == "t5":
+                    bias = p[f"{mixer}.relative_bias"][:, buckets[:length, : window + length]]
+                else:
+                    bias = -slopes[:, None, None] * (i - j)[:length, : window + length]
                 seen = mask[:length, : window + length]
                 y = self.attention(q, k2, v2, f"{mixer}.scale", bias, seen)
                 read = feedback
@@ -298,12 +308,19 @@ class Definition:
 
 
 # With several recurrent layers, the last is the one that others read.
+ALIBI = {"position_embedding_type": "alibi"}
 TWO_SOURCES = {"num_hidden_layers": 4, "recurrent_layers": [0, 2]}
 
 
 @pytest.mark.parametrize(
     ("variant", "fields"),
-    [*((variant, {}) for variant in BlockRecurrentConfig.variants), ("feedback", TWO_SOURCES)],
+    [
+        *((variant, {}) for variant in BlockRecurrentConfig.variants),
+        ("feedback", TWO_SOURCES),
+        ("feedback", ALIBI),
+        ("lstm-dual", ALIBI | {"alibi_bias_max": 4}),
+        ("transformer-xl", ALIBI),
+    ],
 )
 def test_definition(variant, fields):
     model = small_model(variant, **fields)
@@ -421,7 +438,7 @@ def meliad_source(folder, model, **fields):
     return folder
 
 
-@pytest.mark.parametrize("variant", BlockRecurrentConfig.variants)
+@pytest.mark.parametrize("variant", [x for x in BlockRecurrentConfig.variants if x != "alibi"])
 def test_every_variant_converts(variant, tmp_path):
     # Theirs have T5's usual distances.
     model = small_model(variant, num_buckets=32, max_distance=128)
@@ -496,6 +513,11 @@ def test_a_gin_text_that_fits(tmp_path):
         ({"configuration": "triple"}, "configuration is one of skip, dual, single"),
         ({"sliding_window": 0}, "sliding_window is at least 1"),
         ({"max_distance": 16}, "max_distance above half of it"),
+        ({"position_embedding_type": "rope"}, "position_embedding_type"),
+        (ALIBI | {"num_buckets": 16}, "num_buckets is about position_embedding_type 't5', got 16"),
+        (ALIBI | {"max_distance": 64}, "max_distance is about position_embedding_type 't5'"),
+        ({"alibi_bias_max": 16}, "about position_embedding_type 'alibi', got 16 and 't5'"),
+        (ALIBI | {"alibi_bias_max": 0}, "alibi_bias_max is a number above 0, got 0"),
         ({"num_attention_heads": 5, "hidden_size": 24}, "multiple of num_attention_heads"),
     ],
 )

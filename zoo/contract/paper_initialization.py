@@ -342,11 +342,12 @@ def block_recurrent(config):
         "model.embed_tokens.weight": (0.0, 1.0, "normal"),
         "*norm.weight": ONE,
         "*.mixer.scale": ONE,
-        "*.mixer.relative_bias": (0.0, config.num_buckets**-0.5, "normal"),
         "*.mixer.[qkv]_proj.weight": fan_in_truncated(width),
         "*.mlp.up_proj.weight": fan_in_truncated(width),
         "*.mlp.down_proj.weight": fan_in_truncated(mlp_width),
     }
+    if config.position_embedding_type == "t5":
+        table["*.mixer.relative_bias"] = (0.0, config.num_buckets**-0.5, "normal")
     for layer in range(layers):
         is_reader = config.feedback or layer in recurrent
         out = f"model.layers.{layer}.mixer.out_proj.weight"

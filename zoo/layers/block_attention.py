@@ -19,7 +19,7 @@ from ..core.state import StateSpec, dtype_of
 from ..core.window import Past, ring_after
 from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.windowed_attention import attention_step, windowed_attention
-from .position_bias import t5_buckets
+from .position_bias import alibi_log_decay, t5_buckets
 from .recurrent_cell import RecurrentCell, look, scaled, truncated_, unit_heads
 
 # In every softmax over a window: where it is all that is left, attention is zero.
@@ -48,9 +48,13 @@ class WindowAttention(nn.Module):
         self.k_proj = nn.Linear(width, size, bias=False)
         self.v_proj = nn.Linear(width, size, bias=False)
         self.scale = nn.Parameter(torch.empty(self.num_heads))
-        self.relative_bias = nn.Parameter(torch.empty(self.num_heads, config.num_buckets))
-        sizes = self.window, config.num_buckets, config.max_distance
-        self.buckets = Constant(functools.partial(distance_buckets, *sizes))
+        self.has_table = config.position_embedding_type == "t5"
+        if self.has_table:
+            self.relative_bias = nn.Parameter(torch.empty(self.num_heads, config.num_buckets))
+            sizes = self.window, config.num_buckets, config.max_distance
+            self.buckets = Constant(functools.partial(distance_buckets, *sizes))
+        else:
+            self.log_decay = Constant(functools.partial(alibi_log_decay, config))
         if self.reads_states:
             self.state_q_proj = nn.Linear(width, size, bias=False)
             self.state_scale = nn.Parameter(torch.empty(self.num_heads))
@@ -63,7 +67,8 @@ class WindowAttention(nn.Module):
         for name in ("q_proj", "k_proj", "v_proj", "state_q_proj", "out_proj"):
             if hasattr(self, name):
                 truncated_(getattr(self, name).weight, getattr(self, name).in_features)
-        init.normal_(self.relative_bias, std=self.config.num_buckets**-0.5)
+        if self.has_table:
+            init.normal_(self.relative_bias, std=self.config.num_buckets**-0.5)
         init.ones_(self.scale)
         if self.reads_states:
             init.ones_(self.state_scale)
@@ -132,8 +137,13 @@ class WindowAttention(nn.Module):
 
         The zero keys and the extra logit have no values: all they do is to add to the denominator.
         """
-        bias_HR = self.relative_bias.to(dtype) * self.scale.to(dtype).abs()[:, None]
-        bias_HW = bias_HR[:, self.buckets(clock_BT.device).long()]
+        device = clock_BT.device
+        if self.has_table:
+            bias_HR = self.relative_bias.to(dtype) * self.scale.to(dtype).abs()[:, None]
+            bias_HW = bias_HR[:, self.buckets(device).long()]
+        else:
+            distance_W = torch.arange(1, self.window + 1, device=device)
+            bias_HW = self.log_decay(device).to(dtype)[:, None] * distance_W.to(dtype)
         extra_H1 = bias_HW.new_full((self.num_heads, 1), EXTRA_LOGIT)
         # Before token n lie n tokens, and zeros at the distances n + 1 to W.
         logits_HN = torch.cat([extra_H1, bias_HW.flip(1)], dim=1).logcumsumexp(1).flip(1)

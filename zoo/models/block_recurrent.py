@@ -23,6 +23,10 @@ and w in:
 With `feedback`, tokens of all other layers read the states of the last recurrent layer from before
 their window too, so that the stack runs window by window (1.35 to 1.4 times the time, they say).
 
+`position_embedding_type="alibi"` has ALiBi's bias in the place of T5's, for the slope m of a head
+(Press et al. 2021, https://arxiv.org/abs/2108.12409): s_d = |a| q_n . k_{n-d} - m d. As in its paper
+it is not learned and not scaled; the authors of this architecture have none.
+
 `num_states=0` is the baseline: Transformer-XL (Dai et al. 2019, https://arxiv.org/abs/1901.02860)
 with a sliding cache, "Slide" in the paper, whose gradients go into the window before.
 
@@ -32,7 +36,8 @@ no digit below scales of 900. Its dropout and its other position encodings are l
 `zoo convert meliad`. What we found of its states is in hub_cards/block_recurrent.md.
 """
 
-from typing import ClassVar
+import math
+from typing import ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -60,6 +65,12 @@ from ..core.state import SlidingStateLayer
 from ..layers.block_attention import WindowAttention
 from ..layers.recurrent_cell import CONFIGURATIONS, GATES, truncated_
 
+# Field -> (the position_embedding_type it is about, its default).
+BIAS_FIELDS = {
+    "num_buckets": ("t5", 32),
+    "max_distance": ("t5", 128),
+    "alibi_bias_max": ("alibi", 8),
+}
 _SMALL = {"sliding_window": 16, "num_states": 5, "recurrent_layers": [0]}
 
 
@@ -79,8 +90,10 @@ class BlockRecurrentConfig(ZooConfig):
         configuration: of the states' side: skip (no MLP), dual (a gate after attention and one
             after the MLP) or single (the MLP alone, and its gate).
         feedback: whether all other layers read the states too.
-        num_buckets: of distances in the bias.
-        max_distance: from which on distances share the last bucket.
+        position_embedding_type: "t5" or "alibi", in all layers.
+        num_buckets: of "t5", of distances in the bias.
+        max_distance: of "t5", from which on distances share the last bucket.
+        alibi_bias_max: of "alibi", b in the slopes 2^(-b (h + 1) / H), as in `SlidingWindowConfig`.
         rms_norm_eps: epsilon of the norms.
     """
 
@@ -97,6 +110,7 @@ class BlockRecurrentConfig(ZooConfig):
         "lstm-single": _SMALL | {"gate": "lstm", "configuration": "single"},
         "two-recurrent-layers": _SMALL | {"num_hidden_layers": 3, "recurrent_layers": [0, -1]},
         "feedback": _SMALL | {"num_hidden_layers": 3, "recurrent_layers": [1], "feedback": True},
+        "alibi": _SMALL | {"position_embedding_type": "alibi"},
         "transformer-xl": {"sliding_window": 16, "num_states": 0},
     }
 
@@ -107,8 +121,10 @@ class BlockRecurrentConfig(ZooConfig):
     gate: str = "bias"
     configuration: str = "skip"
     feedback: bool = False
+    position_embedding_type: Literal["t5", "alibi"] = "t5"
     num_buckets: int = 32
     max_distance: int = 128
+    alibi_bias_max: int | float = 8
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
 
@@ -156,6 +172,15 @@ class BlockRecurrentConfig(ZooConfig):
                 "num_buckets is at least 2 and max_distance above half of it, got "
                 f"{self.num_buckets} and {self.max_distance}."
             )
+        if not 0 < self.alibi_bias_max < math.inf:
+            raise ValueError(f"alibi_bias_max is a number above 0, got {self.alibi_bias_max}.")
+        for name, (kind, default) in BIAS_FIELDS.items():
+            value = getattr(self, name)
+            if kind != self.position_embedding_type and value != default:
+                raise ValueError(
+                    f"{name} is about position_embedding_type {kind!r}, got {value} and "
+                    f"{self.position_embedding_type!r}; leave it out."
+                )
 
 
 class FeedForward(nn.Module):
