@@ -227,6 +227,12 @@ def test_minimax_and_back(minimax, tmp_path):
             "whole heads",
         ),
         (LightningConfig.variants["minimax"] | {"gate": "linear"}, "gate is 'linear'"),
+        (
+            LightningConfig.variants["hybrid-alibi"],
+            "position_embedding_type of layer 1 is 'alibi': transformers' model has 'rope'",
+        ),
+        (LightningConfig.variants["hybrid-list"], "of layer 0 is 't5'"),
+        (LightningConfig.variants["hybrid"] | {"attention_scale": 1.0}, "attention_scale is 1.0"),
         (LightningConfig.variants["minimax"] | {"feature_act": "relu"}, "would become"),
     ],
 )

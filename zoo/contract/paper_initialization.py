@@ -260,7 +260,7 @@ def lightning(config):
     for layer in config.lrpe_layers:
         angles = [10000 ** (-2 * i / channels) for i in range(channels)]
         table[f"model.layers.{layer}.mixer.lrpe_theta"] = angles
-    return table
+    return table | position_biases(config)
 
 
 def sliding_window(config):

@@ -11,10 +11,11 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 
 from ..core.base import ZooBlock, ZooConfig
-from .positions import check_rope_parameters
+from .position_fields import POSITION_FIELDS, check_position_fields, position_types, turns
 from .softmax_attention import (
     OUR_IMPLEMENTATIONS,
     SoftmaxPreTrainedModel,
+    check_implementation,
     check_key_value_heads,
     check_window,
     softmax_layer_type,
@@ -28,7 +29,12 @@ SOFTMAX_FIELDS = (
     "rope_parameters",
     "max_position_embeddings",
     "sliding_window",
+    "attention_scale",
 )
+# Those that are not None without softmax layers, but quiet: they have their defaults.
+QUIET_FIELDS = {"position_embedding_type": "rope"} | {
+    name: default for name, (_, default) in POSITION_FIELDS.items()
+}
 
 
 @strict
@@ -42,7 +48,8 @@ class MiniMaxBlockConfig(ZooConfig):
         mlp_alpha: factor on the residual stream where the MLP is added.
         mlp_beta: factor on what the MLP adds.
         softmax_layers: indices of the layers with softmax attention instead; MiniMax-Text-01 has
-            every eighth, list(range(7, 80, 8)). The fields below are theirs, and None without them.
+            every eighth, list(range(7, 80, 8)). The fields below are theirs, and without them None
+            or as they are by default.
         softmax_alpha: factor on the residual stream where softmax attention is added; None:
             attention_alpha.
         softmax_beta: factor on what softmax attention adds; None: attention_beta.
@@ -51,6 +58,11 @@ class MiniMaxBlockConfig(ZooConfig):
             {"rope_theta": 10e6, "partial_rotary_factor": 0.5}.
         max_position_embeddings: as in `SlidingWindowConfig`.
         sliding_window: tokens softmax attention sees, the current one included; None: all.
+        position_embedding_type: as in `SlidingWindowConfig`; a list has one entry for each layer of
+            the model, None for those without softmax attention.
+        alibi_bias_max, relative_attention_num_buckets, relative_attention_max_distance,
+            fire_mlp_width, fire_init_c, fire_init_length, xpos_scale_base, attention_scale: as
+            there.
     """
 
     hybrids: ClassVar[str] = "leave them out, and name the layers with softmax in softmax_layers."
@@ -67,6 +79,15 @@ class MiniMaxBlockConfig(ZooConfig):
     rope_parameters: dict | None = None
     max_position_embeddings: int | None = None
     sliding_window: int | None = None
+    position_embedding_type: str | list[str | None] | None = "rope"
+    alibi_bias_max: int | float = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    fire_mlp_width: int = 32
+    fire_init_c: float = 0.1
+    fire_init_length: int = 512
+    xpos_scale_base: int = 512
+    attention_scale: float | int | None = None
 
     def __post_init__(self, **kwargs):
         if self.softmax_layers is None:
@@ -78,9 +99,11 @@ class MiniMaxBlockConfig(ZooConfig):
                 self.softmax_alpha = self.attention_alpha
             if self.softmax_beta is None:
                 self.softmax_beta = self.attention_beta
+            has_rope = turns(self) or bool(self.rope_parameters)
             # transformers fills the rest of it in.
             self.rope_parameters = dict(self.rope_parameters or {})
-        has_rope = self.rope_parameters is not None
+        else:
+            has_rope = self.rope_parameters is not None
         super().__post_init__(**kwargs)
         if not has_rope:  # transformers fills that in too
             self.rope_parameters = None
@@ -91,7 +114,12 @@ class MiniMaxBlockConfig(ZooConfig):
         Other libraries count on a number of key heads that is there to be one.
         """
         values = super().to_dict()
-        return {n: x for n, x in values.items() if x is not None or n not in SOFTMAX_FIELDS}
+        quiet = {} if self.softmax_layers else QUIET_FIELDS
+        return {
+            name: x
+            for name, x in values.items()
+            if name not in quiet and (x is not None or name not in SOFTMAX_FIELDS)
+        }
 
     @property
     def layer_types(self):
@@ -119,7 +147,8 @@ class MiniMaxBlockConfig(ZooConfig):
     def check_softmax_layers(self):
         """Raises a ValueError if softmax attention cannot be built, or has fields but no layer."""
         if not self.softmax_layers:
-            set_fields = [name for name in SOFTMAX_FIELDS if getattr(self, name, None) is not None]
+            quiet = dict.fromkeys(SOFTMAX_FIELDS) | QUIET_FIELDS
+            set_fields = [n for n, x in quiet.items() if getattr(self, n, x) != x]
             if set_fields:
                 raise ValueError(
                     f"{', '.join(set_fields)}: for layers with softmax attention, got no "
@@ -128,7 +157,7 @@ class MiniMaxBlockConfig(ZooConfig):
             return
         check_key_value_heads(self)
         check_window(self.sliding_window)
-        check_rope_parameters(self)
+        check_position_fields(self, layers=self.softmax_layers)
 
 
 class MiniMaxBlock(ZooBlock):
@@ -166,4 +195,8 @@ class MiniMaxBlockPreTrainedModel(SoftmaxPreTrainedModel):
                 "attn_implementation is about layers with softmax attention, got "
                 f"{requested_attention!r} and no softmax_layers; leave it out."
             )
+        if requested_attention is not None:
+            types = position_types(self.config)
+            types = [types[layer] for layer in self.config.softmax_layers]
+            check_implementation(requested_attention, 0, False, types)
         return super().get_correct_attn_implementation(requested_attention, is_init_check)

@@ -41,7 +41,7 @@ from .foreign_attention import (
     mask_arguments,
 )
 from .position_bias import DistanceBias, position_bias
-from .position_fields import TURNED_TYPES, position_type_of
+from .position_fields import TURNED_TYPES, position_type_of, position_types
 from .positions import rotate
 from .xpos import xpos_log_decay, xpos_steepest
 
@@ -57,10 +57,9 @@ def softmax_layer_type(window):
 
 def state_is_list_of_tokens(config):
     """Whether such layers' states are lists of tokens in any order, as `join_states` needs them."""
-    types = getattr(config, "position_embedding_type", "rope")
-    types = types if isinstance(types, (list, tuple)) else [types]
     is_plain = getattr(config, "rope_extension", None) is None
-    return config.sliding_window is None and {*types} <= {"rope", None} and is_plain
+    types = {*position_types(config)}
+    return config.sliding_window is None and types <= {"rope", None} and is_plain
 
 
 def fill_heads(config):

@@ -24,8 +24,8 @@ With `feedback`, tokens of all other layers read the states of the last recurren
 their window too, so that the stack runs window by window (1.35 to 1.4 times the time, they say).
 
 `position_embedding_type="alibi"` has ALiBi's bias in the place of T5's, for the slope m of a head
-(Press et al. 2021, https://arxiv.org/abs/2108.12409): s_d = |a| q_n . k_{n-d} - m d. As in its paper
-it is not learned and not scaled; the authors of this architecture have none.
+(Press et al. 2021, https://arxiv.org/abs/2108.12409): s_d = |a| q_n . k_{n-d} - m d. As in its
+paper it is not learned and not scaled. The authors of this architecture have nothing like it.
 
 `num_states=0` is the baseline: Transformer-XL (Dai et al. 2019, https://arxiv.org/abs/1901.02860)
 with a sliding cache, "Slide" in the paper, whose gradients go into the window before.

@@ -45,6 +45,7 @@ from ..layers.decay_slopes import check_slopes, log_decay
 from ..layers.minimax_block import MiniMaxBlock, MiniMaxBlockConfig, MiniMaxBlockPreTrainedModel
 from ..layers.mlp import GatedMLP
 from ..layers.norms import WideRMSNorm
+from ..layers.position_fields import turns
 from ..layers.positions import RotaryPositions
 from ..layers.softmax_mixer import softmax_mixer
 
@@ -102,6 +103,13 @@ class LightningConfig(MiniMaxBlockConfig):
         "sliding_window": 16,
         "rope_parameters": {"partial_rotary_factor": 0.5},
     }
+    variants["hybrid-alibi"] = variants["hybrid"] | {"position_embedding_type": "alibi"}
+    variants["hybrid-list"] = variants["hybrid-window"] | {
+        "position_embedding_type": ["t5", None, "rope"],
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 12,
+        "attention_scale": 0.5,
+    }
 
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
@@ -145,8 +153,8 @@ class LightningConfig(MiniMaxBlockConfig):
         both = sorted(set(self.lrpe_layers) & set(self.softmax_layers))
         if both:
             raise ValueError(
-                f"layers {both} are in lrpe_layers and in softmax_layers, which have RoPE; take "
-                "them out of one."
+                f"layers {both} are in lrpe_layers and in softmax_layers, which know positions in "
+                "other ways; take them out of one."
             )
         self.check_softmax_layers()
 
@@ -266,7 +274,8 @@ class LightningModel(LightningPreTrainedModel, ZooModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.rotation = RotaryPositions(config) if config.softmax_layers else None
+        has_rotation = config.softmax_layers and turns(config)
+        self.rotation = RotaryPositions(config) if has_rotation else None
         self.post_init()
 
     def mixer_inputs(self, x_BTD, sequence):

@@ -9,9 +9,10 @@ channels.
 import torch
 
 from ...layers.decay_slopes import log_decay
+from ...layers.position_fields import position_type_of
 from ...layers.positions import num_rotated_channels
 from ...models.lightning import LightningConfig
-from .format import TRANSFORMERS, Format
+from .format import TRANSFORMERS, Format, refuse_beyond
 
 NO_EFFECT_ALONE = ("num_experts_per_tok", "router_aux_loss_coef", "router_jitter_noise")
 OF_SOFTMAX_LAYERS = (
@@ -139,6 +140,13 @@ def write_config(config):
             raise ValueError(
                 f"{name} is {getattr(config, name)!r}: transformers' model has {value!r}."
             )
+    for layer in config.softmax_layers:
+        if position_type_of(config, layer) != "rope":
+            raise ValueError(
+                f"position_embedding_type of layer {layer} is "
+                f"{position_type_of(config, layer)!r}: transformers' model has 'rope'."
+            )
+    refuse_beyond(config, (*WRITTEN, *FIXED, *WRITTEN_AS_OTHERS), "transformers'")
     values = {"architectures": ["MiniMaxForCausalLM"], "model_type": "minimax"}
     values |= {name: getattr(config, name) for name in WRITTEN}
     values |= {
@@ -187,6 +195,22 @@ WRITTEN = (
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
+)
+WRITTEN_AS_OTHERS = (
+    "attention_alpha",
+    "attention_beta",
+    "mlp_alpha",
+    "mlp_beta",
+    "feature_act",
+    "hidden_act",
+    "softmax_layers",
+    "softmax_alpha",
+    "softmax_beta",
+    "num_key_value_heads",
+    "rope_parameters",
+    "max_position_embeddings",
+    "sliding_window",
+    "position_embedding_type",
 )
 
 
