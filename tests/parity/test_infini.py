@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from goldens import golden_folder, golden_tensors
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import elu, silu, softmax
 from transformers import AutoModelForCausalLM
 from ways import WAYS, gradients, run, worst
@@ -149,6 +150,16 @@ def definition(model, ids):
         turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
         return torch.cat([turned.real, turned.imag], dim=-1)
 
+    def bias(layer, head, length):
+        distance = (torch.arange(length)[:, None] - torch.arange(length)).clamp(min=0)
+        kind = config.position_embedding_type
+        if kind == "alibi":  # of four heads
+            return -(2 ** (-config.alibi_bias_max * (head + 1) / 4)) * distance.double()
+        if kind == "t5":  # of 8 buckets, the last from 12 on
+            bucket = torch.tensor([0, 1, 2, 3, 4, 4, 5, 6, 6, 6, 7, 7, 7])[distance]
+            return weights[f"model.layers.{layer}.mixer.position_bias.table"][bucket, head]
+        return 0.0
+
     def attention(layer, a):
         here = f"model.layers.{layer}.mixer"
         q, k, v = (linear(f"{here}.{name}_proj", a) for name in "qkv")
@@ -161,7 +172,12 @@ def definition(model, ids):
             for start in range(0, len(a), config.segment_length):
                 rows = slice(start, start + config.segment_length)
                 q_s, k_s, v_s = q[rows, columns], k[rows, group], v[rows, group]
-                scores = rope(q_s) @ rope(k_s).T / width**0.5
+                if config.position_embedding_type == "rope":
+                    scores = rope(q_s) @ rope(k_s).T
+                else:
+                    scores = q_s @ k_s.T
+                scores = scores * (config.attention_scale or width**-0.5)
+                scores = scores + bias(layer, head, len(q_s))
                 future = torch.ones_like(scores, dtype=torch.bool).triu(1)
                 local = softmax(scores.masked_fill(future, -torch.inf), dim=-1) @ v_s
                 sq, sk = elu(q_s) + 1, elu(k_s) + 1
@@ -201,6 +217,52 @@ def test_the_definition(update, groups, way):
     ids = torch.randint(0, 61, (2, 75))
     logits, _ = run(model, ids, way)
     assert worst(logits, definition(model, ids), relative=True) < 1e-10
+
+
+T5 = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
+LOCAL = {
+    "alibi": {"position_embedding_type": "alibi", "alibi_bias_max": 4, "num_key_value_heads": 2},
+    "t5": {"position_embedding_type": "t5", "attention_scale": 1.0, "memory_update": "delta"} | T5,
+    "none": {"position_embedding_type": None},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", LOCAL)
+def test_positions_of_other_types(kind, way):
+    """Counted inside a segment, whatever pass its tokens came in."""
+    torch.manual_seed(0)
+    config = InfiniConfig(**SMALL, **LOCAL[kind], initializer_range=0.3)
+    model = InfiniForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mixer.gate.normal_()
+    ids = torch.randint(0, 61, (2, 75))
+    logits, _ = run(model, ids, way)
+    assert worst(logits, definition(model, ids), relative=True) < 1e-10
+    weight = torch.randn(logits.shape, dtype=torch.float64)
+    names, parameters = zip(*model.named_parameters())
+    official = torch.autograd.grad((definition(model, ids) * weight).sum(), parameters)
+    found = torch.autograd.grad((model(ids).logits * weight).sum(), parameters)
+    for name, ours, theirs in zip(names, found, official, strict=True):
+        assert worst(ours, theirs, relative=True) < 1e-9, name
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"position_embedding_type": "fire"}, "position_embedding_type is one of"),
+        ({"position_embedding_type": ["rope"]}, "one entry for each of 2 layers, got 1"),
+        ({"alibi_bias_max": 16}, "about layers of position_embedding_type 'alibi', got 16"),
+        (
+            {"position_embedding_type": None, "rope_parameters": {"rope_theta": 1e4}},
+            "rope_parameters are about layers",
+        ),
+    ],
+)
+def test_positions_that_make_no_sense(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        InfiniConfig(**SMALL, **fields)
 
 
 def test_segments_count_tokens_not_positions():

@@ -325,7 +325,7 @@ def infini(config):
         table["*_proj.bias"] = ZERO
     if config.lm_head_bias:
         table["lm_head.bias"] = ZERO
-    return table
+    return table | position_biases(config)
 
 
 def fan_in_truncated(fan_in, scale=1.0):

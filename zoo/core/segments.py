@@ -35,6 +35,7 @@ class SegmentGrid:
         is_complete: [S] bool, whether the last of its slots was filled in this pass.
         width: slots that are laid out, L at most.
         num_queries: new tokens that are laid out per segment.
+        most_older: P, the largest number of slots before the first new token of a segment.
     """
 
     def __init__(self, sequence, length, is_fresh):
@@ -56,7 +57,7 @@ class SegmentGrid:
                 self.num_ranks, self.width, longest = self.num_ranks + 1, length, length
             else:
                 self.width, longest = min(first_slot + time, length), time
-            is_aligned = first_slot == 0
+            is_aligned, self.most_older = first_slot == 0, first_slot
             rows_S = torch.arange(batch * self.num_ranks, device=device)
             self.document, self.rank = rows_S // self.num_ranks, rows_S % self.num_ranks
             self.first_row = torch.arange(batch, device=device) * self.num_ranks
@@ -76,7 +77,8 @@ class SegmentGrid:
             place_S = self.walk.argsort()[self.document]
             self.walk_rows = (self.rank * len(num_N) + place_S).argsort()
             self.walk_counts = self.rank.bincount().tolist()
-            is_aligned = is_fresh or not bool((start_N % length).any())
+            self.most_older = 0 if is_fresh else int((start_N % length).max())
+            is_aligned = self.most_older == 0
         # Every document begins with a segment: slot q is query q.
         self.is_aligned = is_aligned
         # Exporting cannot prove how [B, T] and [S, Q] hang together, and takes both by index.
@@ -155,6 +157,19 @@ class SegmentGrid:
         slots_L = torch.arange(self.width, device=self.offset.device)
         own_SQ1 = self.offset[:, None, None] + slots_L[: self.num_queries, None]
         return slots_L <= own_SQ1
+
+    def behind_older(self, x_SLHK):
+        """Tokens by slot as keys of which the last belong to the queries, [S, P + Q, ...].
+
+        Returns:
+            (the keys, which of them is the first of each segment [S]; None: for all the first).
+        """
+        if self.is_aligned:
+            return x_SLHK, None
+        slots = torch.arange(self.most_older + self.num_queries, device=self.offset.device)
+        slots_SP = (self.offset[:, None] - self.most_older + slots).clamp(0, self.width - 1)
+        rows_S1 = torch.arange(len(self.offset), device=self.offset.device)[:, None]
+        return x_SLHK[rows_S1, slots_SP], self.most_older - self.offset
 
     def sums_before(self, x_S):
         """For each segment the sum of x over its document's earlier ones in this pass, [S, ...]."""

@@ -7,7 +7,7 @@ A mixer sees its tokens through `segments_of`: as a `SegmentPass`, any number of
 segments at once, or a `SegmentStep`, one per row. Both bring the state up to date, and both lay the
 tokens out as S segments of Q queries:
 
-    attend      A_local, causal attention inside each segment
+    attend      A_local, causal attention inside each segment, with a bias by distance if any
     remember    the memory that each segment reads, and the tokens written into it
     queries     what belongs to tokens, by segment;  join: its inverse
     is_first    which segments begin a document
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from ..core.segments import SegmentGrid, documents_to_rows
 from ..core.window import ring_after
 from ..kernels.export_scan import scan
-from ..kernels.windowed_attention import attention_step
+from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.windowed_attention import attention_step, windowed_attention
 
 # A memory that no key has been like reads as 0, not as 0 / 0.
 SMALLEST_DENOMINATOR = 1e-10
@@ -114,22 +115,44 @@ class SegmentPass:
         """[S, Q, ...] as [B, T, ...]."""
         return self.grid.join(x_SQHV)
 
-    def attend(self, q_BTHK, k_BTHK, v_BTHV):
-        """Softmax attention inside the segments, [S, H, Q, V]; queries and keys are turned."""
+    def attend(self, q_BTHK, k_BTHK, v_BTHV, scale, bias=None):
+        """Softmax attention inside the segments, [S, H, Q, V].
+
+        Args:
+            q_BTHK, k_BTHK, v_BTHV: queries and keys are turned, if they are to be.
+            scale: of the scores.
+            bias: a module that gives what is added to them by distance; None: nothing.
+        """
         grid, state = self.grid, self.state
         held = (grid.rows_to_documents(x) for x in (state.keys_BLHK, state.values_BLHV))
         keys_SLHK, values_SLHV = (
             grid.keys(x, old) for x, old in zip((k_BTHK, v_BTHV), held, strict=True)
         )
-        visible_SQL = grid.visible()
-        y_SHQV = F.scaled_dot_product_attention(
-            grid.queries(q_BTHK).transpose(1, 2),
-            keys_SLHK.transpose(1, 2),
-            values_SLHV.transpose(1, 2),
-            attn_mask=None if visible_SQL is None else visible_SQL[:, None],
-            is_causal=visible_SQL is None,
-            enable_gqa=k_BTHK.shape[2] < q_BTHK.shape[2],
-        )
+        q_SQHK = grid.queries(q_BTHK)
+        if bias is None:
+            visible_SQL = grid.visible()
+            y_SHQV = F.scaled_dot_product_attention(
+                q_SQHK.transpose(1, 2),
+                keys_SLHK.transpose(1, 2),
+                values_SLHV.transpose(1, 2),
+                attn_mask=None if visible_SQL is None else visible_SQL[:, None],
+                is_causal=visible_SQL is None,
+                enable_gqa=k_BTHK.shape[2] < q_BTHK.shape[2],
+                scale=scale,
+            )
+        else:
+            keys_SPHK, first_S = grid.behind_older(keys_SLHK)
+            values_SPHV, _ = grid.behind_older(values_SLHV)
+            dtype = accumulator_dtype(q_BTHK)
+            bias_HP = bias.below(keys_SPHK.shape[1], dtype, q_BTHK.device)
+            y_SHQV = windowed_attention(
+                q_SQHK,
+                keys_SPHK,
+                values_SPHV,
+                scale=scale,
+                first_key=first_S,
+                distance_bias=bias_HP,
+            ).transpose(1, 2)
         if state.is_kept:
             _keep_tokens(state, k_BTHK, v_BTHV, self.sequence, self.specs)
         return y_SHQV
@@ -187,8 +210,8 @@ class SegmentStep:
         """[B, 1, ...], as they are."""
         return x_BTHV
 
-    def attend(self, q_BTHK, k_BTHK, v_BTHV):
-        """The token's attention to its segment so far, [B, H, 1, V]."""
+    def attend(self, q_BTHK, k_BTHK, v_BTHV, scale, bias=None):
+        """The token's attention to its segment so far, [B, H, 1, V]; as `SegmentPass.attend`."""
         state = self.state
         for name, spec in self.specs.items():
             if getattr(state, name) is None:
@@ -196,8 +219,13 @@ class SegmentStep:
                 zeros = q_BTHK.new_zeros(q_BTHK.shape[0], *spec.shape, dtype=dtype)
                 setattr(state, name, zeros)
         _keep_tokens(state, k_BTHK, v_BTHV, self.sequence, self.specs)
-        visible_BL = torch.arange(self.length, device=self.slot_B.device) <= self.slot_B[:, None]
-        y_BTHV = attention_step(q_BTHK, state.keys_BLHK, state.values_BLHV, visible_BL)
+        slots_L, settings = torch.arange(self.length, device=self.slot_B.device), {"scale": scale}
+        if bias is not None:
+            distance_BL = (self.slot_B[:, None] - slots_L).clamp(min=0)
+            bias_HBL = bias.by_distance(distance_BL, accumulator_dtype(q_BTHK))
+            settings["slot_bias"] = bias_HBL.transpose(0, 1)
+        visible_BL = slots_L <= self.slot_B[:, None]
+        y_BTHV = attention_step(q_BTHK, state.keys_BLHK, state.values_BLHV, visible_BL, **settings)
         return y_BTHV.transpose(1, 2)
 
     def remember(self, k_BTHK, v_BTHV, update, strength_BTH=None):

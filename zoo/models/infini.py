@@ -16,7 +16,8 @@ scaled by 1 - sigmoid(g) there too. The authors published no code; this follows 
 with sqrt(K), the width of a head, where equation 6 prints that of the model. Gradients flow through
 the memory, as the paper trains. Around the attention is Llama's block, as in Beomi's public code,
 whose weights load through `zoo convert infini-beomi`; those of lucidrains' package through
-`infini-lucidrains`. What we found of its memory is in hub_cards/infini.md.
+`infini-lucidrains`. What we found of its memory is in hub_cards/infini.md. The local part may have
+biases by distance in the place of RoPE, or nothing (`position_embedding_type`), which is ours.
 """
 
 from typing import ClassVar, Literal
@@ -47,8 +48,18 @@ from ..kernels.export_scan import without_autocast
 from ..layers.compressive_memory import memory_figures, recall, segments_of
 from ..layers.mlp import GatedMLP
 from ..layers.norms import llama_or_gemma_norm
-from ..layers.positions import RotaryPositions, check_rope_parameters, rotate
+from ..layers.position_bias import position_bias
+from ..layers.position_fields import (
+    TURNED_TYPES,
+    check_position_fields,
+    position_type_of,
+    turns,
+)
+from ..layers.positions import RotaryPositions, rotate
 from ..layers.softmax_attention import check_key_value_heads, fill_heads
+
+# Of the local part; FIRE, which counts the tokens of a document, is not for segments.
+LOCAL_TYPES = ("rope", "alibi", "t5", None)
 
 
 @strict
@@ -76,6 +87,11 @@ class InfiniConfig(ZooConfig):
         scale_embedding: embeddings times sqrt(hidden_size) (Gemma).
         rope_parameters: as in `SlidingWindowConfig`; positions count from the start of a segment.
         max_position_embeddings: as in `SlidingWindowConfig`.
+        position_embedding_type: of the local part, as in `SlidingWindowConfig` but for "fire"; a
+            list has one entry for each layer. Distances are inside a segment.
+        alibi_bias_max, relative_attention_num_buckets, relative_attention_max_distance,
+            xpos_scale_base: as there.
+        attention_scale: of the local part, as there.
         initializer_range: standard deviation of matrices and embeddings at the start.
     """
 
@@ -104,6 +120,19 @@ class InfiniConfig(ZooConfig):
             "scale_embedding": True,
             "tie_word_embeddings": True,
         },
+        "alibi": {
+            "segment_length": 16,
+            "num_key_value_heads": 2,
+            "position_embedding_type": "alibi",
+        },
+        "t5-and-none": {
+            "segment_length": 16,
+            "memory_update": "delta",
+            "position_embedding_type": ["t5", None],
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 12,
+            "attention_scale": 0.5,
+        },
     }
 
     num_key_value_heads: int | None = None
@@ -121,15 +150,24 @@ class InfiniConfig(ZooConfig):
     scale_embedding: bool = False
     rope_parameters: dict | None = None
     max_position_embeddings: int | None = None
+    position_embedding_type: str | list[str | None] | None = "rope"
+    alibi_bias_max: int | float = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    xpos_scale_base: int = 512
+    attention_scale: float | int | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         fill_heads(self)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        has_rope = turns(self) or bool(self.rope_parameters)
         # transformers fills the rest of it in.
         self.rope_parameters = dict(self.rope_parameters or {})
         super().__post_init__(**kwargs)
+        if not has_rope:  # and that too, where no layer has a use for it
+            self.rope_parameters = None
 
     def validate_architecture(self):
         """Checks heads, segment and what the rotation needs to know."""
@@ -144,7 +182,7 @@ class InfiniConfig(ZooConfig):
             )
         check_activation("hidden_act", self.hidden_act)
         check_key_value_heads(self)
-        check_rope_parameters(self)
+        check_position_fields(self, LOCAL_TYPES)
 
 
 class InfiniAttention(nn.Module):
@@ -167,6 +205,9 @@ class InfiniAttention(nn.Module):
         self.k_proj = nn.Linear(width, self.num_groups * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, self.num_groups * self.head_dim, bias=False)
         self.out_proj = nn.Linear(size, width, bias=False)
+        self.position_type = position_type_of(config, layer_idx)
+        self.position_bias = position_bias(config, self.position_type)
+        self.scale = config.attention_scale or self.head_dim**-0.5
         self.has_memory = config.memory_update != "none"
         if self.has_memory:
             self.gate = nn.Parameter(torch.empty(self.num_heads))
@@ -201,7 +242,7 @@ class InfiniAttention(nn.Module):
         times["delta"] = times["linear"] + self.num_groups
         return linear_flops(self) + attention + 2 * times[update] * size * (size + 1)
 
-    def forward(self, x_BTD, sequence, state, rotation):
+    def forward(self, x_BTD, sequence, state, rotation=None):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, self.head_dim))
         k_BTHK = self.k_proj(x_BTD).unflatten(-1, (self.num_groups, self.head_dim))
@@ -211,7 +252,10 @@ class InfiniAttention(nn.Module):
             strength_BTH = 1 - self.update_proj(x_BTD).sigmoid()
         length, memory_update = self.config.segment_length, self.config.memory_update
         segments = segments_of(sequence, length, state, self.state_specs())
-        y_SHQV = segments.attend(rotate(q_BTHK, *rotation), rotate(k_BTHK, *rotation), v_BTHV)
+        local = q_BTHK, k_BTHK
+        if self.position_type in TURNED_TYPES:
+            local = rotate(q_BTHK, *rotation), rotate(k_BTHK, *rotation)
+        y_SHQV = segments.attend(*local, v_BTHV, self.scale, self.position_bias)
         if self.has_memory:
             with without_autocast(q_BTHK):
                 memory_SHKV = segments.remember(k_BTHK, v_BTHV, memory_update, strength_BTH)
@@ -264,11 +308,13 @@ class InfiniModel(InfiniPreTrainedModel, ZooModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.rotation = RotaryPositions(config)
+        self.rotation = RotaryPositions(config) if turns(config) else None
         self.post_init()
 
     def mixer_inputs(self, x_BTD, sequence):
         """The rotation of each token by its place in its segment."""
+        if self.rotation is None:
+            return {}
         return {"rotation": self.rotation(sequence.clock % self.config.segment_length)}
 
     def embed(self, embeds_BTD, sequence):
