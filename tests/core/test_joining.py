@@ -309,6 +309,11 @@ REFUSED = {
     "hybrid": ("lightning", {"softmax_layers": [1]}),
     "recurrence": ("retnet", {}),
     "segments": ("infini", {}),
+    # Positions of these are counted by slot.
+    "alibi": ("sliding_window", {"position_embedding_type": "alibi"}),
+    "t5": ("sliding_window", {"position_embedding_type": ["rope", "t5"]}),
+    "fire": ("sliding_window", {"position_embedding_type": "fire"}),
+    "xpos": ("sliding_window", {"position_embedding_type": "xpos"}),
 }
 
 
@@ -318,6 +323,21 @@ def test_states_that_are_no_lists_of_tokens(name):
     model = build(architecture, **options)
     with pytest.raises(ValueError, match="states that are lists of tokens, in all layers"):
         model.join_states(caches_of(model))
+
+
+@pytest.mark.parametrize("types", [None, ["rope", None]])
+def test_without_positions(types):
+    """Layers without positions see windows and task as a bag of tokens, in the order of passes."""
+    model = build(position_embedding_type=types)
+    expected, _ = run(model, TASKS[:1], joined(model), **at(TASK))
+    found, cache = run(model, TASKS[:1], joined(model))
+    assert close(found, expected)
+    expected, _ = run(model, TASKS[:1, :1], cache)
+    found, _ = run(model, torch.cat([TASKS[:1], TASKS[:1, :1]], dim=1), joined(model))
+    assert close(found[:, -1:], expected)
+    if types is None:
+        again, _ = run(model, TASKS[:1], joined(model), **at(TASK, 90))
+        assert close(again, run(model, TASKS[:1], joined(model))[0])
 
 
 def test_a_model_of_softmax_layers_alone():

@@ -31,6 +31,8 @@ TYPES = {
     "none": {"position_embedding_type": None, "attention_scale": 0.7},
     "alibi": {"position_embedding_type": "alibi", "alibi_bias_max": 4},
     "t5": {"position_embedding_type": "t5", **T5, "sliding_window": 9},
+    "fire": {"position_embedding_type": "fire", "fire_init_length": 8},
+    "xpos": {"position_embedding_type": "xpos", "xpos_scale_base": 16},
     "list": {"position_embedding_type": ["alibi", "rope"], "rope_parameters": {"rope_theta": 99.0}},
 }
 

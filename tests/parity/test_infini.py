@@ -150,6 +150,15 @@ def definition(model, ids):
         turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
         return torch.cat([turned.real, turned.imag], dim=-1)
 
+    def xpos(x, sign):
+        places = torch.arange(x.shape[0], dtype=x.dtype)[:, None]
+        steps = torch.arange(0, width, 2, dtype=x.dtype)
+        angle = places * config.rope_parameters["rope_theta"] ** (-steps / width)
+        power = sign * places / config.xpos_scale_base
+        factor = ((steps + 0.4 * width) / (1.4 * width)) ** power
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(factor, angle)
+        return torch.view_as_real(turned).flatten(-2)
+
     def bias(layer, head, length):
         distance = (torch.arange(length)[:, None] - torch.arange(length)).clamp(min=0)
         kind = config.position_embedding_type
@@ -174,6 +183,8 @@ def definition(model, ids):
                 q_s, k_s, v_s = q[rows, columns], k[rows, group], v[rows, group]
                 if config.position_embedding_type == "rope":
                     scores = rope(q_s) @ rope(k_s).T
+                elif config.position_embedding_type == "xpos":
+                    scores = xpos(q_s, 1) @ xpos(k_s, -1).T
                 else:
                     scores = q_s @ k_s.T
                 scores = scores * (config.attention_scale or width**-0.5)
@@ -224,6 +235,11 @@ LOCAL = {
     "alibi": {"position_embedding_type": "alibi", "alibi_bias_max": 4, "num_key_value_heads": 2},
     "t5": {"position_embedding_type": "t5", "attention_scale": 1.0, "memory_update": "delta"} | T5,
     "none": {"position_embedding_type": None},
+    "xpos": {
+        "position_embedding_type": "xpos",
+        "rope_parameters": {"rope_theta": 50.0},
+        "xpos_scale_base": 16,
+    },
 }
 
 

@@ -113,7 +113,10 @@ def join_states(
 
 def _kind_of(config):
     kinds = sorted({name.removeprefix("zoo_") for name in config.layer_types})
-    return f"layers of {' and '.join(kinds)}"
+    positions = getattr(config, "position_embedding_type", "rope")
+    words = "" if positions == "rope" else f", position_embedding_type {positions!r}"
+    words += ", a rope_extension" if getattr(config, "rope_extension", None) else ""
+    return f"layers of {' and '.join(kinds)}{words}"
 
 
 def _check_caches(caches, config):

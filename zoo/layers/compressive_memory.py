@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from ..core.segments import SegmentGrid, documents_to_rows
 from ..core.window import ring_after
 from ..kernels.export_scan import scan
-from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.windowed_attention import attention_step, windowed_attention
 
 # A memory that no key has been like reads as 0, not as 0 / 0.
@@ -121,7 +120,9 @@ class SegmentPass:
         Args:
             q_BTHK, k_BTHK, v_BTHV: queries and keys are turned, if they are to be.
             scale: of the scores.
-            bias: a module that gives what is added to them by distance; None: nothing.
+            bias: what distances do to them, a function of distances and queries that returns
+                keyword arguments of `windowed_attention` (distances 0 to S - 1) or of
+                `attention_step` (of each row and slot); None: nothing.
         """
         grid, state = self.grid, self.state
         held = (grid.rows_to_documents(x) for x in (state.keys_BLHK, state.values_BLHV))
@@ -143,15 +144,14 @@ class SegmentPass:
         else:
             keys_SPHK, first_S = grid.behind_older(keys_SLHK)
             values_SPHV, _ = grid.behind_older(values_SLHV)
-            dtype = accumulator_dtype(q_BTHK)
-            bias_HP = bias.below(keys_SPHK.shape[1], dtype, q_BTHK.device)
+            distance_P = torch.arange(keys_SPHK.shape[1], device=q_BTHK.device)
             y_SHQV = windowed_attention(
                 q_SQHK,
                 keys_SPHK,
                 values_SPHV,
                 scale=scale,
                 first_key=first_S,
-                distance_bias=bias_HP,
+                **bias(distance_P, q_BTHK),
             ).transpose(1, 2)
         if state.is_kept:
             _keep_tokens(state, k_BTHK, v_BTHV, self.sequence, self.specs)
@@ -222,8 +222,7 @@ class SegmentStep:
         slots_L, settings = torch.arange(self.length, device=self.slot_B.device), {"scale": scale}
         if bias is not None:
             distance_BL = (self.slot_B[:, None] - slots_L).clamp(min=0)
-            bias_HBL = bias.by_distance(distance_BL, accumulator_dtype(q_BTHK))
-            settings["slot_bias"] = bias_HBL.transpose(0, 1)
+            settings |= bias(distance_BL, q_BTHK)
         visible_BL = slots_L <= self.slot_B[:, None]
         y_BTHV = attention_step(q_BTHK, state.keys_BLHK, state.values_BLHV, visible_BL, **settings)
         return y_BTHV.transpose(1, 2)

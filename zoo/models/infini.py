@@ -20,6 +20,7 @@ whose weights load through `zoo convert infini-beomi`; those of lucidrains' pack
 biases by distance in the place of RoPE, or nothing (`position_embedding_type`), which is ours.
 """
 
+import functools
 from typing import ClassVar, Literal
 
 import torch
@@ -29,6 +30,7 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 
 from ..core.base import (
+    Constant,
     ZooBlock,
     ZooConfig,
     ZooForCausalLM,
@@ -45,6 +47,7 @@ from ..core.heads import (
 )
 from ..core.state import SlidingStateLayer, StateSpec, dtype_of
 from ..kernels.export_scan import without_autocast
+from ..kernels.linear_recurrence import accumulator_dtype
 from ..layers.compressive_memory import memory_figures, recall, segments_of
 from ..layers.mlp import GatedMLP
 from ..layers.norms import llama_or_gemma_norm
@@ -57,9 +60,10 @@ from ..layers.position_fields import (
 )
 from ..layers.positions import RotaryPositions, rotate
 from ..layers.softmax_attention import check_key_value_heads, fill_heads
+from ..layers.xpos import xpos_log_decay
 
 # Of the local part; FIRE, which counts the tokens of a document, is not for segments.
-LOCAL_TYPES = ("rope", "alibi", "t5", None)
+LOCAL_TYPES = ("rope", "alibi", "t5", "xpos", None)
 
 
 @strict
@@ -206,7 +210,9 @@ class InfiniAttention(nn.Module):
         self.v_proj = nn.Linear(width, self.num_groups * self.head_dim, bias=False)
         self.out_proj = nn.Linear(size, width, bias=False)
         self.position_type = position_type_of(config, layer_idx)
-        self.position_bias = position_bias(config, self.position_type)
+        self.position_bias, self.log_decay = position_bias(config, self.position_type), None
+        if self.position_type == "xpos":
+            self.log_decay = Constant(functools.partial(xpos_log_decay, config))
         self.scale = config.attention_scale or self.head_dim**-0.5
         self.has_memory = config.memory_update != "none"
         if self.has_memory:
@@ -254,8 +260,10 @@ class InfiniAttention(nn.Module):
         segments = segments_of(sequence, length, state, self.state_specs())
         local = q_BTHK, k_BTHK
         if self.position_type in TURNED_TYPES:
-            local = rotate(q_BTHK, *rotation), rotate(k_BTHK, *rotation)
-        y_SHQV = segments.attend(*local, v_BTHV, self.scale, self.position_bias)
+            is_xpos = self.position_type == "xpos"
+            local = (rotate(x, *rotation, interleaved=is_xpos) for x in local)
+        bias = None if self.position_type in ("rope", None) else self.bias
+        y_SHQV = segments.attend(*local, v_BTHV, self.scale, bias)
         if self.has_memory:
             with without_autocast(q_BTHK):
                 memory_SHKV = segments.remember(k_BTHK, v_BTHV, memory_update, strength_BTH)
@@ -269,6 +277,15 @@ class InfiniAttention(nn.Module):
             # for one of every parameter.
             y_BTHV = y_BTHV + 0 * strength_BTH.sum().to(y_BTHV.dtype)
         return self.out_proj(y_BTHV.flatten(2)), state
+
+    def bias(self, distance, q_BTHK):
+        """What distances do to scores of the local part, as `SegmentPass.attend` takes it."""
+        is_step = distance.ndim == 2
+        if self.log_decay is not None:
+            arguments = {"log_decay": self.log_decay(distance.device)}
+            return arguments | {"distance": distance} if is_step else arguments
+        bias = self.position_bias.by_distance(distance, accumulator_dtype(q_BTHK))
+        return {"slot_bias": bias.transpose(0, 1)} if is_step else {"distance_bias": bias}
 
     def mix(self, recalled_SHQV, local_SHQV, is_first_S):
         """Equation 10."""
