@@ -28,7 +28,7 @@ from pretraining.building import REPOSITORY, build_config, build_model, tokenize
 from pretraining.checkpointing import MANIFEST, Checkpoint, newest_checkpoint
 from pretraining.continuing import check_changes
 from pretraining.costs import describe
-from pretraining.full_attention import check_positions
+from pretraining.full_attention import settle_full_attention
 from pretraining.launching import (
     StopSignals,
     check_environment,
@@ -117,7 +117,7 @@ def dry_run(recipe):
         config = build_config(recipe, tokenizer)
     with torch.device("meta"):
         model = build_model(recipe, config)
-        check_positions(recipe, model)
+        settle_full_attention(recipe, model)
         model = adapt(model, recipe)
     print(json.dumps(dataclasses.asdict(recipe), indent=1))
     print(*describe(recipe, model), sep="\n")

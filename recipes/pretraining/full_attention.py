@@ -1,5 +1,6 @@
 """What a recipe asks of layers of full attention alone."""
 
+from zoo.layers.shifted_groups import train_in_groups
 from zoo.layers.softmax_attention import SoftmaxAttention
 
 from .usage import UsageError
@@ -7,18 +8,26 @@ from .usage import UsageError
 COUNTING = ("alibi", "t5", "fire")  # distances are counted in tokens, whatever the positions
 
 
-def check_positions(recipe, model):
-    """Refuses `position_skip` for a model in which it would change nothing, or nothing of use.
+def settle_full_attention(recipe, model):
+    """Sets `attention_shift_groups` on a model, and refuses what its attention has no use for.
 
     Args:
         recipe: of the run.
         model: the language model, on any device.
 
     Raises:
-        UsageError: no layer of full attention, or one that counts tokens.
+        UsageError: no layer of full attention, or for `position_skip` none that knows positions.
     """
-    if not recipe.position_skip:
-        return
+    if recipe.position_skip:
+        _check_positions(recipe, model)
+    if recipe.attention_shift_groups:
+        try:
+            train_in_groups(model, recipe.attention_shift_groups)
+        except ValueError as error:
+            raise UsageError(f"attention_shift_groups: {error}") from None
+
+
+def _check_positions(recipe, model):
     name, config = recipe.architecture, model.config
     attentions = [module for module in model.modules() if isinstance(module, SoftmaxAttention)]
     remedy = "use full attention (sliding_window = 'none', or softmax_layers of a hybrid)."
@@ -33,10 +42,7 @@ def check_positions(recipe, model):
             f"position_skip trains distances that a window of {attentions[0].window} tokens never "
             f"sees; {remedy}"
         )
-    kinds = getattr(config, "position_embedding_type", "rope")
-    if not isinstance(kinds, (list, tuple)):
-        kinds = [kinds] * config.num_hidden_layers
-    own = {kinds[module.layer_idx] for module in full}
+    own = {module.position_type for module in full}
     counting = [str(kind) for kind in COUNTING if kind in own]
     if getattr(config, "rope_extension", None):
         counting.append(f"rope_extension {config.rope_extension['type']}")

@@ -45,6 +45,7 @@ class Recipe:
     sequence_length: int = 1024  # tokens
     context_schedule: list[list] = field(default_factory=list)  # [step, shorter windows from it on]
     position_skip: dict = field(default_factory=dict)  # PoSE; scale RoPE too: position_skip.py
+    attention_shift_groups: int = 0  # tokens that full attention trains in (S2-Attn); 0: all
     batch_size: int = 32  # windows per step, over all processes
     micro_batch_size: int = 0  # windows a process runs at once; 0: its whole share of the batch
     steps: int = 1000
@@ -149,6 +150,7 @@ class Recipe:
             )
         self._check_carrying()
         check_position_skip(self)
+        self._check_groups()
         if self.eval_positions > self.sequence_length:
             raise UsageError(
                 "eval_positions are parts of a window, sequence_length = "
@@ -176,6 +178,19 @@ class Recipe:
                 f"{self.name!r}."
             )
 
+    def _check_groups(self):
+        size, length = self.attention_shift_groups, self.sequence_length
+        if size < 0 or size >= length:
+            raise UsageError(
+                f"attention_shift_groups are parts of a window of {length} tokens, got {size}; "
+                f"take a quarter, {length // 4}, or 0 for full attention."
+            )
+        if size and self.replay_segment_length:
+            raise UsageError(
+                "attention_shift_groups and replay_segment_length both cut a text to save memory, "
+                "and segments go on with full attention; leave out one of them."
+            )
+
     def _check_carrying(self):
         needs = {
             'packing = "documents"': self.packing == "documents",
@@ -184,6 +199,7 @@ class Recipe:
             ),
             "no context_schedule": not self.context_schedule,
             "no position_skip (it is for windows that begin anew)": not self.position_skip,
+            "no attention_shift_groups (they are of whole texts)": not self.attention_shift_groups,
             "one text, no sources": not self.sources,
             "a text that is read whole, no streaming": not self.streaming,
         }

@@ -16,7 +16,7 @@ from .checkpointing import SHARDS_INDEX, UNFINISHED, files_in, list_checkpoints,
 from .comparing import check_lengths
 from .costs import peak_flops, peak_memory, training_flops
 from .evaluating import held_out_report, step_figures
-from .full_attention import check_positions
+from .full_attention import settle_full_attention
 from .lora import adapt
 from .measuring import diagnostics
 from .mixing import Batches, load_mixture
@@ -87,7 +87,7 @@ class Run:
         is_sharded = folder and (folder / SHARDS_INDEX).is_file()
         model = build_model(recipe, begin.config, None if is_sharded else begin.folder)
         check_lengths(recipe, model, self.corpus)
-        check_positions(recipe, model)
+        settle_full_attention(recipe, model)
         if recipe.task:
             sum_stacked(model)
         model = adapt(model, recipe, folder, accelerator)
@@ -128,6 +128,9 @@ class Run:
         )
         if recipe.position_skip:
             accelerator.print(f"Positions jump, below {recipe.position_skip['target']:,}")
+        if recipe.attention_shift_groups:
+            size = recipe.attention_shift_groups
+            accelerator.print(f"Full attention trains in groups of {size:,} tokens")
         if begin.record and not folder:
             changed = "; ".join(begin.record["changed"])
             accelerator.print(

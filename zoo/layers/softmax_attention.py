@@ -43,6 +43,7 @@ from .foreign_attention import (
 from .position_bias import DistanceBias, position_bias
 from .position_fields import TURNED_TYPES, position_type_of, position_types
 from .positions import rotate
+from .shifted_groups import attend_in_groups, mean_visible_in_groups
 from .xpos import xpos_log_decay, xpos_steepest
 
 OUR_IMPLEMENTATIONS = ("banded", "eager")
@@ -193,9 +194,14 @@ class SoftmaxAttention(nn.Module):
         has_sink_logits: a logit per head in the softmax that stands for no token.
         bias: in the linear layers.
         clip_qkv: queries, keys and values are cut off at plus and minus this; None: not.
+
+    Attributes:
+        shift_groups: tokens of the groups that full attention trains in; None: it does not. How to
+            train, not part of a model: see `train_in_groups` of zoo/layers/shifted_groups.py.
     """
 
     is_causal = True
+    shift_groups = None
 
     def __init__(
         self,
@@ -248,6 +254,8 @@ class SoftmaxAttention(nn.Module):
     def flops_per_token(self, length):
         """Of its matrices, and of attention to the keys a token sees, with FIRE's MLP for each."""
         keys = mean_visible(length, self.window, self.num_sinks)
+        if self.training and self.shift_groups is not None:
+            keys = mean_visible_in_groups(length, self.shift_groups)
         per_key = 4 * self.num_heads * self.head_dim
         if self.position_type == "fire":
             per_key += product_flops(self.position_bias.down_weight)
@@ -267,6 +275,8 @@ class SoftmaxAttention(nn.Module):
         q_BTHK, k_BTHK, as_sinks = self.turn(q_BTHK, k_BTHK, rotation, sink_rotation)
         is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
         run = self.run_step if is_step else self.run_pass
+        if self.training and self.shift_groups is not None:
+            run = self.run_groups
         y_BTHV = run(q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state)
         return self.out_proj(y_BTHV.flatten(2)), state
 
@@ -349,6 +359,20 @@ class SoftmaxAttention(nn.Module):
         if state.is_kept:
             self.keep(k_BTHK, v_BTHV, sequence, state, as_sinks)
         return y_BTHV if past is None else past.drop(y_BTHV)
+
+    def run_groups(self, q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state):
+        """`run_pass` where training is in groups."""
+        if state.keys_BWHK is not None:
+            raise ValueError(
+                "training in groups (shift_groups) takes whole texts, got a state of tokens before "
+                "these; pass none, call model.eval(), or train_in_groups(model, None)."
+            )
+        clock_BT = sequence.clock.expand(q_BTHK.shape[:2]).reshape(1, -1)
+        bias = self.pass_bias(clock_BT, self.shift_groups, q_BTHK)
+        y_BTHV = attend_in_groups(self, q_BTHK, k_BTHK, v_BTHV, sequence, bias)
+        if state.is_kept:
+            self.keep(k_BTHK, v_BTHV, sequence, state)
+        return y_BTHV
 
     def keep(self, k_BTHK, v_BTHV, sequence, state, as_sinks=None):
         """Brings the state up to date."""
