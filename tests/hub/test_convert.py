@@ -684,8 +684,8 @@ def test_the_right_format_is_named(format, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("format", ["rwkv-pth", "hf-rwkv"])
-def test_layouts_of_rwkv_files(format, layout, tmp_path):
+@pytest.mark.parametrize("format", ["rwkv-pth", "hf-rwkv", "hf-bloom"])
+def test_layouts_of_other_files(format, layout, tmp_path):
     source = make_source(format, tmp_path / "source")
     convert(format, source, tmp_path / "expected")
     LAYOUTS[layout](source)

@@ -9,13 +9,15 @@ import torch
 from goldens import golden_folder, golden_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
 from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 from transformers.models.mpt import modeling_mpt
 from ways import gradients, worst
 
 from zoo import SlidingWindowConfig
 from zoo.hub.convert import FORMATS, convert, convert_back
-from zoo.hub.convert.format import Weights
+from zoo.hub.convert.format import Fields, Weights
+from zoo.layers.mlp import activation
 from zoo.layers.position_bias import RoundedAlibiBias
 
 GOLDENS = {
@@ -259,6 +261,12 @@ def edit(folder, change):
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
+def test_blooms_activation():
+    x = torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    assert worst(activation("gelu_bloom")(x), bloom_gelu_forward(x)) < 1e-14
+    assert worst(activation("gelu_pytorch_tanh")(x), bloom_gelu_forward(x)) > 1e-10
+
+
 def test_bloom_of_bigscience(tmp_path):
     """Names without the prefix, and fields of their trainer."""
     official, _, expected = converted(tmp_path, "bloom")
@@ -292,6 +300,157 @@ def test_smollm3_by_old_fields(tmp_path):
     assert model.config.position_embedding_type == ["rope", "rope", "rope", None]
     ids = random_ids(2, 30)
     assert worst(run(model, ids), run(official, ids), True) < 1e-5
+
+
+# As on the Hub: those of transformers 4, and of the authors' own trainers and classes.
+RELEASED = {
+    "mosaicml/mpt-7b-storywriter": (
+        "hf-mpt",
+        {
+            "architectures": ["MPTForCausalLM"],
+            "attn_config": {
+                "alibi": True,
+                "alibi_bias_max": 16,
+                "attn_impl": "torch",
+                "attn_pdrop": 0,
+                "attn_type": "multihead_attention",
+                "attn_uses_sequence_id": False,
+                "clip_qkv": 6,
+                "prefix_lm": False,
+                "qk_ln": False,
+                "softmax_scale": None,
+            },
+            "auto_map": {"AutoConfig": "configuration_mpt.MPTConfig"},
+            "d_model": 4096,
+            "emb_pdrop": 0,
+            "embedding_fraction": 1.0,
+            "expansion_ratio": 4,
+            "init_config": {"name": "kaiming_normal_", "verbose": 0},
+            "init_device": "cpu",
+            "learned_pos_emb": True,
+            "logit_scale": None,
+            "max_seq_len": 65536,
+            "model_type": "mpt",
+            "n_heads": 32,
+            "n_layers": 32,
+            "no_bias": True,
+            "norm_type": "low_precision_layernorm",
+            "resid_pdrop": 0,
+            "tokenizer_name": "EleutherAI/gpt-neox-20b",
+            "torch_dtype": "bfloat16",
+            "use_cache": False,
+            "verbose": 0,
+            "vocab_size": 50432,
+        },
+        {"clip_qkv": 6, "alibi_bias_max": 16, "intermediate_size": 16384, "head_dim": 128},
+    ),
+    "bigscience/bloom-560m": (
+        "hf-bloom",
+        {
+            "apply_residual_connection_post_layernorm": False,
+            "attention_dropout": 0.0,
+            "attention_softmax_in_fp32": True,
+            "bias_dropout_fusion": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_dropout": 0.0,
+            "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05,
+            "masked_softmax_fusion": True,
+            "model_type": "bloom",
+            "n_embed": 1024,
+            "n_inner": None,
+            "n_layer": 24,
+            "num_attention_heads": 16,
+            "offset_alibi": 100,
+            "pad_token_id": 3,
+            "pretraining_tp": 1,
+            "seq_length": 2048,
+            "skip_bias_add": True,
+            "skip_bias_add_qkv": False,
+            "unk_token_id": 0,
+            "use_cache": True,
+            "vocab_size": 250880,
+        },
+        {
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "pad_token_id": 3,
+            "num_hidden_layers": 24,
+        },
+    ),
+    "tiiuae/falcon-rw-1b": (
+        "hf-falcon",
+        {
+            "alibi": True,
+            "apply_residual_connection_post_layernorm": False,
+            "architectures": ["FalconForCausalLM"],
+            "attention_dropout": 0.0,
+            "bias": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_dropout": 0.0,
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05,
+            "model_type": "falcon",
+            "multi_query": False,
+            "new_decoder_architecture": False,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 24,
+            "parallel_attn": False,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 50304,
+        },
+        {"mlp_bias": True, "num_key_value_heads": 32, "intermediate_size": 8192, "eos_token_id": 2},
+    ),
+    "HuggingFaceTB/SmolLM3-3B": (
+        "hf-smollm3",
+        {
+            "architectures": ["SmolLM3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "eos_token_id": 128012,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 11008,
+            "layer_types": ["full_attention"] * 36,
+            "max_position_embeddings": 65536,
+            "max_window_layers": 28,
+            "mlp_bias": False,
+            "model_type": "smollm3",
+            "no_rope_layer_interval": 4,
+            "no_rope_layers": [1, 1, 1, 0] * 9,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 4,
+            "pad_token_id": 128004,
+            "pretraining_tp": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 5000000.0,
+            "sliding_window": None,
+            "torch_dtype": "bfloat16",
+            "use_cache": False,
+            "use_sliding_window": False,
+            "vocab_size": 128256,
+        },
+        {"position_embedding_type": ["rope", "rope", "rope", None] * 9, "eos_token_id": 128012},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configs_are_understood(name):
+    format, values, expected = RELEASED[name]
+    fields = Fields(values)
+    config = FORMATS[format].read_config(fields, Weights({}))
+    fields.finish()
+    assert {field: getattr(config, field) for field in expected} == expected
+    if config.alibi_bias_max == 8:
+        config_back = AutoConfig.for_model(**FORMATS[format].write_config(config)[0])
+        assert config_back.vocab_size == config.vocab_size
 
 
 def attention(**fields):

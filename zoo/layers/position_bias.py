@@ -167,8 +167,8 @@ class RoundedAlibiBias(QueryBias):
         self.slopes = Constant(functools.partial(rounded_slopes, config))
         self.factor = alibi_factor(config)
 
-    def by_query(self, place, distance, dtype):
-        """As of `QueryBias`."""
+    def forward(self, place, distance, dtype):
+        """As of `by_query`."""
         own = place[..., None]
         difference = self.rounded(own - distance, dtype) - self.rounded(own, dtype)
         return difference * self.factor

@@ -176,7 +176,7 @@ class SlidingWindowConfig(ZooConfig):
     gated_mlp: bool = True
     mlp_bias: bool = False
     attention_bias: bool = False
-    clip_qkv: float | None = None
+    clip_qkv: float | int | None = None
     norm_type: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
     embedding_norm: bool = False

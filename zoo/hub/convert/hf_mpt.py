@@ -139,11 +139,15 @@ def write_config(config):
     refuse_beyond(config, known, "transformers'")
     values = {"architectures": ["MptForCausalLM"], "model_type": "mpt"}
     values |= {name: getattr(config, ours) for name, ours in NAMES.items()}
+    # transformers takes no whole numbers for these.
+    scale, clip = (
+        None if x is None else float(x) for x in (config.attention_scale, config.clip_qkv)
+    )
     values["attn_config"] = {
         "alibi": True,
         "alibi_bias_max": config.alibi_bias_max,
-        "softmax_scale": config.attention_scale,
-        "clip_qkv": config.clip_qkv,
+        "softmax_scale": scale,
+        "clip_qkv": clip,
     }
     if length_limit(config) is not None:
         values["max_seq_len"] = config.max_position_embeddings
