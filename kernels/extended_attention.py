@@ -17,8 +17,6 @@ scores where a block has keys of it. `extended_attention_reference` is the defin
 scores of all parts. `extended_attention_step` is that of one query per row.
 """
 
-import bisect
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -129,35 +127,40 @@ def extended_attention(
     # As in `windowed_attention`: a view into the whole would have a gradient as long as the whole.
     ragged, full = older % block_length, older // block_length
     pieces = ([ragged] if ragged else []) + [block_length] * full + sizes
-    starts = [sum(pieces[:n]) for n in range(len(pieces) + 1)]
+    starts = [0]
+    for size in pieces:
+        starts.append(starts[-1] + size)
+
+    def piece_of(key):
+        """The piece a key is in; the first for one before all."""
+        after = max(key, 0) - ragged
+        return 0 if after < 0 else (ragged > 0) + after // block_length
 
     def grouped(x_BTHK):
         return x_BTHK.transpose(1, 2).unflatten(1, (num_groups, num_heads // num_groups))
 
-    # Parts may share their keys.
-    cut = {id(x): x.transpose(1, 2).split(pieces, dim=2) for x in (v, *(part.k for part in parts))}
     q_blocks = [grouped(part.q).split(sizes, dim=3) for part in parts]
+    k_pieces = [part.k.transpose(1, 2).split(pieces, dim=2) for part in parts]
+    v_pieces = v.transpose(1, 2).split(pieces, dim=2)
     first_BT = first_keys(length, cu_seqlens, first_key)
-
-    def keys_between(x, low, high):
-        return torch.cat(cut[id(x)][low:high], dim=2).to(dtype)
 
     outputs = []
     for n, size in enumerate(sizes):
         own = n + len(pieces) - len(sizes)
         newest = starts[own + 1] - 1
-        low = _piece_of(starts, starts[own] - window + 1)
+        low = piece_of(starts[own] - window + 1)
         i_C1 = starts[own] + torch.arange(size, device=device)[:, None]
         j_S = torch.arange(starts[low], starts[own + 1], device=device)
         in_turn, least_before = [], 0
-        for part, q_block, (least, most) in zip(parts, q_blocks, limits):
+        for part, q_block, k_piece, (least, most) in zip(parts, q_blocks, k_pieces, limits):
             # The pieces that have keys at its distances from some query of the block.
-            first = max(low, _piece_of(starts, starts[own] - most + 1))
-            last = _piece_of(starts, newest - least_before) + 1 if newest >= least_before else low
+            first = max(low, piece_of(starts[own] - most + 1))
+            last = piece_of(newest - least_before) + 1 if newest >= least_before else low
             least_before = least
             if first >= last:
                 continue
-            k_BGSK, q_BGRCK = keys_between(part.k, first, last), q_block[n].to(dtype) * scale
+            k_BGSK = torch.cat(k_piece[first:last], dim=2).to(dtype)
+            q_BGRCK = q_block[n].to(dtype) * scale
             score_BGRCS = (q_BGRCK.flatten(2, 3) @ k_BGSK.mT).unflatten(2, q_BGRCK.shape[2:4])
             if torch.is_tensor(part.reach):
                 rows = slice(n * block_length, n * block_length + size)
@@ -169,14 +172,10 @@ def extended_attention(
             first_BC = first_BT if first_BT.shape[1] == 1 else first_BT[:, i_C1[:, 0] - older]
             visible_BCS = visible_BCS & (j_S >= first_BC[..., None])
         p_BGRCS = score_BGRCS.masked_fill(~visible_BCS[:, None, None], -torch.inf).softmax(-1)
-        o_BGRCV = p_BGRCS.flatten(2, 3) @ keys_between(v, low, own + 1)
+        v_BGSV = torch.cat(v_pieces[low : own + 1], dim=2).to(dtype)
+        o_BGRCV = p_BGRCS.flatten(2, 3) @ v_BGSV
         outputs.append(o_BGRCV.unflatten(2, p_BGRCS.shape[2:4]).to(v.dtype))
     return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
-
-
-def _piece_of(starts, key):
-    """The piece a key is in; the first for one before all."""
-    return max(bisect.bisect_right(starts, key) - 1, 0)
 
 
 def _select(in_turn, distance_BCS, start):
@@ -188,7 +187,7 @@ def _select(in_turn, distance_BCS, start):
         start: the first of them.
     """
     cuts = sorted({bound for _, _, *bounds in in_turn for bound in bounds})
-    stretches = list(itertools.pairwise(cuts))
+    stretches = list(zip(cuts, cuts[1:]))
     scores = []
     for _, score_BGRCS, first, last in in_turn:
         inside = [(a, b) for a, b in stretches if first <= a and b <= last]
@@ -224,9 +223,9 @@ def extended_attention_step(parts, v, distance, *, scale=None):
     scale = parts[0].q.shape[-1] ** -0.5 if scale is None else scale
     distance_BTS = distance[:, None]
     chosen = None
-    # Those of the same keys at once: reading them is what takes the time.
-    runs = [list(run) for _, run in itertools.groupby(parts, key=lambda part: id(part.k))]
-    for run in reversed(runs):
+    # Of the same keys all at once: reading them is what takes the time.
+    is_one_copy = all(part.k is parts[0].k for part in parts)
+    for run in [parts] if is_one_copy else [[part] for part in reversed(parts)]:
         q_BGMK = torch.cat([part.q.unflatten(2, (num_groups, -1))[:, 0] for part in run], dim=2)
         score_BGMS = (q_BGMK.to(dtype) * scale) @ run[0].k.transpose(1, 2).to(dtype).mT
         for part, score_BGRS in reversed(list(zip(run, score_BGMS.chunk(len(run), dim=2)))):

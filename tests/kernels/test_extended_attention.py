@@ -16,7 +16,7 @@ from zoo.kernels.extended_attention import (
 )
 from zoo.kernels.windowed_attention import windowed_attention_reference
 from zoo.layers.positions import rotate, rotation_of
-from zoo.layers.rope_extension import extended_positions, log_n_scale
+from zoo.layers.rope_extension import extended_positions, log_n_scale, reach_bounds
 
 # An empty document first, in the middle and last; one-token documents; one of exactly a block.
 CU_SEQLENS = [0, 0, 1, 2, 18, 18, 34, 37, 37]
@@ -50,7 +50,7 @@ def turned_parts(q_BTHK, k_BSHK, extension, theta=10000.0):
     queries = [rotate(q_BTHK, *rotation_of(x, angle_K)) for x in positions.queries]
     keys = [rotate(k_BSHK, *rotation_of(x, angle_K)) for x in positions.keys]
     keys = keys * (len(queries) // len(keys))
-    reaches, bounds = (*positions.reaches, None), (*positions.bounds, None)
+    reaches, bounds = (*positions.reaches, None), (*reach_bounds(extension), None)
     return [Part(*x) for x in zip(queries, keys, reaches, bounds, strict=True)]
 
 

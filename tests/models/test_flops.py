@@ -137,6 +137,7 @@ CORE = {
         m.head_shape[1] * (1 + m.has_lrpe), m.head_shape[1], m.head_shape[0]
     ),
     "SoftmaxAttention": softmax,
+    "ExtendedAttention": softmax,
     "InfiniAttention": infini,
     "WindowAttention": block_recurrent,
     "DilatedAttention": longnet,

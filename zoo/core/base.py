@@ -136,7 +136,10 @@ class ZooConfig(PreTrainedConfig):
         Raises:
             ValueError: fields of a later version, or of a model that this one does not have.
         """
-        return super().from_dict(current_fields(config_dict, cls.model_type), **kwargs)
+        result = super().from_dict(current_fields(config_dict, cls.model_type), **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config.validate()  # transformers sets kwargs one by one after it checked the rest
+        return result
 
     @property
     def layer_types(self):

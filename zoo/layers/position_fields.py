@@ -8,6 +8,7 @@ refuses them, unless they are what they are by default.
 import math
 
 from .positions import check_rope_parameters, num_rotated_channels
+from .rope_extension import check_rope_extension
 
 POSITION_TYPES = ("rope", "alibi", "t5", "fire", "xpos", None)
 # Those that turn queries and keys, by `rope_parameters`.
@@ -79,6 +80,8 @@ def check_position_fields(config, known_types=POSITION_TYPES, layers=None):
     _check_values(config)
     if not used.isdisjoint(TURNED_TYPES):
         check_rope_parameters(config)
+    if getattr(config, "rope_extension", None) is not None:
+        check_rope_extension(config, used)
     if "xpos" in used:
         rope_type = config.rope_parameters["rope_type"]
         if rope_type != "default" or num_rotated_channels(config) != config.head_dim:

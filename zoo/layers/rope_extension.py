@@ -42,13 +42,11 @@ class ExtendedPositions(NamedTuple):
         queries: [B or 1, T] for each range.
         keys: [B or 1, T] for each copy of the keys: one for each range, or one for all.
         reaches: the distance at which a range ends, an int or [B or 1, T], for all but the last.
-        bounds: (least, most) of each reach.
     """
 
     queries: tuple
     keys: tuple
     reaches: tuple
-    bounds: tuple
 
 
 def extended_positions(extension, clock_BT):
@@ -64,8 +62,7 @@ def extended_positions(extension, clock_BT):
         before_BT = (inside_BT + chunk).clamp(max=limit)
         older_BT = torch.full_like(clock_BT, min(2 * chunk - 1, limit))
         reaches = inside_BT + 1, inside_BT + 1 + chunk
-        bounds = (1, chunk), (chunk + 1, 2 * chunk)
-        return ExtendedPositions((inside_BT, before_BT, older_BT), (inside_BT,), reaches, bounds)
+        return ExtendedPositions((inside_BT, before_BT, older_BT), (inside_BT,), reaches)
     window = extension["window"]
     if extension["type"] == "rerope":
         far = torch.full_like(clock_BT, window), torch.zeros_like(clock_BT)
@@ -75,7 +72,7 @@ def extended_positions(extension, clock_BT):
     else:
         group_BT = clock_BT // extension["group_size"]
         far = _exact(group_BT) + (window - window / extension["group_size"]), group_BT
-    return ExtendedPositions((clock_BT, far[0]), (clock_BT, far[1]), (window,), ((window, window),))
+    return ExtendedPositions((clock_BT, far[0]), (clock_BT, far[1]), (window,))
 
 
 def _exact(number_BT):
@@ -91,11 +88,89 @@ def log_n_scale(extension, clock_BT):
     return ((_exact(clock_BT) + 1).log() / math.log(length)).clamp(min=1)[..., None, None]
 
 
-def check_rope_extension(config):
-    """Raises a ValueError if a config's `rope_extension` is not one, or would change nothing."""
+class ExtendedRotation(NamedTuple):
+    """What turns the queries and keys of a layer with an extension.
+
+    Attributes:
+        queries: (cos, sin) for each range of distances, as of `rotate`.
+        keys: (cos, sin) for each copy of the keys.
+        scale: of queries, [B or 1, T, 1, 1], or None.
+        reaches: as of `ExtendedPositions`.
+    """
+
+    queries: tuple
+    keys: tuple
+    scale: torch.Tensor | None
+    reaches: tuple
+
+
+def extended_rotation(rotation, extension, clock_BT):
+    """The `ExtendedRotation` of tokens.
+
+    Args:
+        rotation: the `RotaryPositions`, which give an angle to any position, whole or not.
+        extension: a config's `rope_extension`.
+        clock_BT: the number of each token in its document.
+    """
+    positions = extended_positions(extension, clock_BT)
+    return ExtendedRotation(
+        tuple(rotation(x) for x in positions.queries),
+        tuple(rotation(x) for x in positions.keys),
+        log_n_scale(extension, clock_BT),
+        positions.reaches,
+    )
+
+
+def near_window(extension):
+    """How many of the newest keys are kept turned in another way than all; None: they are not."""
+    return extension.get("window")
+
+
+def reach_bounds(extension):
+    """(least, most) of each of the reaches."""
+    if extension["type"] == "dual_chunk":
+        chunk = extension["chunk_size"] - extension["local_window"]
+        return (1, chunk), (chunk + 1, 2 * chunk)
+    return ((extension["window"],) * 2,)
+
+
+def check_rope_extension(config, types):
+    """Raises a ValueError if a config's `rope_extension` is not one, or would change nothing.
+
+    Args:
+        config: with `rope_extension`, `rope_parameters` and `sliding_window`.
+        types: the `position_embedding_type` of its layers with softmax attention.
+    """
     extension = config.rope_extension
-    if extension is None:
-        return
+    _check_fields(extension)
+    if "rope" not in types or "xpos" in types:
+        raise ValueError(
+            "rope_extension is of layers of position_embedding_type 'rope', not beside 'xpos', got "
+            f"{', '.join(sorted(map(repr, types)))}; leave it out."
+        )
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type in ("dynamic", "longrope"):
+        raise ValueError(
+            "rope_extension goes with angles that do not depend on the length of the text, got "
+            f"rope_type {rope_type!r}; leave one of the two out."
+        )
+    name = "chunk_size" if extension["type"] == "dual_chunk" else "window"
+    window = config.sliding_window
+    if window is not None and window <= extension[name]:
+        raise ValueError(
+            f"rope_extension is about keys beyond its {name} {extension[name]}, which "
+            f"sliding_window {window} hides; set sliding_window to None, or above it."
+        )
+    if getattr(config, "num_sink_tokens", 0) or getattr(config, "learnable_sinks", False):
+        raise ValueError(
+            "rope_extension keeps all keys in sight and has no sinks, got num_sink_tokens "
+            f"{config.num_sink_tokens} and learnable_sinks {config.learnable_sinks}; leave one of "
+            "the two out."
+        )
+
+
+def _check_fields(extension):
+    """Raises a ValueError for fields that are unknown, missing or out of range."""
     kind = extension.get("type")
     if kind not in EXTENSION_FIELDS:
         raise ValueError(

@@ -173,6 +173,15 @@ def check_implementation(name, num_sinks, has_sink_logits, position_types=()):
         )
 
 
+def check_extended_implementation(name):
+    """Raises a ValueError if an attention implementation does not know `rope_extension`."""
+    if name not in OUR_IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation={name!r} has one angle for each key, where rope_extension has "
+            "several; use 'banded' or 'eager'."
+        )
+
+
 def longer(held_BSHK, more, like_BTHK, spec):
     """A state with that many more slots, of zeros; held None: with these alone."""
     shape = len(like_BTHK), more, *like_BTHK.shape[2:]
@@ -403,7 +412,8 @@ class SoftmaxAttention(nn.Module):
             more = max(0, longest - (0 if held is None else held.shape[1]))
         empty_BTHK = k_BTHK.new_zeros(sequence.shape[0], 0, *k_BTHK.shape[2:])
         for name, spec in specs.items():
-            setattr(state, name, longer(getattr(state, name), more, empty_BTHK, spec))
+            if spec.shape[0] is None:
+                setattr(state, name, longer(getattr(state, name), more, empty_BTHK, spec))
 
     def num_visible_sinks(self, clock_BT):
         """How many sinks have left the window; those inside are seen there."""
@@ -544,4 +554,6 @@ class SoftmaxPreTrainedModel(ZooPreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
         """The implementation that was asked for; else banded."""
         name = "banded" if requested_attention is None else requested_attention
+        if getattr(self.config, "rope_extension", None) is not None:
+            check_extended_implementation(name)
         return super().get_correct_attn_implementation(name, is_init_check)

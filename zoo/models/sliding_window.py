@@ -53,6 +53,7 @@ from ..layers.mlp import OWN_ACTIVATIONS, GatedMLP, PlainMLP
 from ..layers.norms import rms_or_layer_norm
 from ..layers.position_fields import check_position_fields, position_types, turns
 from ..layers.positions import RotaryPositions
+from ..layers.rope_extension import extended_rotation
 from ..layers.softmax_attention import (
     SoftmaxPreTrainedModel,
     check_implementation,
@@ -109,6 +110,12 @@ class SlidingWindowConfig(ZooConfig):
             channels (2j, 2j + 1) are turned by rope_theta, and channels decay by
             zeta_j = (2j + 0.4 K) / (1.4 K).
         attention_scale: what a score is multiplied by; None: head_dim^-1/2.
+        rope_extension: of layers with "rope", how a text longer than the model was trained for is
+            read, without training: {"type": "rerope", "window"}, {"type": "leaky_rerope", "window",
+            "factor"}, {"type": "self_extend", "window", "group_size"}, these also with
+            "log_n_length", or {"type": "dual_chunk", "chunk_size", "local_window"}; see
+            zoo/layers/rope_extension.py. The weights are the same, so `from_pretrained(folder,
+            rope_extension={...})` has it of any model.
         sliding_window: W, the tokens a layer sees, the current one included; None: all.
         num_sink_tokens: S, first tokens of a document that stay visible.
         sink_distance: of sinks that have left the window: "cache", places in a cache of S sinks and
@@ -168,6 +175,24 @@ class SlidingWindowConfig(ZooConfig):
             "alibi_scaled": True,
             "alibi_rounding": "bfloat16",
         },
+        "rerope": {
+            "sliding_window": None,
+            "num_key_value_heads": 2,
+            "rope_extension": {"type": "rerope", "window": 6, "log_n_length": 16},
+        },
+        "leaky-rerope": {
+            "sliding_window": 16,
+            "rope_extension": {"type": "leaky_rerope", "window": 6, "factor": 4},
+        },
+        "self-extend": {
+            "sliding_window": None,
+            "rope_extension": {"type": "self_extend", "window": 6, "group_size": 3},
+        },
+        "dual-chunk": {
+            "sliding_window": None,
+            "num_key_value_heads": 2,
+            "rope_extension": {"type": "dual_chunk", "chunk_size": 9, "local_window": 3},
+        },
     }
 
     num_key_value_heads: int | None = None
@@ -195,6 +220,7 @@ class SlidingWindowConfig(ZooConfig):
     fire_init_length: int = 512
     xpos_scale_base: int = 512
     attention_scale: float | int | None = None
+    rope_extension: dict | None = None
     sliding_window: int | None = 4096
     num_sink_tokens: int = 0
     sink_distance: Literal["cache"] | int = "cache"
@@ -321,6 +347,9 @@ class SlidingWindowModel(SlidingWindowPreTrainedModel, ZooModel):
         """
         if self.rotation is None:
             return {}
+        extension = self.config.rope_extension
+        if extension is not None:
+            return {"rotation": extended_rotation(self.rotation, extension, sequence.clock)}
         inputs = {"rotation": self.rotation(sequence.positions)}
         if self.config.sink_distance != "cache":
             place_B1 = torch.full_like(sequence.positions[:, :1], self.config.sink_distance)
