@@ -5,14 +5,10 @@ import dataclasses
 import torch
 
 from pretraining.building import build_config, build_model, tokenizer_of
-from pretraining.comparing import bits_per_byte_by_context
 from pretraining.measuring import nats_by_position
 from pretraining.recipe import UsageError
 from pretraining.reporting import bits_per_byte
-from scoring.measures import Here
 from tasks import load
-
-HERE = Here(torch.device("cpu"))
 
 
 class Models:
@@ -67,36 +63,39 @@ def check(study, trial, way):
 
 
 def losses(study, trial, way, held_out):
-    """Bits per byte of the same targets at each length, and by position in the longest.
+    """Bits per byte of the same text by position, and at each length with all that it has.
+
+    The text is closed to a circle on which a stream begins at every `width` tokens, so that each
+    bin of positions holds each of its tokens once. It fills the longest length, so that no token
+    sees itself. What a length says is the last bin of a whole pass of that length.
 
     Args:
         study, trial, way: as of `Models`.
         held_out: the `Tokens` that the trial did not train on.
 
     Returns:
-        "in_context": length -> bits; "by_position": bits of each bin of a whole pass.
+        "in_context": length -> bits; "by_position": bits of each bin of the longest pass.
 
     Raises:
         UsageError: too little text.
     """
-    longest, num_tokens = study.lengths[-1], len(held_out.ids)
-    if num_tokens <= max(longest, study.stream):
+    longest, first, num_tokens = study.lengths[-1], study.first, len(held_out.ids)
+    if num_tokens < first + study.stream:
         raise UsageError(
-            f"{study.text} holds out {num_tokens} tokens, and lengths and stream need "
-            f"{max(longest, study.stream) + 1}; set a larger eval_bytes in {study.sweep}."
+            f"{study.text} holds out {num_tokens} tokens, and first and stream need "
+            f"{first + study.stream}; set a larger eval_bytes in {study.sweep}."
         )
-    models, found = Models(study, trial, way), {}
-    for length in study.lengths:
-        packing = trial.recipe.packing
-        bits = bits_per_byte_by_context(
-            HERE, models.of(length), held_out, [length], longest, packing, among=study.lengths
-        )
-        found[str(length)] = bits[length]
-    ids = torch.from_numpy(held_out.ids[: study.stream].astype("int64"))
-    model = models.of(longest).eval()
-    nats = nats_by_position(model, ids, study.width, longest, rows=1, piece=longest)
+    ids = torch.from_numpy(held_out.ids[first : first + study.stream].astype("int64"))
     scale = bits_per_byte(held_out.num_targets, held_out.num_bytes)
-    return {"in_context": found, "by_position": (nats * scale).tolist()}
+    models, passes, in_context = Models(study, trial, way), {}, {}
+    for length in reversed(study.lengths):
+        # A pass without fields of its own is the beginning of the longest.
+        whole = length if way.by_length else longest
+        if whole not in passes:
+            nats = nats_by_position(models.of(whole), ids, study.width, whole, 1, whole)
+            passes[whole] = (nats * scale).tolist()
+        in_context[str(length)] = passes[whole][length // study.width - 1]
+    return {"in_context": in_context, "by_position": passes[longest]}
 
 
 @torch.inference_mode()

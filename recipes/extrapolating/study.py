@@ -44,7 +44,8 @@ class Study:
         output_dir: a folder.
         text: a task of the sweep, for losses; empty: none.
         width: positions in a bin of the loss by position.
-        stream: tokens of text that every bin sees.
+        stream: tokens of held-out text that every bin holds, at least the longest of lengths.
+        first: of these tokens, among all that is held out.
         recall: a task of the sweep of the family passkey, for accuracies; empty: none.
         distances: from key to question, in tokens, rising.
         examples: of each distance.
@@ -59,6 +60,7 @@ class Study:
     text: str = ""
     width: int = 256
     stream: int = 4096
+    first: int = 0
     recall: str = ""
     distances: list[int] = field(default_factory=list)
     examples: int = 32
@@ -82,10 +84,14 @@ class Study:
                 raise UsageError(f"{key} is at least 1, got {getattr(self, key)}.")
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise UsageError(f"seeds are different, one or more, got {self.seeds}.")
-        if self.lengths[-1] % self.width:
+        if any(length % self.width for length in self.lengths):
             raise UsageError(
-                f"the longest of lengths is a multiple of width, got {self.lengths[-1]} and "
-                f"{self.width}."
+                f"lengths are multiples of width, got {self.lengths} and {self.width}."
+            )
+        if self.stream < self.lengths[-1] or self.stream % self.width or self.first < 0:
+            raise UsageError(
+                f"stream is a multiple of width that fills the longest of lengths, and first at "
+                f"least 0, got {self.stream} and {self.first}."
             )
         self.plan_of = read_sweep(self.sweep)
         self._check_tasks()
@@ -181,7 +187,8 @@ class Study:
         by_length = {str(n): self.changed(way, n) for n in self.lengths}
         of_way = {"fields": by_length, "attention": way.attention}
         if task == self.text:
-            return {**of_way, "width": self.width, "stream": self.stream}
+            text = {"width": self.width, "stream": self.stream, "first": self.first}
+            return {**of_way, **text}
         return {**of_way, "distances": self.distances, "examples": self.examples}
 
 

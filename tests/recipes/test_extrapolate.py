@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import extrapolate
 from extrapolating import readings as files
@@ -12,6 +14,7 @@ from extrapolating.measuring import Models, merged
 from extrapolating.study import read_study
 from extrapolating.summary import cells, points
 from pretraining.building import build_config, build_model, tokenizer_of
+from pretraining.mixing import load_mixture
 from pretraining.recipe import UsageError
 from tasks import load
 from tasks.passkey import ASK, KEY
@@ -119,6 +122,27 @@ def test_ways_are_measured_as_they_say(written):
     assert both.mean == pytest.approx(sum(both.values.values()) / 2) and len(both.values) == 2
 
 
+def test_losses_are_those_of_the_text_at_each_position(written):
+    extrapolate.start([str(written), "--seeds", "[1]", "--recall", "", "--first", "16"])
+    study = read_study(written)
+    reading = files.readings_of(study)[0]
+    recipe, model = reading.trial.recipe, Models(study, reading.trial, reading.way).of(64)
+    held_out = load_mixture(recipe, tokenizer_of(recipe), recipe.corpus_dir).held_out
+    ids = torch.from_numpy(held_out.ids[16:80].astype("int64")).repeat(2)
+    bits = torch.zeros(64)
+    for start in range(0, 64, 16):
+        with torch.no_grad():
+            logits = model(ids[None, start : start + 64]).logits[0]
+        bits += cross_entropy(logits, ids[start + 1 : start + 65], reduction="none") / math.log(2)
+    bits *= held_out.num_targets / held_out.num_bytes
+    way = results_of(written)["ways"]["rope"]
+    expected = bits.view(4, 16).sum(1) / 64
+    assert way["by_position"]["1"] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert list(way["in_context"]["1"].values()) == pytest.approx(
+        [way["by_position"]["1"][n] for n in (3, 1, 0)]
+    )
+
+
 def test_recall_is_of_the_task_s_own_examples(written):
     extrapolate.start([str(written), "--seeds", "[1]", "--text", ""])
     study = read_study(written)
@@ -197,7 +221,8 @@ def test_a_seed_that_rates_were_chosen_on_is_not_read(written):
     ("changed", "said"),
     [
         (["--lengths", "[32, 16]"], "lengths are numbers above 0 that rise, got .32, 16."),
-        (["--width", "24"], "a multiple of width, got 64 and 24"),
+        (["--width", "24"], "multiples of width, got .16, 32, 64. and 24"),
+        (["--stream", "48"], "a multiple of width that fills the longest of lengths"),
         (["--seeds", "[1, 1]"], "seeds are different"),
         (["--text", "tekst"], "did you mean 'text'"),
         (["--recall", "text"], "of the family passkey, got 'text'"),
