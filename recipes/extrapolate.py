@@ -7,8 +7,7 @@
 A way is a model of the sweep with other fields in its config (a scaled rotation, a window, a
 rope_extension) and the weights that it was trained with; nothing is trained here. Measured are
 
-- bits per byte by position, in a pass over the longest text, with the same bytes in every bin;
-- bits per byte of the same bytes, at the end of texts of each length;
+- bits per byte of the same bytes, at the end of texts of each length: the loss by position;
 - recall by distance: digits that stand somewhere in filler and are asked for at its end.
 
 Each trial in each way is a file in output_dir/NAME/readings. Those that are there are not measured

@@ -5,10 +5,13 @@ import dataclasses
 import torch
 
 from pretraining.building import build_config, build_model, tokenizer_of
-from pretraining.measuring import nats_by_position
+from pretraining.comparing import bits_per_byte_by_context
+from pretraining.corpus import Tokens
 from pretraining.recipe import UsageError
-from pretraining.reporting import bits_per_byte
+from scoring.measures import Here
 from tasks import load
+
+HERE = Here(torch.device("cpu"))
 
 
 class Models:
@@ -63,39 +66,38 @@ def check(study, trial, way):
 
 
 def losses(study, trial, way, held_out):
-    """Bits per byte of the same text by position, and at each length with all that it has.
+    """Bits per byte of the same targets, at the end of texts of each length.
 
-    The text is closed to a circle on which a stream begins at every `width` tokens, so that each
-    bin of positions holds each of its tokens once. It fills the longest length, so that no token
-    sees itself. What a length says is the last bin of a whole pass of that length.
+    In a causal model this is the loss by position too: what a text is followed by changes nothing.
 
     Args:
         study, trial, way: as of `Models`.
         held_out: the `Tokens` that the trial did not train on.
 
     Returns:
-        "in_context": length -> bits; "by_position": bits of each bin of the longest pass.
+        "in_context": length -> bits.
 
     Raises:
         UsageError: too little text.
     """
     longest, first, num_tokens = study.lengths[-1], study.first, len(held_out.ids)
-    if num_tokens < first + study.stream:
+    after = first + study.places * longest + 1
+    if num_tokens < after:
         raise UsageError(
-            f"{study.text} holds out {num_tokens} tokens, and first and stream need "
-            f"{first + study.stream}; set a larger eval_bytes in {study.sweep}."
+            f"{study.text} holds out {num_tokens} tokens, and first and places need {after}; set "
+            f"a larger eval_bytes in {study.sweep}."
         )
-    ids = torch.from_numpy(held_out.ids[first : first + study.stream].astype("int64"))
-    scale = bits_per_byte(held_out.num_targets, held_out.num_bytes)
-    models, passes, in_context = Models(study, trial, way), {}, {}
-    for length in reversed(study.lengths):
-        # A pass without fields of its own is the beginning of the longest.
-        whole = length if way.by_length else longest
-        if whole not in passes:
-            nats = nats_by_position(models.of(whole), ids, study.width, whole, 1, whole)
-            passes[whole] = (nats * scale).tolist()
-        in_context[str(length)] = passes[whole][length // study.width - 1]
-    return {"in_context": in_context, "by_position": passes[longest]}
+    starts = held_out.starts[(held_out.starts >= first) & (held_out.starts < after)] - first
+    # A token stands for as many bytes as in all the text.
+    num_bytes = held_out.num_bytes * (after - first - 1) / held_out.num_targets
+    tokens = Tokens(held_out.ids[first:after], starts, num_bytes)
+    models, packing, found = Models(study, trial, way), trial.recipe.packing, {}
+    for length in study.lengths:
+        bits = bits_per_byte_by_context(
+            HERE, models.of(length), tokens, [length], longest, packing, among=study.lengths
+        )
+        found[str(length)] = bits[length]
+    return {"in_context": found}
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The figures of a study: losses by position and by context, recall by distance."""
+"""The figures of a study: losses by length, recall by distance."""
 
 from pathlib import Path
 
@@ -7,9 +7,8 @@ from ablating.figures import BASELINE, INK, STYLES, Figure, Panel, draw_seeds, s
 from .summary import points
 
 FIGURES = "figures"
-# measure -> (file, title of the y axis, title of the x axis, logarithmic x axis)
+# measure -> (file, title of the y axis, title of the x axis)
 DRAWN = {
-    "by_position": ("positions", "bits per byte", "position (bytes)"),
     "in_context": ("contexts", "bits per byte of the same bytes", "bytes of context"),
     "by_distance": ("recall", "share of digits that are right", "bytes from key to question"),
 }
@@ -40,10 +39,7 @@ def figure_of(results, measure):
 
     def fill(axes, group):
         for name, style in group:
-            curves = [
-                [(_place(measure, study, x), y) for x, y in points(values)]
-                for values in ways[name][measure].values()
-            ]
+            curves = [points(values) for values in ways[name][measure].values()]
             if curves:
                 draw_seeds(axes, name, style, curves, markers=True)
         axes.set(xscale="log", xlabel=x_title, ylabel=y_title)
@@ -61,10 +57,6 @@ def figure_of(results, measure):
         if any(ways[name][measure] for name, _ in group[1:])
     ]
     return Figure(file, "", "", panels)
-
-
-def _place(measure, study, x):
-    return (x + 0.5) * study["width"] if measure == "by_position" else x
 
 
 def draw(results, folder):

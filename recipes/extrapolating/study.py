@@ -43,9 +43,9 @@ class Study:
         name: results are written to output_dir/name.
         output_dir: a folder.
         text: a task of the sweep, for losses; empty: none.
-        width: positions in a bin of the loss by position.
-        stream: tokens of held-out text that every bin holds, at least the longest of lengths.
-        first: of these tokens, among all that is held out.
+        places: stretches of held-out text, one after the other and as long as the longest of
+            lengths, of which the last tokens are targets, as many as the shortest has.
+        first: token of these, among all that is held out.
         recall: a task of the sweep of the family passkey, for accuracies; empty: none.
         distances: from key to question, in tokens, rising.
         examples: of each distance.
@@ -58,8 +58,7 @@ class Study:
     name: str
     output_dir: str = "runs/extrapolation"
     text: str = ""
-    width: int = 256
-    stream: int = 4096
+    places: int = 8
     first: int = 0
     recall: str = ""
     distances: list[int] = field(default_factory=list)
@@ -79,20 +78,13 @@ class Study:
                 raise UsageError(f"{key} are numbers above 0 that rise, got {values}.")
         if not self.lengths:
             raise UsageError("lengths are tokens of context, and there is none.")
-        for key in ("width", "stream", "examples"):
+        for key in ("places", "examples"):
             if getattr(self, key) < 1:
                 raise UsageError(f"{key} is at least 1, got {getattr(self, key)}.")
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise UsageError(f"seeds are different, one or more, got {self.seeds}.")
-        if any(length % self.width for length in self.lengths):
-            raise UsageError(
-                f"lengths are multiples of width, got {self.lengths} and {self.width}."
-            )
-        if self.stream < self.lengths[-1] or self.stream % self.width or self.first < 0:
-            raise UsageError(
-                f"stream is a multiple of width that fills the longest of lengths, and first at "
-                f"least 0, got {self.stream} and {self.first}."
-            )
+        if self.first < 0:
+            raise UsageError(f"first is at least 0, got {self.first}.")
         self.plan_of = read_sweep(self.sweep)
         self._check_tasks()
         if not self.ways:
@@ -187,8 +179,7 @@ class Study:
         by_length = {str(n): self.changed(way, n) for n in self.lengths}
         of_way = {"fields": by_length, "attention": way.attention}
         if task == self.text:
-            text = {"width": self.width, "stream": self.stream, "first": self.first}
-            return {**of_way, **text}
+            return {**of_way, "places": self.places, "first": self.first}
         return {**of_way, "distances": self.distances, "examples": self.examples}
 
 

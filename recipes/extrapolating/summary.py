@@ -7,7 +7,7 @@ from pretraining.building import REPOSITORY
 from pretraining.reporting import environment, write_json
 
 RESULTS = "results.json"
-LOSSES, SHARES = ("in_context", "by_position"), ("by_distance",)
+MEASURES = "in_context", "by_distance"
 
 
 def collect(study, readings, corpus):
@@ -21,7 +21,7 @@ def collect(study, readings, corpus):
     table = {k: v for k, v in asdict(study).items() if k not in ("ways", "output_dir")}
     ways, missing = {}, []
     for name, way in study.ways.items():
-        found = {"trials": {}, **{measure: {} for measure in (*LOSSES, *SHARES)}}
+        found = {"trials": {}, **{measure: {} for measure in MEASURES}}
         for reading in [r for r in readings if r.name == name]:
             figures = reading.figures()
             if figures is None:
@@ -47,9 +47,7 @@ def save(study, results):
 
 
 def points(values):
-    """Figures of one seed as (x, y): a list by number, a table by the numbers that its keys are."""
-    if isinstance(values, list):
-        return list(enumerate(values))
+    """Figures of one seed as (x, y)."""
     return [(int(key), value) for key, value in values.items()]
 
 

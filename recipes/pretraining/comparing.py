@@ -131,7 +131,9 @@ def target_nats(model, inputs, targets_BS):
 
 
 @torch.no_grad()
-def bits_per_byte_by_context(accelerator, model, tokens, lengths, at_once, packing="concat"):
+def bits_per_byte_by_context(
+    accelerator, model, tokens, lengths, at_once, packing="concat", among=None
+):
     """Bits per byte of the same targets, from contexts of several lengths.
 
     The text is cut into windows of the longest length L, one after the other, and the last S tokens
@@ -150,14 +152,17 @@ def bits_per_byte_by_context(accelerator, model, tokens, lengths, at_once, packi
         lengths: of contexts, in tokens.
         at_once: tokens that a process runs at once, at most if a window is no longer.
         packing: of the recipe.
+        among: the lengths of which L is the longest and S the shortest; None: `lengths`. So
+            lengths that are measured one by one have the same targets.
 
     Returns:
         Length -> bits per byte, in the order of `lengths`.
     """
     model = accelerator.unwrap_model(model, keep_torch_compile=False)
     model.eval()
-    found, shortest = {}, min(lengths)
-    ends = range(max(lengths), len(tokens.ids), max(lengths))
+    among = among or lengths
+    found, shortest, longest = {}, min(among), max(among)
+    ends = range(longest, len(tokens.ids), longest)
     for length in lengths:
         sums = torch.zeros(2, device=accelerator.device)
         size = max(1, at_once // length)

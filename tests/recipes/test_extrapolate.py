@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.nn.functional import cross_entropy
 
 import extrapolate
@@ -52,8 +53,7 @@ output_dir = "{folder}/studies"
 lengths = [16, 32, 64]
 seeds = [1, 2]
 text = "text"
-width = 16
-stream = 64
+places = 2
 recall = "recall"
 distances = [4, 28, 40]
 examples = 6
@@ -104,7 +104,7 @@ def test_ways_are_measured_as_they_say(written):
     assert extrapolate.start([str(written)]) == 0
     ways = results_of(written)["ways"]
     # A window of the longest text hides nothing, and at its trained length no way differs.
-    for measure in ("in_context", "by_position", "by_distance"):
+    for measure in ("in_context", "by_distance"):
         for seed, found in ways["rope"][measure].items():
             same = dict(points(ways["wide"][measure][seed]))
             assert same == pytest.approx(dict(points(found)), rel=1e-5)
@@ -113,34 +113,30 @@ def test_ways_are_measured_as_they_say(written):
     assert len({round(x["64"], 4) for x in (rope, linear, window)}) == 3
     # In one layer a window of L sees as much from 2 L as from 4 L.
     assert window["32"] == pytest.approx(window["64"], rel=1e-5) != rope["32"]
-    # A whole pass of the longest text has the values of the longest.
-    by_position = ways["linear"]["by_position"]["1"]
-    assert len(by_position) == 4 and by_position[0] != pytest.approx(linear["16"], rel=1e-3)
     assert set(ways["rope"]["by_distance"]["1"]) == {"4", "28", "40"}
     assert set(ways["rope"]["trials"]) == {"text", "recall"}
     both = cells(ways["rope"], "in_context")[64]
     assert both.mean == pytest.approx(sum(both.values.values()) / 2) and len(both.values) == 2
 
 
-def test_losses_are_those_of_the_text_at_each_position(written):
-    extrapolate.start([str(written), "--seeds", "[1]", "--recall", "", "--first", "16"])
+def test_losses_are_those_of_the_same_text_and_by_position(written):
+    extrapolate.start([str(written), "--seeds", "[1]", "--recall", "", "--first", "7"])
     study = read_study(written)
     reading = files.readings_of(study)[0]
     recipe, model = reading.trial.recipe, Models(study, reading.trial, reading.way).of(64)
     held_out = load_mixture(recipe, tokenizer_of(recipe), recipe.corpus_dir).held_out
-    ids = torch.from_numpy(held_out.ids[16:80].astype("int64")).repeat(2)
-    bits = torch.zeros(64)
-    for start in range(0, 64, 16):
-        with torch.no_grad():
-            logits = model(ids[None, start : start + 64]).logits[0]
-        bits += cross_entropy(logits, ids[start + 1 : start + 65], reduction="none") / math.log(2)
-    bits *= held_out.num_targets / held_out.num_bytes
-    way = results_of(written)["ways"]["rope"]
-    expected = bits.view(4, 16).sum(1) / 64
-    assert way["by_position"]["1"] == pytest.approx(expected.tolist(), rel=1e-5)
-    assert list(way["in_context"]["1"].values()) == pytest.approx(
-        [way["by_position"]["1"][n] for n in (3, 1, 0)]
-    )
+    ids = torch.from_numpy(held_out.ids[7 : 7 + 129].astype("int64"))
+    scale = held_out.num_targets / held_out.num_bytes / math.log(2)
+    found = results_of(written)["ways"]["rope"]["in_context"]["1"]
+    for length in study.lengths:
+        nats = 0.0
+        for end in (64, 128):
+            # The targets end at position `length` of a text that goes on.
+            text = ids[end - length : end + 1].tolist() + [1] * 9
+            with torch.no_grad():
+                logits = model(torch.tensor([text])).logits[0, length - 16 : length]
+            nats += cross_entropy(logits, ids[end - 15 : end + 1]).item() / 2
+        assert found[str(length)] == pytest.approx(nats * scale, rel=1e-5)
 
 
 def test_recall_is_of_the_task_s_own_examples(written):
@@ -206,7 +202,7 @@ def test_what_is_not_trained_is_named(written, capsys):
     assert list(results["ways"]["rope"]["in_context"]) == ["1"]
     assert list(results["ways"]["rope"]["by_distance"]) == ["1", "2"]
     figures = sorted(p.name for p in (written.parent / "studies/study/figures").iterdir())
-    assert figures == ["contexts.png", "positions.png", "recall.png"]
+    assert figures == ["contexts.png", "recall.png"]
 
 
 def test_a_seed_that_rates_were_chosen_on_is_not_read(written):
@@ -221,8 +217,7 @@ def test_a_seed_that_rates_were_chosen_on_is_not_read(written):
     ("changed", "said"),
     [
         (["--lengths", "[32, 16]"], "lengths are numbers above 0 that rise, got .32, 16."),
-        (["--width", "24"], "multiples of width, got .16, 32, 64. and 24"),
-        (["--stream", "48"], "a multiple of width that fills the longest of lengths"),
+        (["--first", "-1"], "first is at least 0"),
         (["--seeds", "[1, 1]"], "seeds are different"),
         (["--text", "tekst"], "did you mean 'text'"),
         (["--recall", "text"], "of the family passkey, got 'text'"),
@@ -234,7 +229,7 @@ def test_a_seed_that_rates_were_chosen_on_is_not_read(written):
         (["--ways.window.fields", "{ sliding_windows = 8 }"], "did you mean 'sliding_window'"),
         (["--ways.window.fields", "{ hidden_size = 32 }"], "not those of its model"),
         (["--ways.new.fields", "{}"], "ways.new names no model"),
-        (["--stream", "100000"], "set a larger eval_bytes"),
+        (["--places", "100"], "set a larger eval_bytes"),
         (["--sweep", "nowhere.toml"], "cannot read nowhere.toml"),
         (["--colour", "red"], "unknown key 'colour'"),
         (["--report"], "nothing is measured"),
@@ -251,3 +246,39 @@ def test_tables_are_merged():
     fields = {"a": {"b": 1, "c": 2}, "d": 3}
     assert merged(fields, {"a": {"b": 4}, "d": "none"}) == {"a": {"b": 4, "c": 2}, "d": "none"}
     assert fields == {"a": {"b": 1, "c": 2}, "d": 3}
+
+
+def test_the_committed_study_has_the_numbers_of_its_formulas(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = read_study("recipes/configs/test_long.toml")
+    fields, trained = study.plan_of.fields, study.lengths[0]
+    channels = fields["hidden_size"] // fields["num_attention_heads"]
+    scales = [length / trained for length in study.lengths]
+    pairs = range(channels // 2)
+    power = channels / (channels - 2)
+
+    def values(name, key):
+        return study.ways[name].by_length[f"rope_parameters.{key}"]
+
+    def factors(name):
+        table = study.ways[name].fields["rope_parameters"]
+        assert table["short_factor"] == table["long_factor"]
+        return table["long_factor"]
+
+    assert values("rope_linear", "factor") == values("rope_yarn", "factor") == scales
+    ntk = [1e4 * scale**power for scale in scales]
+    assert values("rope_ntk", "rope_theta") == pytest.approx(ntk, rel=1e-6)
+    clex = [1e4 * (2 * scale - 1) ** power for scale in scales]
+    assert values("rope_clex", "rope_theta") == pytest.approx(clex, rel=1e-6)
+    giraffe = [(1 - j / len(pairs)) ** -0.5 for j in pairs]
+    assert factors("rope_power") == pytest.approx(giraffe, rel=1e-6)
+    for j, factor in zip(pairs, factors("rope_truncated")):
+        angle, cut = 1e4 ** (-2 * j / channels), 2 * math.pi / trained
+        slow = 2 * math.pi / (16 * trained)
+        expected = 1.0 if angle >= cut else angle / slow if angle >= cut / 8 else 1e9
+        assert factor == pytest.approx(expected, rel=1e-6)
+    groups = study.ways["rope_self_extend"].by_length["rope_extension.group_size"]
+    window = study.ways["rope_self_extend"].fields["rope_extension"]["window"]
+    reach = [(trained - window) * group + window for group in groups]
+    assert all(far >= length for far, length in zip(reach, study.lengths))
+    assert all(window % group == 0 for group in groups)
