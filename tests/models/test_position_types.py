@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import transformers.integrations.flex_attention
 from goldens import golden_tensors
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch.nn.attention.flex_attention import flex_attention
 
 from zoo import SlidingWindowConfig, SlidingWindowForCausalLM
 from zoo.kernels.windowed_attention import (
@@ -11,6 +13,7 @@ from zoo.kernels.windowed_attention import (
     windowed_attention,
     windowed_attention_reference,
 )
+from zoo.layers import foreign_attention, position_bias
 from zoo.layers.position_bias import AlibiBias, FireBias, T5Bias
 from zoo.layers.positions import RotaryPositions, rotate
 from zoo.layers.xpos import xpos_log_decay
@@ -229,8 +232,8 @@ def build(**fields):
 
 
 @torch.no_grad()
-def logits_of(model, ids, sizes=None, **inputs):
-    cache, logits = None, []
+def logits_of(model, ids, sizes=None, past_key_values=None, **inputs):
+    cache, logits = past_key_values, []
     for piece in ids.split(sizes or ids.shape[1], dim=1):
         output = model(piece, past_key_values=cache, use_cache=True, **inputs)
         cache = output.past_key_values
@@ -258,6 +261,100 @@ def test_every_implementation(kind, fields):
             assert worst(logits_of(model, ids, sizes), expected) < 1e-12
         padded = logits_of(model, ids, attention_mask=mask)
         assert worst(padded[1:, 13:], alone) < 1e-12
+
+
+@pytest.mark.parametrize("fields", [{}, {"sliding_window": 9}], ids=["full", "window"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_packed_documents_are_those_apart(kind, fields):
+    """Documents that do not begin a row, and tokens after a packed pass; in gradients too."""
+    if "fire" in str(kind):
+        fields = fields | {"fire_init_length": 40}
+    model = build(**{"sliding_window": None} | fields, position_embedding_type=kind)
+    lengths, ids = [11, 1, 29], torch.randint(0, 50, (1, 41))
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    apart = torch.cat([model(x, use_cache=False).logits for x in ids.split(lengths, dim=1)], dim=1)
+    packed = model(ids, cu_seq_lens_q=bounds, use_cache=False).logits
+    assert worst(packed, apart) < 1e-12
+    weight = torch.randn_like(packed)
+    grads = [torch.autograd.grad((x * weight).sum(), model.parameters()) for x in (packed, apart)]
+    # Not of what is added to all scores of a query alike, which has no gradient.
+    pairs = [(a, b) for a, b in zip(*grads) if b.abs().max() > 1e-6]
+    assert max(worst(a, b, relative=True) for a, b in pairs) < 1e-10
+    assert len(grads[0]) - len(pairs) <= 2
+    with torch.no_grad():
+        cache = model(ids, cu_seq_lens_q=bounds, use_cache=True).past_key_values
+        more = torch.randint(0, 50, (1, 6))
+        found = logits_of(model, more[:, :5], past_key_values=cache)
+        whole = logits_of(model, torch.cat([ids[:, 12:], more], dim=1))
+    assert worst(found, whole[:, 29:34]) < 1e-12
+
+
+def test_fire_keeps_no_hidden_units():
+    """What backward needs of a pair of tokens is a few numbers, not all of the MLP's."""
+    bias = FireBias(config_of("fire", fire_init_length=10, fire_mlp_width=100))
+    for parameter in bias.parameters():
+        parameter.data.normal_()
+    place, counts = torch.arange(200), []
+
+    def counted(x):
+        counts.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(counted, lambda x: x):
+        y = bias.by_query(place, (place[:, None] - place).clamp(min=0), torch.float32)
+    assert sum(counts) < 8 * 200 * 200
+    whole = torch.autograd.grad(y.square().sum(), bias.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(position_bias, "PAIRS_AT_A_TIME", 777)
+        parts = bias.by_query(place, (place[:, None] - place).clamp(min=0), torch.float32)
+        assert worst(parts, y) < 1e-4
+        grads = torch.autograd.grad(parts.square().sum(), bias.parameters())
+    assert max(worst(a, b, relative=True) for a, b in zip(grads, whole)) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", ["alibi", "xpos", ["t5", "fire"]], ids=str)
+def test_flex_attention(kind, monkeypatch):
+    """The banded path's numbers; heads do not share one bias.
+
+    Not compiled: PyTorch 2.13's own C++ for such biases does not compile on a CPU for all shapes.
+    """
+
+    def not_compiled(query, key, value, training, **arguments):
+        return flex_attention(query, key, value, **arguments)
+
+    for module in (foreign_attention, transformers.integrations.flex_attention):
+        monkeypatch.setattr(module, "compile_friendly_flex_attention", not_compiled)
+    fire = {"fire_init_length": 40} if "fire" in str(kind) else {}
+    model = build(position_embedding_type=kind, sliding_window=None, **fire)
+    ids, mask = torch.randint(0, 50, (2, 41)), torch.ones(2, 41, dtype=torch.long)
+    mask[1, :13] = 0
+    cases = [({}, None), ({"attention_mask": mask}, None), ({}, [30, 1, 10])]
+    expected = [logits_of(model, ids, sizes, **case) for case, sizes in cases]
+    model.set_attn_implementation("flex_attention")
+    for (case, sizes), logits in zip(cases, expected):
+        found = logits_of(model, ids, sizes, **case)
+        assert worst(found[mask.bool()], logits[mask.bool()]) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["alibi", "t5", "fire", ["rope", "alibi"]], ids=str)
+def test_flash_attention_is_refused(kind):
+    model = build(position_embedding_type=kind)
+    with pytest.raises(ValueError, match="adds nothing to scores, as position_embed") as error:
+        model.set_attn_implementation("flash_attention_2")
+    assert "\n" not in str(error.value)
+
+
+def test_xpos_in_one_piece_has_a_longest_length():
+    """float16 has room for 1,262 tokens if powers count from the middle."""
+    model = build(position_embedding_type="xpos", sliding_window=None).half()
+    model.set_attn_implementation("sdpa")
+    ids = torch.randint(0, 50, (1, 1300))
+    with pytest.raises(ValueError, match="up to 1262 tokens in torch.float16.*use 'banded'"):
+        model(ids)
+    assert model(ids[:, :1262]).logits.isfinite().all()
+    model.set_attn_implementation("banded")
+    assert model(ids).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -310,3 +407,14 @@ def test_a_config_that_is_saved_means_the_same(kind, tmp_path):
     loaded = SlidingWindowConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     assert loaded.position_embedding_type == kind
+
+
+def test_another_type_for_a_checkpoint(tmp_path):
+    build().save_pretrained(tmp_path)
+    fields = {"position_embedding_type": "alibi", "rope_parameters": None}
+    model = SlidingWindowForCausalLM.from_pretrained(tmp_path, **fields)
+    model.save_pretrained(tmp_path / "alibi")
+    again = SlidingWindowForCausalLM.from_pretrained(tmp_path / "alibi")
+    ids = torch.arange(40)[None]
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert again.model.rotation is None and again.config.rope_parameters is None

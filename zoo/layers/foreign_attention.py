@@ -97,13 +97,23 @@ def query_distances(length, num_keys, device):
     return (i_T1 - torch.arange(num_keys, device=device)).clamp(min=0)
 
 
-def flex_attention_with_bias(module, query, key, value, attention_mask, bias_BHTS, scaling, s_aux):
+def flex_attention_with_bias(
+    module, query, key, value, attention_mask, bias_BHTS, scaling, s_aux=None, dropout=0.0
+):
     """As transformers' own, whose masks of numbers are of the first head alone.
 
     Args:
-        module, query, key, value, attention_mask, scaling, s_aux: as there.
+        module, query, key, value, attention_mask, scaling, s_aux, dropout: as there.
         bias_BHTS: [B or 1, H, T, S].
+
+    Raises:
+        ValueError: as there, logits of no value on a CPU.
     """
+    if s_aux is not None and query.device.type == "cpu":
+        raise ValueError(
+            "attn_implementation='flex_attention' has no logits without a value (learnable_sinks) "
+            "on a CPU; use 'banded' or 'eager'."
+        )
     heads, groups = query.shape[1], key.shape[1]
     if heads // groups & (heads // groups - 1):
         key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
