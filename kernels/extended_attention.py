@@ -34,8 +34,8 @@ class Part(NamedTuple):
         reach: the distance from which on the next part begins, an int or [B or 1, T]; None: none
             does, this is the last.
         bounds: (least, most) of a reach that is a tensor.
-        slots: [B, W], of a step: where the k [B, W, G, K] lie among the values. Of each slot that
-            is visible there, the distance is below `reach`; None: k lie as the values.
+        slots: [B, W], of a step: where the k [B, W, G, K] lie among the values, each once, all that
+            are below the reach and maybe others; None: k lie as the values.
     """
 
     q: torch.Tensor
@@ -223,23 +223,36 @@ def extended_attention_step(parts, v, distance, *, scale=None):
     scale = parts[0].q.shape[-1] ** -0.5 if scale is None else scale
     distance_BTS = distance[:, None]
     chosen = None
-    # Of the same keys all at once: reading them is what takes the time.
-    is_one_copy = all(part.k is parts[0].k for part in parts)
-    for run in [parts] if is_one_copy else [[part] for part in reversed(parts)]:
+    for run in _runs(parts):
+        # Of the same keys all at once: reading them is what takes the time.
         q_BGMK = torch.cat([part.q.unflatten(2, (num_groups, -1))[:, 0] for part in run], dim=2)
         score_BGMS = (q_BGMK.to(dtype) * scale) @ run[0].k.transpose(1, 2).to(dtype).mT
-        for part, score_BGRS in reversed(list(zip(run, score_BGMS.chunk(len(run), dim=2)))):
-            if chosen is None:
-                chosen = score_BGRS
-            elif part.slots is not None:
-                slots = part.slots[:, None, None].expand_as(score_BGRS)
-                chosen = chosen.scatter(3, slots, score_BGRS)
-            else:
-                is_within_BTS = part.is_within(distance_BTS)
-                chosen = torch.where(is_within_BTS[:, None], score_BGRS, chosen)
+        scores, slots, own_BTS, own = score_BGMS.chunk(len(run), dim=2), run[0].slots, None, chosen
+        if slots is not None:
+            own_BTS = distance.gather(1, slots)[:, None]
+            slots = slots[:, None, None].expand_as(scores[0])
+            own = chosen.gather(3, slots)
+        for part, score_BGRS in reversed(list(zip(run, scores))):
+            if own is None:
+                own = score_BGRS
+                continue
+            is_within_BTS = part.is_within(distance_BTS if own_BTS is None else own_BTS)
+            own = torch.where(is_within_BTS[:, None], score_BGRS, own)
+        chosen = own if slots is None else chosen.scatter(3, slots, own)
     p_BGRS = chosen.masked_fill(distance_BTS[:, None] < 0, -torch.inf).softmax(-1)
     o_BGRV = p_BGRS @ v.transpose(1, 2).to(dtype)
     return o_BGRV.flatten(1, 2)[:, None].to(v.dtype)
+
+
+def _runs(parts):
+    """Parts next to each other that have the same keys, the last first."""
+    runs = []
+    for part in reversed(parts):
+        if runs and runs[-1][0].k is part.k:
+            runs[-1].insert(0, part)
+        else:
+            runs.append([part])
+    return runs
 
 
 def _check(parts, v, window, cu_seqlens, first_key):

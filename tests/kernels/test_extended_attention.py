@@ -228,15 +228,23 @@ def test_step_is_the_last_query(one_copy):
     assert worst(found, expected) < 1e-12
 
 
-def test_step_with_a_few_near_keys():
-    """They say in which slots they lie; a slot that is not filled yet is not seen."""
-    parts, v, leaves = random_parts((2, 20, 6, 2, 5, 7), 0, [4], False, False)
+@pytest.mark.parametrize("reaches", [[4], [(1, 3), (4, 5)]], ids=str)
+def test_step_with_a_few_near_keys(reaches):
+    """They say in which slots they lie; there may be more than those within reach."""
+    parts, v, leaves = random_parts((2, 20, 6, 2, 5, 7), 0, reaches, False, len(reaches) == 2)
     expected = run(lambda *x: extended_attention_reference(*x)[:, -1:], parts, leaves, v)
-    near, far = (part._replace(q=part.q[:, -1:]) for part in parts)
-    slots = torch.tensor([[17, 18, 16, 19], [16, 19, 18, 17]])
-    near = near._replace(k=near.k[torch.arange(2)[:, None], slots], slots=slots)
+    slots = torch.tensor([[17, 15, 18, 16, 19, 14], [16, 19, 18, 17, 15, 2]])
+    near_k = parts[0].k[torch.arange(2)[:, None], slots]
+    last = [
+        part._replace(
+            q=part.q[:, -1:],
+            reach=part.reach[:, -1:] if torch.is_tensor(part.reach) else part.reach,
+        )
+        for part in parts
+    ]
+    last[:-1] = [part._replace(k=near_k, slots=slots) for part in last[:-1]]
     distance = (19 - torch.arange(20)).expand(2, -1)
-    found = run(extended_attention_step, [near, far], leaves, v, distance)
+    found = run(extended_attention_step, last, leaves, v, distance)
     assert worst(found, expected) < 1e-12
 
 

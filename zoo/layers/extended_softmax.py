@@ -23,6 +23,9 @@ from .positions import rotate
 from .rope_extension import near_window, reach_bounds
 from .softmax_attention import SoftmaxAttention, check_extended_implementation, longer
 
+# Of dual_chunk, a step looks at the newest keys apart where all are more than so many times them.
+FEW_OF_ALL = 2
+
 
 class ExtendedAttention(SoftmaxAttention):
     """Softmax attention with RoPE and a `rope_extension`; arguments as of `SoftmaxAttention`."""
@@ -87,15 +90,23 @@ class ExtendedAttention(SoftmaxAttention):
             distance_BS = torch.where(is_filled_BS, distance_BS % self.window, -1)
         parts = self.parts(queries, [keys_BSHK], reaches)
         if self.near_window is not None:
-            # Where the ring's keys lie among all; those of slots without a key, where none is seen.
             near_BWHK = state.near_keys_BWHK[:, :size]
             numbers_BW = ring_positions(clock_B + 1, self.near_window)[:, :size]
-            slots_BW = numbers_BW if self.window is None else numbers_BW % self.window
-            empty_W = torch.arange(near_BWHK.shape[1], device=device)
-            slots_BW = torch.where(numbers_BW < 0, empty_W, slots_BW)
+            slots_BW = self.slots_of(numbers_BW, torch.arange(near_BWHK.shape[1], device=device))
             parts[0] = parts[0]._replace(k=near_BWHK, slots=slots_BW)
+        elif size > FEW_OF_ALL * self.bounds[-1][1]:
+            # Only the newest can be of the query's chunk or of the one before.
+            back_W = torch.arange(self.bounds[-1][1], device=device)
+            slots_BW = self.slots_of(clock_B[:, None] - back_W, back_W)
+            newest_BWHK = keys_BSHK[torch.arange(batch, device=device)[:, None], slots_BW]
+            parts[:2] = [part._replace(k=newest_BWHK, slots=slots_BW) for part in parts[:2]]
         check_extended_implementation(self.config._attn_implementation)
         return extended_attention_step(parts, state.values_BWHV, distance_BS, scale=self.scale)
+
+    def slots_of(self, numbers_BW, empty_W):
+        """Where tokens of these numbers lie; below 0: in `empty_W`, of which none is filled yet."""
+        slots_BW = numbers_BW if self.window is None else numbers_BW % self.window
+        return torch.where(numbers_BW < 0, empty_W, slots_BW)
 
     def run_pass(self, queries, keys, v_BTHV, reaches, sequence, state):
         """Any number of tokens, dense or packed, after what the state holds."""
