@@ -306,7 +306,7 @@ def test_fire_keeps_no_hidden_units():
     assert sum(counts) < 8 * 200 * 200
     whole = torch.autograd.grad(y.square().sum(), bias.parameters())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(position_bias, "PAIRS_AT_A_TIME", 777)
+        patch.setattr(position_bias, "PAIRS_ON_A_CPU", 777)
         parts = bias.by_query(place, (place[:, None] - place).clamp(min=0), torch.float32)
         assert worst(parts, y) < 1e-4
         grads = torch.autograd.grad(parts.square().sum(), bias.parameters())
