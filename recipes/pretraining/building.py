@@ -71,6 +71,12 @@ def vocabulary_size(tokenizer):
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
+def _may_list_none(kinds):
+    """Whether None may stand in a list of a field of these types."""
+    lists = (typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list)
+    return any(type(None) in typing.get_args(kind) for kind in lists)
+
+
 def build_config(recipe, tokenizer, base=None):
     """The config of the recipe's model; vocabulary and special tokens default to the tokenizer's.
 
@@ -97,8 +103,11 @@ def build_config(recipe, tokenizer, base=None):
             )
         if types[key] is float and type(value) is int:  # TOML's 0 is not its 0.0
             model[key] = float(value)
-        if value == "none" and type(None) in typing.get_args(types[key]):  # which TOML cannot say
+        kinds = typing.get_args(types[key])
+        if value == "none" and type(None) in kinds:  # which TOML cannot say
             model[key] = None
+        elif isinstance(value, list) and _may_list_none(kinds):
+            model[key] = [None if x == "none" else x for x in value]
     inherited = settings(base) if base else {}
     for key, value in model.items():
         if isinstance(value, dict) and inherited.get(key):  # such as the base of a rotation

@@ -47,6 +47,15 @@ def test_a_largest_id_beyond_the_length(tmp_path):
     assert build_config(larger, gaps).vocab_size == 70016
 
 
+def test_none_in_a_list():
+    """TOML has no word for what is None, and a layer without positions is that."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = sizes | {"position_embedding_type": ["rope", "none"]}
+    recipe = Recipe("x", "sliding_window", model=model)
+    config = build_config(recipe, load_tokenizer("tokenizers/byte"))
+    assert config.position_embedding_type == ["rope", None]
+
+
 def test_mistyped_folders(tmp_path, monkeypatch, offline):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(REPOSITORY / "tokenizers/byte", tmp_path / "mine/bytes")

@@ -16,10 +16,11 @@ Attention sinks (StreamingLLM, Xiao et al. 2023, https://arxiv.org/abs/2309.1745
 `num_sink_tokens` S tokens of a document stay visible, with positions counted inside the cache. So a
 query at position p sees a sink at j from position min(p, S + W - 1). Keys in the window need only
 differences of positions, so they keep their own; for the sinks alone the query is turned a second
-time. That makes it a function of the text, the same in training and in generation. LM-Infinite (Han
-et al. 2023, https://arxiv.org/abs/2308.16137) is the same with one distance for all sinks that have
-left the window (`sink_distance`). Sink logits (`learnable_sinks`) are those of gpt-oss: one per
-head, in the softmax's denominator only.
+time. That makes it a function of the text, the same in training and in generation. Biases and
+decays by distance count the same way, and FIRE has that position for its query's place. LM-Infinite
+(Han et al. 2023, https://arxiv.org/abs/2308.16137) is the same with one distance for all sinks that
+have left the window (`sink_distance`). Sink logits (`learnable_sinks`) are those of gpt-oss: one
+per head, in the softmax's denominator only.
 
 The block is Mistral's, or GPT's: LayerNorms (`norm_type`, `norm_bias`, `embedding_norm`), an MLP
 without a gate (`gated_mlp`), biases (`attention_bias`, `mlp_bias`), and projections that are cut
