@@ -7,10 +7,11 @@ from ablating.figures import BASELINE, INK, STYLES, Figure, Panel, draw_seeds, s
 from .summary import points
 
 FIGURES = "figures"
+GUESS = 0.1  # of a digit
 # measure -> (file, title of the y axis, title of the x axis)
 DRAWN = {
-    "in_context": ("contexts", "bits per byte of the same bytes", "bytes of context"),
-    "by_distance": ("recall", "share of digits that are right", "bytes from key to question"),
+    "in_context": ("contexts", "bits per byte of the same bytes", "tokens of context"),
+    "by_distance": ("recall", "share of digits that are right", "tokens from key to question"),
 }
 
 
@@ -44,17 +45,20 @@ def figure_of(results, measure):
                 draw_seeds(axes, name, style, curves, markers=True)
         axes.set(xscale="log", xlabel=x_title, ylabel=y_title)
         ticks = study["lengths"]
-        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
-        axes.axvline(trained, color=INK, lw=0.8, ls=":")
         if measure == "by_distance":
+            far = study["distances"][-1]
+            ticks = [4**n * trained for n in range(-9, 9) if 16 <= 4**n * trained < 2 * far]
             axes.set_ylim(-0.03, 1.03)
+            axes.axhline(GUESS, color=INK, lw=0.8, ls=":")
+        axes.set_xticks(ticks, [f"{n:,.0f}" for n in ticks])
+        axes.axvline(trained, color=INK, lw=0.8, ls=":")
 
     if not any(way[measure] for way in ways.values()):
         return None
     panels = [
         Panel(title, lambda axes, group=group: fill(axes, group), "all")
         for title, group in dealt(results)
-        if any(ways[name][measure] for name, _ in group[1:])
+        if any(ways[name][measure] for name, _ in group[1:] or group)
     ]
     return Figure(file, "", "", panels)
 

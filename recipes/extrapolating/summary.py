@@ -51,9 +51,20 @@ def points(values):
     return [(int(key), value) for key, value in values.items()]
 
 
-def cells(way, measure):
-    """The `Interval` over seeds of each figure of a way, by number."""
+def cells(way, measure, since=None):
+    """The `Interval` over seeds of each figure of a way, by number.
+
+    Args:
+        way: of results.json.
+        measure: one of MEASURES.
+        since: the number whose figure is taken off the others, seed by seed; None: none is.
+    """
     by_seed = {seed: dict(points(values)) for seed, values in way[measure].items()}
+    if since is not None:
+        by_seed = {
+            seed: {n: value - found[since] for n, value in found.items() if n != since}
+            for seed, found in by_seed.items()
+        }
     numbers = next(iter(by_seed.values()), {})
     return {n: interval({seed: found[n] for seed, found in by_seed.items()}) for n in numbers}
 
@@ -66,27 +77,29 @@ def markdown(results):
         heads = [
             f"{n:,} ({n // trained} L)" if n % trained == 0 else f"{n:,}" for n in study["lengths"]
         ]
-        lines += [f"Bits per byte of the same {trained:,} bytes, by bytes of context", ""]
+        lines += ["Bits per byte of the same text, by tokens of context", ""]
         lines += _table(results, "in_context", heads, 3)
+        lines += ["", f"What more than {trained:,} tokens add to that, paired by seed", ""]
+        lines += _table(results, "in_context", heads[1:], 3, since=trained)
     if study["recall"]:
         heads = [f"{n:,}" for n in study["distances"]]
-        lines += ["", "Share of a key's digits that are right, by bytes between key and question"]
+        lines += ["", "Share of digits that are right, by tokens from key to question"]
         lines += ["", *_table(results, "by_distance", heads, 2)]
     lines += ["", *(f"- missing: {one}" for one in results["missing"])]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _table(results, measure, heads, digits):
+def _table(results, measure, heads, digits, since=None):
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for name, way in results["ways"].items():
-        found = cells(way, measure)
+        found = cells(way, measure, since)
         if found:
-            shown = [_cell(one, digits) for one in found.values()]
+            sign = "" if since is None else "+"
+            shown = [_cell(one, digits, sign) for one in found.values()]
             lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return lines
 
 
-def _cell(found, digits):
-    if found.half is None:
-        return f"{found.mean:.{digits}f}"
-    return f"{found.mean:.{digits}f} ± {found.half:.{digits}f}"
+def _cell(found, digits, sign):
+    mean = f"{found.mean:{sign}.{digits}f}"
+    return mean if found.half is None else f"{mean} ± {found.half:.{digits}f}"

@@ -77,16 +77,22 @@ fields = {{ sliding_window = 16 }}
 
 
 @pytest.fixture
-def written(tmp_path):
-    """The path of a study whose sweep has both its seeds trained: weights as they begin."""
+def untrained(tmp_path):
+    """The path of a study whose sweep has trained nothing."""
     (tmp_path / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)))
     (tmp_path / "sweep.toml").write_text(SWEEP.format(folder=tmp_path))
     path = tmp_path / "study.toml"
     path.write_text(STUDY.format(folder=tmp_path))
-    for reading in files.readings_of(read_study(path)):
+    return path
+
+
+@pytest.fixture
+def written(untrained):
+    """The same with both seeds trained: weights as they begin."""
+    for reading in files.readings_of(read_study(untrained)):
         if reading.name == "rope":
             train(reading.trial)
-    return path
+    return untrained
 
 
 def train(trial):
@@ -117,6 +123,12 @@ def test_ways_are_measured_as_they_say(written):
     assert set(ways["rope"]["trials"]) == {"text", "recall"}
     both = cells(ways["rope"], "in_context")[64]
     assert both.mean == pytest.approx(sum(both.values.values()) / 2) and len(both.values) == 2
+    first, more = (cells(ways["rope"], "in_context", since)[64] for since in (None, 16))
+    assert more.values["2"] == pytest.approx(
+        first.values["2"] - ways["rope"]["in_context"]["2"]["16"]
+    )
+    tables = (written.parent / "studies/study/tables.md").read_text().split("| | ")
+    assert [table.count("\n| rope |") for table in tables] == [0, 1, 1, 1]
 
 
 def test_losses_are_those_of_the_same_text_and_by_position(written):
@@ -205,8 +217,8 @@ def test_what_is_not_trained_is_named(written, capsys):
     assert figures == ["contexts.png", "recall.png"]
 
 
-def test_a_seed_that_rates_were_chosen_on_is_not_read(written):
-    study = read_study(written)
+def test_a_seed_that_rates_were_chosen_on_is_not_read(untrained):
+    study = read_study(untrained)
     search = dataclasses.replace(study.plan_of.sweep, learning_rates=[1e-3, 1e-2])
     study.plan_of = dataclasses.replace(study.plan_of, sweep=search)
     found = {r.seed: r.why_not() for r in files.readings_of(study)}
@@ -226,20 +238,30 @@ def test_a_seed_that_rates_were_chosen_on_is_not_read(written):
         (["--ways.window.model", "ropes"], "did you mean 'rope'"),
         (["--ways.window.modle", "rope"], "did you mean 'model'"),
         (["--ways.linear.by_length", "{ a = [1] }"], "a list of 3 values"),
-        (["--ways.window.fields", "{ sliding_windows = 8 }"], "did you mean 'sliding_window'"),
-        (["--ways.window.fields", "{ hidden_size = 32 }"], "not those of its model"),
         (["--ways.new.fields", "{}"], "ways.new names no model"),
-        (["--places", "100"], "set a larger eval_bytes"),
         (["--sweep", "nowhere.toml"], "cannot read nowhere.toml"),
         (["--colour", "red"], "unknown key 'colour'"),
         (["--report"], "nothing is measured"),
         (["--workers", "0"], "--workers is at least 1"),
     ],
 )
-def test_mistakes_are_one_line(written, changed, said):
+def test_mistakes_are_one_line(untrained, changed, said):
     with pytest.raises(UsageError, match=said) as error:
-        extrapolate.start([str(written), *changed])
+        extrapolate.start([str(untrained), *changed])
     assert "\n" not in str(error.value)
+
+
+def test_ways_that_do_not_fit_are_refused_before_anything_is_measured(written):
+    for changed, said in (
+        (["--ways.window.fields", "{ sliding_windows = 8 }"], "did you mean 'sliding_window'"),
+        (["--places", "100"], "set a larger eval_bytes"),
+    ):
+        with pytest.raises(UsageError, match=said) as error:
+            extrapolate.start([str(written), *changed])
+        assert "\n" not in str(error.value)
+    assert not list((written.parent / "studies/study").rglob("*.json"))
+    with pytest.raises(UsageError, match="not those of its model"):
+        extrapolate.start([str(written), "--ways.window.fields", "{ hidden_size = 32 }"])
 
 
 def test_tables_are_merged():
