@@ -19,14 +19,14 @@ def collect(study, readings, corpus):
         corpus: hash of the text that losses are of; None: there is none.
     """
     table = {k: v for k, v in asdict(study).items() if k not in ("ways", "output_dir")}
-    ways, missing = {}, []
+    ways, missing = {}, {}  # way, task and why there is nothing -> seeds
     for name, way in study.ways.items():
         found = {"trials": {}, **{measure: {} for measure in MEASURES}}
         for reading in [r for r in readings if r.name == name]:
             figures = reading.figures()
             if figures is None:
                 why = reading.why_not() or "it was not measured"
-                missing.append(f"{name} on {reading.task}, seed {reading.seed}: {why}")
+                missing.setdefault((name, reading.task, why), []).append(str(reading.seed))
                 continue
             found["trials"].setdefault(reading.task, {})[str(reading.seed)] = reading.trial.hash
             for measure, values in figures.items():
@@ -37,7 +37,10 @@ def collect(study, readings, corpus):
         "corpus_sha256": corpus,
         **environment(REPOSITORY),
         "ways": ways,
-        "missing": missing,
+        "missing": [
+            f"{name} on {task}, seed {', '.join(seeds)}: {why}"
+            for (name, task, why), seeds in missing.items()
+        ],
     }
 
 
