@@ -18,7 +18,6 @@ from zoo.kernels.wkv4_export import wkv4_exported
 # Each export takes seconds. These show what the others do too, and run with FAST=1.
 QUICK = {("retnet", "torchscale"), ("rwkv4", "default"), ("sliding_window", "default")}
 VARIANTS = [(name, variant) for name, x in zoo.MODELS.items() for variant in x.config.variants]
-LISTED = "position_embedding_type"  # one, or one for each layer
 FEEDBACK = ("block_recurrent", "feedback")
 ANY = {0: Dim("B", min=1, max=1024), 1: Dim("T", min=2, max=1 << 20)}
 # Windows and segments are 16 tokens long, the chunks of the recurrences 32 and 64, blocks 128.
@@ -30,8 +29,7 @@ def build(name, variant=None):
     architecture = zoo.MODELS[name]
     fields = architecture.config.variants[variant or next(iter(architecture.config.variants))]
     # Later layers of RWKV-7 mix the first one's values in.
-    says = any("layers" in x for x in fields) or isinstance(fields.get(LISTED), list)
-    layers = 1 + (name == "rwkv7" or says and variant != "default")
+    layers = 1 + (name == "rwkv7" or any("layers" in x for x in fields) and variant != "default")
     torch.manual_seed(0)
     config = architecture.config(**TINY | {"num_hidden_layers": layers} | fields)
     return with_all_parts_active(architecture.causal_lm(config)).eval()

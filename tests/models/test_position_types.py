@@ -262,6 +262,16 @@ def test_every_implementation(kind, fields):
             assert worst(logits_of(model, ids, sizes), expected) < 1e-12
         padded = logits_of(model, ids, attention_mask=mask)
         assert worst(padded[1:, 13:], alone) < 1e-12
+    # A padded pass after a state, a stream of documents with their pasts.
+    model.set_attn_implementation("banded")
+    mask[1] = 1
+    mask[1, 20:25] = 0
+    with torch.no_grad():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        rest = {"attention_mask": mask[:, 20:], "past_key_values": cache}
+        found = model(ids[:, 20:], **rest).logits[mask[:, 20:].bool()]
+    gone = torch.cat([ids[1:, :20], ids[1:, 25:]], dim=1)
+    assert worst(found, torch.cat([expected[0, 20:], logits_of(model, gone)[0, 20:]])) < 1e-12
 
 
 @pytest.mark.parametrize("fields", [{}, {"sliding_window": 9}], ids=["full", "window"])

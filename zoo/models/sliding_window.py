@@ -156,6 +156,7 @@ class SlidingWindowConfig(ZooConfig):
             "fire_init_length": 30,
         },
         "xpos-and-none": {
+            "num_hidden_layers": 2,
             "sliding_window": None,
             "num_key_value_heads": 2,
             "position_embedding_type": ["xpos", None],
