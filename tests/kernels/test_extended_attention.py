@@ -127,14 +127,21 @@ def test_distances_are_the_official_ones(golden, case):
     assert (found - expected)[visible].abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("case", EXTENSIONS)
+# Older chunks at 2 s - 1, which is less than c; no distance is kept beyond a chunk.
+MORE = {
+    "dual_chunk, l > s": {"type": "dual_chunk", "chunk_size": 12, "local_window": 8},
+    "dual_chunk, l = 0": {"type": "dual_chunk", "chunk_size": 12, "local_window": 0},
+    "leaky_rerope, k < 1": {"type": "leaky_rerope", "window": 1, "factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("case", EXTENSIONS | MORE)
 def test_query_by_query(case):
     q, k, v = (torch.randn(40, 6, dtype=torch.float64) for _ in range(3))
     one_head = [x[None, :, None] for x in (q, k, v)]
-    o_BTHV = extended_attention_reference(
-        turned_parts(*one_head[:2], EXTENSIONS[case]), one_head[2]
-    )
-    assert worst([o_BTHV[0, :, 0]], [definition(q, k, v, EXTENSIONS[case])]) < 1e-12
+    extension = (EXTENSIONS | MORE)[case]
+    o_BTHV = extended_attention_reference(turned_parts(*one_head[:2], extension), one_head[2])
+    assert worst([o_BTHV[0, :, 0]], [definition(q, k, v, extension)]) < 1e-12
 
 
 def random_parts(shape, older, reaches, packed, one_copy):
