@@ -15,6 +15,7 @@ from zoo.core.flops import mean_of_segments, mean_visible
 from zoo.kernels.delta_recurrence import delta_recurrence
 from zoo.kernels.dilated_attention import dilated_attention
 from zoo.kernels.dilated_branches import branches_of
+from zoo.kernels.extended_attention import extended_attention
 from zoo.kernels.linear_recurrence import linear_recurrence
 from zoo.kernels.windowed_attention import windowed_attention
 from zoo.kernels.wkv4 import wkv4
@@ -46,6 +47,11 @@ def _windowed(q, k, v, window=None, *, delay=0, sinks=None, query_bias=None, **o
     return total + batch * length * keys * of_a_pair.get_total_flops()
 
 
+def _extended(parts, v, window=None, **options):
+    # One score of each query and key, whichever part it is of.
+    return _windowed(parts[0].q, None, v, window)
+
+
 def _dilated(q, k, v, segment_lengths, dilation_rates, *, offsets="grouped", **options):
     batch, length, heads, size = q.shape
     total = 0
@@ -65,6 +71,7 @@ FORMULAS = {
     delta_recurrence: _delta,
     wkv4: _wkv4,
     windowed_attention: _windowed,
+    extended_attention: _extended,
     dilated_attention: _dilated,
 }
 

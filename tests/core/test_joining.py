@@ -314,6 +314,7 @@ REFUSED = {
     "t5": ("sliding_window", {"position_embedding_type": ["rope", "t5"]}),
     "fire": ("sliding_window", {"position_embedding_type": "fire"}),
     "xpos": ("sliding_window", {"position_embedding_type": "xpos"}),
+    "rerope": ("sliding_window", {"rope_extension": {"type": "rerope", "window": 4}}),
 }
 
 

@@ -33,6 +33,11 @@ TYPES = {
     "t5": {"position_embedding_type": "t5", **T5, "sliding_window": 9},
     "fire": {"position_embedding_type": "fire", "fire_init_length": 8},
     "xpos": {"position_embedding_type": "xpos", "xpos_scale_base": 16},
+    "self_extend": {"rope_extension": {"type": "self_extend", "window": 6, "group_size": 3}},
+    "extended list": {
+        "position_embedding_type": ["rope", None],
+        "rope_extension": {"type": "dual_chunk", "chunk_size": 9, "local_window": 3},
+    },
     "list": {"position_embedding_type": ["alibi", "rope"], "rope_parameters": {"rope_theta": 99.0}},
 }
 
@@ -93,6 +98,7 @@ def test_a_model_without_softmax_layers_is_silent_on_them(tmp_path):
     assert [name for name in written if name.startswith(of_attention)] == []
 
 
+REROPE = {"type": "rerope", "window": 8}
 ALIBI = {"position_embedding_type": "alibi"}
 
 
@@ -103,6 +109,15 @@ ALIBI = {"position_embedding_type": "alibi"}
         ({"position_embedding_type": None}, "position_embedding_type: for layers with softmax"),
         ({"alibi_bias_max": 16}, "alibi_bias_max: for layers with softmax attention"),
         ({"attention_scale": 1.0}, "attention_scale: for layers with softmax attention"),
+        ({"rope_extension": REROPE}, "rope_extension: for layers with softmax attention"),
+        (
+            {"softmax_layers": [1], "sliding_window": 8, "rope_extension": REROPE},
+            "rope_extension is about keys beyond its window 8",
+        ),
+        (
+            ALIBI | {"softmax_layers": [1], "rope_extension": REROPE},
+            "rope_extension is of layers of position_embedding_type 'rope'",
+        ),
         (
             {"softmax_layers": [1], "position_embedding_type": ["rope", "rope"]},
             "is None for layers without softmax attention, got 'rope' for layer 0",

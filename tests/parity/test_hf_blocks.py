@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from goldens import golden_folder, golden_tensors
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
@@ -259,6 +260,19 @@ def test_mpt_goes_on_beyond_the_length_it_was_trained_for(tmp_path):
 def edit(folder, change):
     path = folder / "config.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def test_another_type_on_loading(tmp_path):
+    """A model without RoPE has no rope_parameters to turn by."""
+    _, _, model = converted(tmp_path, "bloom")
+    load = AutoModelForCausalLM.from_pretrained
+    with pytest.raises(StrictDataclassClassValidationError, match="pass them too") as error:
+        load(tmp_path / "ours", position_embedding_type="rope")
+    assert "\n" not in str(error.value.__cause__ or "")
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    other = load(tmp_path / "ours", position_embedding_type="rope", rope_parameters=rope)
+    ids = random_ids(1, 9)
+    assert worst(run(other.eval(), ids), run(model, ids)) > 1e-3
 
 
 def test_blooms_activation():
@@ -552,7 +566,7 @@ NOT_BACK = [
     ("mpt", {"norm_type": "rms"}, "norm_type is 'rms': transformers' model has 'layer'"),
     ("mpt", {"num_key_value_heads": 3}, "num_key_value_heads is 3: transformers' model has 6"),
     ("mpt", {"learnable_sinks": True}, "learnable_sinks is True: transformers' model has none"),
-    ("bloom", {"position_embedding_type": "rope"}, "is 'rope': transformers' model has 'alibi'"),
+    ("bloom", {"position_embedding_type": None}, "is None: transformers' model has 'alibi'"),
     ("bloom", {"alibi_bias_max": 16}, "alibi_bias_max is 16: transformers' model has 8"),
     ("bloom", {"hidden_act": "gelu"}, "hidden_act is 'gelu': transformers' model has 'gelu_bloom'"),
     ("bloom", {"attention_scale": 1.0}, "attention_scale is 1.0: transformers' model has none"),

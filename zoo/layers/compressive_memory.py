@@ -119,7 +119,7 @@ class SegmentPass:
 
         Args:
             q_BTHK, k_BTHK, v_BTHV: queries and keys are turned, if they are to be.
-            scale: of the scores.
+            scale: of the scores; None: K^-1/2.
             bias: what distances do to them, a function of distances and queries that returns
                 keyword arguments of `windowed_attention` (distances 0 to S - 1) or of
                 `attention_step` (of each row and slot); None: nothing.

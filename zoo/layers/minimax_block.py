@@ -30,6 +30,7 @@ SOFTMAX_FIELDS = (
     "max_position_embeddings",
     "sliding_window",
     "attention_scale",
+    "rope_extension",
 )
 # Those that are not None without softmax layers, but quiet: they have their defaults.
 QUIET_FIELDS = {"position_embedding_type": "rope"} | {
@@ -61,8 +62,8 @@ class MiniMaxBlockConfig(ZooConfig):
         position_embedding_type: as in `SlidingWindowConfig`; a list has one entry for each layer of
             the model, None for those without softmax attention.
         alibi_bias_max, relative_attention_num_buckets, relative_attention_max_distance,
-            fire_mlp_width, fire_init_c, fire_init_length, xpos_scale_base, attention_scale: as
-            there.
+            fire_mlp_width, fire_init_c, fire_init_length, xpos_scale_base, attention_scale,
+            rope_extension: as there.
     """
 
     hybrids: ClassVar[str] = "leave them out, and name the layers with softmax in softmax_layers."
@@ -88,6 +89,7 @@ class MiniMaxBlockConfig(ZooConfig):
     fire_init_length: int = 512
     xpos_scale_base: int = 512
     attention_scale: float | int | None = None
+    rope_extension: dict | None = None
 
     def __post_init__(self, **kwargs):
         if self.softmax_layers is None:

@@ -79,6 +79,13 @@ def check_position_fields(config, known_types=POSITION_TYPES, layers=None):
     _check_unused(config, used)
     _check_values(config)
     if not used.isdisjoint(TURNED_TYPES):
+        # Of a config that had no such layer, and is loaded with another type.
+        if config.rope_parameters is None:
+            raise ValueError(
+                f"position_embedding_type {config.position_embedding_type!r} turns by "
+                "rope_parameters, got None; pass them too, as {'rope_type': 'default', "
+                "'rope_theta': 10000.0}."
+            )
         check_rope_parameters(config)
     if getattr(config, "rope_extension", None) is not None:
         check_rope_extension(config, used)

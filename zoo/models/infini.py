@@ -130,9 +130,9 @@ class InfiniConfig(ZooConfig):
             "position_embedding_type": "alibi",
         },
         "t5-and-none": {
-            "num_hidden_layers": 2,
             "segment_length": 16,
             "memory_update": "delta",
+            "num_hidden_layers": 2,
             "position_embedding_type": ["t5", None],
             "relative_attention_num_buckets": 8,
             "relative_attention_max_distance": 12,
@@ -214,7 +214,6 @@ class InfiniAttention(nn.Module):
         self.position_bias, self.log_decay = position_bias(config, self.position_type), None
         if self.position_type == "xpos":
             self.log_decay = Constant(functools.partial(xpos_log_decay, config))
-        self.scale = config.attention_scale or self.head_dim**-0.5
         self.has_memory = config.memory_update != "none"
         if self.has_memory:
             self.gate = nn.Parameter(torch.empty(self.num_heads))
@@ -264,7 +263,7 @@ class InfiniAttention(nn.Module):
             is_xpos = self.position_type == "xpos"
             local = (rotate(x, *rotation, interleaved=is_xpos) for x in local)
         bias = None if self.position_type in ("rope", None) else self.bias
-        y_SHQV = segments.attend(*local, v_BTHV, self.scale, bias)
+        y_SHQV = segments.attend(*local, v_BTHV, self.config.attention_scale, bias)
         if self.has_memory:
             with without_autocast(q_BTHK):
                 memory_SHKV = segments.remember(k_BTHK, v_BTHV, memory_update, strength_BTH)

@@ -47,6 +47,7 @@ from ..layers.mlp import GatedMLP
 from ..layers.norms import WideRMSNorm
 from ..layers.position_fields import turns
 from ..layers.positions import RotaryPositions
+from ..layers.rope_extension import extended_rotation
 from ..layers.softmax_mixer import softmax_mixer
 
 
@@ -102,6 +103,9 @@ class LightningConfig(MiniMaxBlockConfig):
         "softmax_layers": [0, 2],
         "sliding_window": 16,
         "rope_parameters": {"partial_rotary_factor": 0.5},
+    }
+    variants["hybrid-rerope"] = variants["hybrid"] | {
+        "rope_extension": {"type": "rerope", "window": 6, "log_n_length": 16},
     }
     variants["hybrid-alibi"] = variants["hybrid"] | {"position_embedding_type": "alibi"}
     variants["hybrid-list"] = variants["hybrid-window"] | {
@@ -280,7 +284,12 @@ class LightningModel(LightningPreTrainedModel, ZooModel):
 
     def mixer_inputs(self, x_BTD, sequence):
         """The rotation of each position, for the layers with softmax attention."""
-        return {"rotation": self.rotation(sequence.positions)} if self.rotation else {}
+        if self.rotation is None:
+            return {}
+        extension = self.config.rope_extension
+        if extension is not None:
+            return {"rotation": extended_rotation(self.rotation, extension, sequence.clock)}
+        return {"rotation": self.rotation(sequence.positions)}
 
     def build_norm(self, config):
         """The norm after the last block."""

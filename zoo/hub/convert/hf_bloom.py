@@ -198,7 +198,7 @@ def join(config, *parts):
 
 FORMAT = Format(
     name="hf-bloom",
-    title="transformers' BloomForCausalLM (bigscience/bloom-560m to bloom): ALiBi; both ways",
+    title="transformers' BloomForCausalLM (bigscience/bloom-560m to bloom); both ways",
     recognizes=is_one,
     expects="model_type 'bloom'",
     library=TRANSFORMERS,

@@ -213,7 +213,7 @@ def write_weights(weights, config):
 
 FORMAT = Format(
     name="hf-mpt",
-    title="transformers' MptForCausalLM (mosaicml/mpt-7b, -30b, -7b-storywriter): ALiBi; both ways",
+    title="transformers' MptForCausalLM (mosaicml/mpt-7b, -30b, -7b-storywriter); both ways",
     recognizes=is_one,
     expects="model_type 'mpt'",
     library=TRANSFORMERS,

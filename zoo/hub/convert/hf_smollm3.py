@@ -187,7 +187,7 @@ def write_weights(weights, config):
 
 FORMAT = Format(
     name="hf-smollm3",
-    title="transformers' SmolLM3ForCausalLM (HuggingFaceTB/SmolLM3-3B): RoPE and NoPE; both ways",
+    title="transformers' SmolLM3ForCausalLM (HuggingFaceTB/SmolLM3-3B); both ways",
     recognizes=is_one,
     expects="model_type 'smollm3'",
     library=TRANSFORMERS,
