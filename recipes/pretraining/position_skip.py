@@ -16,8 +16,8 @@ in every epoch). With packing = "documents" each document of a window has jumps 
 from its own start. Evaluation is at plain positions.
 
 RoPE that is to reach S is stretched by S / W while this trains, and stays so: model.rope_parameters
-with rope_type linear or yarn and that factor, or a larger rope_theta (NTK). The draws are a
-function of the seed and the sample's number alone.
+with rope_type linear or yarn and that factor (yarn: and with model.max_position_embeddings = S), or
+a larger rope_theta (NTK). The draws are a function of the seed and the sample's number alone.
 """
 
 from dataclasses import dataclass, fields

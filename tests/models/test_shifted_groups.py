@@ -110,32 +110,40 @@ def test_no_token_sees_a_later_one():
             assert torch.equal(seen, (group[:, None] == group).tril())
 
 
-@pytest.mark.parametrize("kind", ["alibi", "t5", "fire", "xpos"])
+@pytest.mark.parametrize("kind", ["alibi", "t5", "fire", "xpos", None])
 @implementations
-def test_biases_by_distance_in_the_document(implementation, kind):
-    """As by all scores, of which a group's are left."""
-    fields = {"fire_init_length": 4} if kind == "fire" else {}
-    fields |= {"position_embedding_type": kind, "num_key_value_heads": 4}
-    model = model_of(8, implementation, **fields)
+def test_scores_are_those_of_the_document(implementation, kind):
+    """As by all scores, of which a group's are left; three heads of keys for two halves."""
+    fields = {"position_embedding_type": kind, "num_attention_heads": 6, "num_key_value_heads": 3}
+    fields |= {"fire_init_length": 4} if kind == "fire" else {}
+    has_logits = kind is None and implementation != "sdpa"
+    model = model_of(8, implementation, learnable_sinks=has_logits, **fields)
     mixer = model.model.layers[0].mixer
-    q, k, v = (torch.randn(2, 30, 4, 8, dtype=torch.float64) for _ in range(3))
+    if has_logits:
+        torch.nn.init.normal_(mixer.sink_logits)
+    q, k, v = (torch.randn(2, 30, heads, 8, dtype=torch.float64) for heads in (6, 3, 3))
+    found = attended(model, q, k, v)
+    k, v = (x.repeat_interleave(2, dim=2) for x in (k, v))
     token = torch.arange(30)
     distance = (token[:, None] - token).clamp(min=0)
-    decay_K = torch.zeros(8).double() if kind != "xpos" else mixer.log_decay(q.device)
+    decay_K = mixer.log_decay(q.device) if kind == "xpos" else torch.zeros(8).double()
     decay_TSK = (distance[..., None] * decay_K).exp()
     scores = torch.einsum("bthk,bshk,tsk->bhts", q, k, decay_TSK) * mixer.scale
     if kind == "fire":
         places = token, distance, torch.float64
         scores = scores + mixer.position_bias.by_query(*places).movedim(-1, 0)
-    elif kind != "xpos":
+    elif kind in ("alibi", "t5"):
         scores = scores + mixer.position_bias.by_distance(distance, torch.float64)
-    for half, shift in ((slice(0, 2), 0), (slice(2, 4), 4)):
+    if has_logits:
+        logits_H = mixer.sink_logits.detach()
+        scores = torch.cat([scores, logits_H[:, None, None].expand(2, 6, 30, 1)], dim=-1)
+    for half, shift in ((slice(0, 3), 0), (slice(3, 6), 4)):
         group = (token + shift) // 8
         seen = (group[:, None] == group).tril()
-        p = scores[:, half].masked_fill(~seen, -torch.inf).softmax(-1)
+        seen = torch.nn.functional.pad(seen, (0, scores.shape[-1] - 30), value=True)
+        p = scores[:, half].masked_fill(~seen, -torch.inf).softmax(-1)[..., :30]
         expected = torch.einsum("bhts,bshv->bthv", p, v[:, :, half])
-        found = attended(model, q, k, v)[:, :, half]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found[:, :, half], expected, rtol=0, atol=1e-12)
 
 
 TYPES = [
