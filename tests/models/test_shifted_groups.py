@@ -245,6 +245,7 @@ def test_operations_of_a_step_count_groups():
         ({"sliding_window": 8}, 4, "got a model with a window of 8 tokens"),
         ({"num_attention_heads": 3, "num_key_value_heads": 1}, 4, "number is even, got 3"),
         ({}, 0, "at least 1 token, got 0"),
+        ({"rope_extension": {"type": "rerope", "window": 8}}, 4, "is for use without training"),
     ],
 )
 def test_what_has_no_groups(fields, size, message):

@@ -22,6 +22,7 @@ from goldens import golden_tensors
 
 SKIP = {"target": 128}
 FULL = ["--architecture", "sliding_window", "--model.sliding_window", "none"]
+EXTENDED = ["--model.rope_extension", "{type = 'rerope', window = 8}"]
 JUMPS = ["--position_skip.target", "128"]
 SHORT = ["--steps", "8", "--decay_steps", "2", "--checkpoint_every", "4", "--eval_every", "0"]
 
@@ -224,6 +225,10 @@ def test_models_that_it_does_nothing_for(in_process, workshop):
         (["--architecture", "infini"], "this infini has none"),
         (["--architecture", "lightning"], "this lightning has none"),
         ([*FULL[:2], "--model.sliding_window", "8"], "a window of 8 tokens never sees"),
+        ([*FULL, "--model.position_embedding_type", "alibi"], "; alibi counts tokens; use rope or"),
+        ([*FULL, "--model.position_embedding_type", "none"], "without a position_embedding_type"),
+        ([*FULL, *EXTENDED], "positions; rope_extension rerope counts tokens; use rope or xpos."),
+        ([*FULL, "--model.position_embedding_type", "xpos"], ""),
         (FULL, ""),
         (hybrid, ""),
     ):
