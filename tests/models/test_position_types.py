@@ -13,7 +13,7 @@ from zoo.kernels.windowed_attention import (
     windowed_attention,
     windowed_attention_reference,
 )
-from zoo.layers import foreign_attention, position_bias
+from zoo.layers import position_bias
 from zoo.layers.position_bias import AlibiBias, FireBias, T5Bias
 from zoo.layers.positions import RotaryPositions, rotate
 from zoo.layers.xpos import xpos_log_decay
@@ -335,8 +335,8 @@ def test_flex_attention(kind, monkeypatch):
     def not_compiled(query, key, value, training, **arguments):
         return flex_attention(query, key, value, **arguments)
 
-    for module in (foreign_attention, transformers.integrations.flex_attention):
-        monkeypatch.setattr(module, "compile_friendly_flex_attention", not_compiled)
+    module = transformers.integrations.flex_attention
+    monkeypatch.setattr(module, "compile_friendly_flex_attention", not_compiled)
     fire = {"fire_init_length": 40} if "fire" in str(kind) else {}
     model = build(position_embedding_type=kind, sliding_window=None, **fire)
     ids, mask = torch.randint(0, 50, (2, 41)), torch.ones(2, 41, dtype=torch.long)

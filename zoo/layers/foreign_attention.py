@@ -4,10 +4,6 @@ import math
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers.integrations.flex_attention import (
-    compile_friendly_flex_attention,
-    get_flex_attention_lse_kwargs,
-)
 
 from ..kernels.windowed_attention import visible_keys
 
@@ -27,7 +23,7 @@ def mask_arguments(
 ):
     """Which keys are visible, in the terms of one of transformers' attention functions.
 
-    A bias is a mask of numbers, as large as all scores of a row, in the dtype of queries.
+    A bias is as large as all scores of a row; in a mask of numbers it has the dtype of queries.
 
     Args:
         name: of the implementation.
@@ -63,7 +59,10 @@ def mask_arguments(
         visible_BTS = visible_BTS.expand(len(q_BTHK), -1, -1)
         sizes = len(q_BTHK), None, length, num_keys
         mask = create_block_mask(lambda b, h, i, j: visible_BTS[b, i, j], *sizes, device=device)
-        return {"attention_mask": mask}
+        if bias_BHTS is None:
+            return {"attention_mask": mask}
+        # A mask of numbers would be that of the first head alone.
+        return {"attention_mask": mask, "position_bias": bias_BHTS.expand(len(q_BTHK), -1, -1, -1)}
     if bias_BHTS is not None:
         bias_BHTS = bias_BHTS.to(q_BTHK.dtype).masked_fill(~visible_BTS[:, None], -torch.inf)
         return {"attention_mask": bias_BHTS}
@@ -83,11 +82,11 @@ def all_biases(length, num_keys, device, distance_bias=None, query_bias=None, sl
     """
     if slot_bias is not None:
         return slot_bias[:, :, None]
+    if query_bias is None and distance_bias is None:
+        return None
     distance_TS = query_distances(length, num_keys, device)
     if query_bias is not None:
         return query_bias(torch.arange(length, device=device), distance_TS)
-    if distance_bias is None:
-        return None
     return distance_bias[None, :, distance_TS.clamp(max=distance_bias.shape[1] - 1)]
 
 
@@ -95,47 +94,6 @@ def query_distances(length, num_keys, device):
     """How far before each of the last so many tokens each key is, [T, S]; 0 for later ones."""
     i_T1 = torch.arange(num_keys - length, num_keys, device=device)[:, None]
     return (i_T1 - torch.arange(num_keys, device=device)).clamp(min=0)
-
-
-def flex_attention_with_bias(
-    module, query, key, value, attention_mask, bias_BHTS, scaling, s_aux=None, dropout=0.0
-):
-    """As transformers' own, whose masks of numbers are of the first head alone.
-
-    Args:
-        module, query, key, value, attention_mask, scaling, s_aux, dropout: as there.
-        bias_BHTS: [B or 1, H, T, S].
-
-    Raises:
-        ValueError: as there, logits of no value on a CPU.
-    """
-    if s_aux is not None and query.device.type == "cpu":
-        raise ValueError(
-            "attn_implementation='flex_attention' has no logits without a value (learnable_sinks) "
-            "on a CPU; use 'banded' or 'eager'."
-        )
-    heads, groups = query.shape[1], key.shape[1]
-    if heads // groups & (heads // groups - 1):
-        key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
-    has_rows = bias_BHTS.shape[0] > 1
-    arguments = {} if s_aux is None else get_flex_attention_lse_kwargs(True)
-    output = compile_friendly_flex_attention(
-        query,
-        key,
-        value,
-        training=module.training,
-        score_mod=lambda score, b, h, i, j: score + bias_BHTS[b if has_rows else 0, h, i, j],
-        block_mask=attention_mask,
-        enable_gqa=key.shape[1] < heads,
-        scale=scaling,
-        **arguments,
-    )
-    if s_aux is not None:
-        output, rest = output
-        # A logit of no value makes all other weights smaller.
-        log_sum_BHT = getattr(rest, "lse", rest)
-        output = output * (log_sum_BHT - s_aux[:, None]).sigmoid()[..., None].to(output.dtype)
-    return output.transpose(1, 2), None
 
 
 def decayed(q_BTHK, k_BSHK, log_decay, steepest, distance=None):

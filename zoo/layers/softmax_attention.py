@@ -37,7 +37,6 @@ from ..kernels.windowed_attention import (
 from .foreign_attention import (
     all_biases,
     decayed,
-    flex_attention_with_bias,
     mask_arguments,
 )
 from .position_bias import DistanceBias, position_bias
@@ -538,8 +537,6 @@ class SoftmaxAttention(nn.Module):
             settings |= mask_arguments(name, q_BTHK, k_BSHK, self.window, **seen)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         heads_first = (x.transpose(1, 2) for x in (q_BTHK, k_BSHK, v_BSHV))
-        if name == "flex_attention" and bias_BHTS is not None:
-            interface = functools.partial(flex_attention_with_bias, bias_BHTS=bias_BHTS)
         return interface(self, *heads_first, **settings)[0]
 
 
