@@ -109,7 +109,14 @@ class BlockRecurrentConfig(ZooConfig):
         | {"gate": "lstm", "configuration": "dual", "sliding_window": 13, "head_dim": 10},
         "lstm-single": _SMALL | {"gate": "lstm", "configuration": "single"},
         "two-recurrent-layers": _SMALL | {"num_hidden_layers": 3, "recurrent_layers": [0, -1]},
-        "feedback": _SMALL | {"num_hidden_layers": 3, "recurrent_layers": [1], "feedback": True},
+        # One window after the other through all layers: fewer of them, for the time it takes.
+        "feedback": _SMALL
+        | {
+            "num_hidden_layers": 3,
+            "recurrent_layers": [1],
+            "feedback": True,
+            "sliding_window": 32,
+        },
         "alibi": _SMALL | {"position_embedding_type": "alibi"},
         "transformer-xl": {"sliding_window": 16, "num_states": 0},
     }
