@@ -3,12 +3,9 @@
 It runs in processes of its own, since it decides when it is imported which versions it knows.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from forks import Forks
 from rwkv_files import VERSIONS, VOCAB, authors_shapes, random_weights
 from transformers import AutoModelForCausalLM
 
@@ -48,12 +45,14 @@ for version in sys.argv[2:]:
 PREPARED = [version for version in VERSIONS if version != "7"]
 
 
-def run_package(script, folder, *versions, **environment):
+def run_package(forks, script, folder, *versions, **environment):
     """Runs a script with versions as arguments."""
-    environment = {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", **os.environ, **environment}
-    command = [sys.executable, "-c", script, str(folder), *versions]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    file = folder / "script.py"
+    file.write_text("import sys\nassert 'rwkv' not in sys.modules\n" + script)
+    environment = {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", **environment}
+    fork = forks.start(file, folder, *versions, cwd=folder, env=environment)
+    output, errors = fork.communicate()
+    assert fork.returncode == 0, output[-2000:] + errors[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +63,12 @@ def files(tmp_path_factory):
         torch.save(random_weights(authors_shapes(version)), folder / f"{version}.pth")
     ids = torch.randint(VOCAB, (40,), generator=torch.Generator().manual_seed(3))
     torch.save(ids, folder / "ids.pt")
-    run_package(RUN, folder, *(v for v in VERSIONS if v != "7"))
-    run_package(RUN, folder, "7", RWKV_V7_ON="1")
+    forks = Forks(["torch"])
+    run_package(forks, RUN, folder, *(v for v in VERSIONS if v != "7"))
+    run_package(forks, RUN, folder, "7", RWKV_V7_ON="1")
     # Rescaled from the second layer on, so that a small model shows it.
-    run_package(PREPARE, folder, *PREPARED, RWKV_RESCALE_LAYER="1")
+    run_package(forks, PREPARE, folder, *PREPARED, RWKV_RESCALE_LAYER="1")
+    forks.close()
     return folder
 
 
