@@ -68,8 +68,8 @@ MUTANTS = {
     "rotation counted from the packed batch instead of the document": (
         Sequence,
         "_packed",
-        "(clock if position_ids is None else positions)[None],",
-        "torch.arange(len(token_index), device=device)[None],",
+        "            positions[None],",
+        "            torch.arange(len(token_index), device=device)[None],",
         3,
         # The logits of a document depend on differences of positions only and stay right; what
         # shows is the state it leaves, and what continues from that.
@@ -81,8 +81,8 @@ MUTANTS = {
     "rotation counted from the piece instead of the document": (
         Sequence,
         "_dense",
-        "clock if position_ids is None else position_ids,",
-        "steps.expand_as(clock) if position_ids is None else position_ids,",
+        "position_ids = clock if shift is None else clock + shift[:, None]",
+        "position_ids = steps.expand_as(clock)",
         1,
         ("token by token, fp64: logits", "in pieces of 13, fp64: state"),
     ),
