@@ -20,6 +20,7 @@ from conftest import TINY, Workshop, started_forks
 
 SHORT = ["--steps", "8", "--warmup_steps", "1", "--decay_steps", "2", "--checkpoint_every", "4"]
 SHORT += ["--eval_every", "4"]
+FULL = ["--architecture", "sliding_window", "--model.sliding_window", "none"]
 COPY = ["--task", "{name = 'copy', tokens = 4}"]
 
 
@@ -51,6 +52,8 @@ def features(folder):
         "bf16": ["--precision", "bf16"],
         "rates": ["--learning_rate_scales.*.mixer.*", "2.0"],
         "chunked loss": ["--loss_chunk_size", "16"],
+        "jumps": [*FULL, "--position_skip.target", "128"],
+        "groups": [*FULL, "--attention_shift_groups", "4"],
         "samples": ["--sample_prompts", '["1 "]', "--sample_tokens", "4"],
     }
 
