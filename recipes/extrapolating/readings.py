@@ -28,7 +28,7 @@ class Reading:
         name: of the way.
         task: of the sweep.
         seed: of the trial.
-        trial: the `Trial`; None: there is none yet.
+        trial: the `Trial`; None: there is none, see `trials_of`.
     """
 
     study: object
@@ -53,7 +53,7 @@ class Reading:
     def why_not(self):
         """Why it cannot be measured; empty if it can."""
         if self.trial is None:
-            return "its rate is not chosen yet"
+            return "its rate is not chosen yet, or was chosen on this seed"
         status = self.trial.status()
         return "" if status == "done" else f"its trial is {status}"
 

@@ -217,12 +217,18 @@ def test_what_is_not_trained_is_named(written, capsys):
     assert figures == ["contexts.png", "recall.png"]
 
 
-def test_a_seed_that_rates_were_chosen_on_is_not_read(untrained):
+def test_a_seed_that_rates_were_chosen_on_is_not_read(untrained, monkeypatch):
     study = read_study(untrained)
     search = dataclasses.replace(study.plan_of.sweep, learning_rates=[1e-3, 1e-2])
     study.plan_of = dataclasses.replace(study.plan_of, sweep=search)
-    found = {r.seed: r.why_not() for r in files.readings_of(study)}
-    assert found == {1: "its rate is not chosen yet", 2: "its rate is not chosen yet"}
+    assert {reading.trial for reading in files.readings_of(study)} == {None}  # no rate is chosen
+    monkeypatch.setattr(
+        files.Plan,
+        "of_model",
+        lambda self, *names: [self.trial(*names, 1e-2, 2, "report")],
+    )
+    found = {reading.seed: reading.trial for reading in files.readings_of(study)}
+    assert found[1] is None and found[2].learning_rate == 1e-2
 
 
 @pytest.mark.parametrize(
