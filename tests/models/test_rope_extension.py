@@ -140,8 +140,11 @@ def run(model, ids, sizes=None, **inputs):
     return torch.cat(logits, dim=1), cache
 
 
-@pytest.mark.parametrize("window", [None, 14])
-@pytest.mark.parametrize("name", EXTENSIONS)
+# The last has so many slots that a step looks at the newest apart, in a ring that comes round.
+CASES = [*((name, window) for name in EXTENSIONS for window in (None, 14)), ("dual-chunk", 40)]
+
+
+@pytest.mark.parametrize(("name", "window"), CASES)
 def test_a_trained_model_is_extended_when_it_is_loaded(llama, name, window):
     folder, weights = llama
     model = load(folder, rope_extension=EXTENSIONS[name], sliding_window=window)
