@@ -270,3 +270,20 @@ def test_rope_parameters_are_checked(name, case, said):
     with pytest.raises(Exception, match=message):
         config(**TINY, **fields, rope_parameters=dict(parameters), max_position_embeddings=64)
     assert said.text == ""
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "infini"])
+def test_scaled_rope_without_a_limit_of_length(name):
+    """transformers asks a config for its limit, which ours need not have."""
+    config = zoo.MODELS[name].config
+    with pytest.raises(Exception, match="got None; set max_position_embeddings"):
+        config(**TINY, rope_parameters={"rope_type": "yarn", "factor": 2.0})
+    lists = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    trained = {"original_max_position_embeddings": 8}
+    with pytest.raises(Exception, match="need factor, or max_position_embeddings"):
+        config(**TINY, rope_parameters={"rope_type": "longrope"} | lists | trained)
+    for more in ({"rope_type": "yarn"}, {"rope_type": "longrope"} | lists):
+        made = config(**TINY, rope_parameters=trained | {"factor": 2.0} | more)
+        assert not hasattr(made, "max_position_embeddings")
+        model = zoo.MODELS[name].model(made)
+        model(torch.arange(20)[None] % made.vocab_size)

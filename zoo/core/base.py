@@ -38,7 +38,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .flops import linear_flops
 from .generation import StateGeneration
 from .joining import join_states
-from .length_limit import LengthLimit
+from .length_limit import LengthLimit, unlimited_is_none
 from .replay import replay
 from .sequence import Sequence, restarting_positions
 from .state import (
@@ -140,6 +140,11 @@ class ZooConfig(PreTrainedConfig):
         config = result[0] if isinstance(result, tuple) else result
         config.validate()  # transformers sets kwargs one by one after it checked the rest
         return result
+
+    def standardize_rope_params(self):
+        """As transformers does, which asks for a limit of length whether or not it needs one."""
+        with unlimited_is_none(self):
+            super().standardize_rope_params()
 
     @property
     def layer_types(self):

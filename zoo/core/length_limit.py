@@ -5,6 +5,9 @@ texts to it). So where there is no limit, None, it is not to be found, as in tra
 recurrent models, and config.json is silent on it; that of earlier folders says null.
 """
 
+import inspect
+from contextlib import contextmanager
+
 NAME = "max_position_embeddings"
 
 
@@ -25,3 +28,17 @@ class LengthLimit:
 def length_limit(config):
     """A config's max_position_embeddings, or None if it has none."""
     return getattr(config, NAME, None)
+
+
+@contextmanager
+def unlimited_is_none(config):
+    """Where there is no limit, the attribute is None for a while, for code that asks unasked."""
+    is_ours = isinstance(inspect.getattr_static(type(config), NAME, None), LengthLimit)
+    if NAME in vars(config) or not is_ours:
+        yield
+        return
+    vars(config)[NAME] = None
+    try:
+        yield
+    finally:
+        vars(config).pop(NAME, None)

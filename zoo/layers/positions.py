@@ -87,6 +87,12 @@ def check_rope_parameters(config):
             f"RoPE of type {rope_type} starts from the length the model was trained for, "
             f"got {known!r}; set max_position_embeddings."
         )
+    says_factor = config.rope_parameters.get("factor") is not None
+    if rope_type == "longrope" and not says_factor and length_limit(config) is None:
+        raise ValueError(
+            "rope_parameters of type longrope need factor, or max_position_embeddings, by which "
+            "transformers divides original_max_position_embeddings; got neither."
+        )
     share = config.rope_parameters.get("partial_rotary_factor", 1.0)
     _check_number("partial_rotary_factor", share, 0)
     size = num_rotated_channels(config)
