@@ -173,12 +173,12 @@ def attention_on_sinks(model, ids, num_streams=8):
     window, shares = model.config.sliding_window, []
 
     def watch(attend):
-        def attend_and_look(q_BTHK, k_BSHK, v_BSHV, sinks, **documents):
-            ones = sinks._replace(v=torch.ones_like(sinks.v))
-            share_BTHV = attend(q_BTHK, k_BSHK, torch.zeros_like(v_BSHV), ones, **documents)
+        def attend_and_look(q_BTHK, k_BSHK, v_BSHV, sinks, *bias, **documents):
+            ones, zeros_BSHV = sinks._replace(v=torch.ones_like(sinks.v)), torch.zeros_like(v_BSHV)
+            share_BTHV = attend(q_BTHK, k_BSHK, zeros_BSHV, ones, *bias, **documents)
             first = window + model.config.num_sink_tokens - 1
             shares.append(share_BTHV[:, first:, :, 0].mean((0, 1)).tolist())
-            return attend(q_BTHK, k_BSHK, v_BSHV, sinks, **documents)
+            return attend(q_BTHK, k_BSHK, v_BSHV, sinks, *bias, **documents)
 
         return attend_and_look
 
