@@ -144,6 +144,15 @@ def run(model, ids, sizes=None, **inputs):
 CASES = [*((name, window) for name in EXTENSIONS for window in (None, 14)), ("dual-chunk", 40)]
 
 
+@torch.no_grad()
+def test_the_local_window_of_chunks_may_be_called_window(llama):
+    same = {"type": "dual_chunk", "chunk_size": 12, "window": 4}
+    ids = text_of(1, 40)
+    models = [load(llama[0], rope_extension=x) for x in (EXTENSIONS["dual-chunk"], same)]
+    one, other = (run(model, ids, [25, 1, 14]) for model in models)
+    assert torch.equal(one[0], other[0]) and state_bytes(one[1]) == state_bytes(other[1])
+
+
 @pytest.mark.parametrize(("name", "window"), CASES)
 def test_a_trained_model_is_extended_when_it_is_loaded(llama, name, window):
     folder, weights = llama
@@ -317,6 +326,14 @@ def test_refused_fields(change, message):
         (
             {"rope_extension": {"type": "dual_chunk", "chunk_size": 4, "local_window": 4}},
             "local_window is below chunk_size, got 4 and 4",
+        ),
+        (
+            {"rope_extension": {"type": "dual_chunk", "chunk_size": 4}},
+            "dual_chunk needs local_window, or window, which says the same, got neither",
+        ),
+        (
+            {"rope_extension": EXTENSIONS["dual-chunk"] | {"window": 4}},
+            "got local_window and window",
         ),
         ({"position_embedding_type": "alibi"}, "of position_embedding_type 'rope'"),
         ({"position_embedding_type": [None, None]}, "of position_embedding_type 'rope'"),

@@ -10,12 +10,12 @@ model knows. n is a query's number in its document and m a key's, d = n - m:
                   the one before: min(n mod s + s, c) - m mod s
                   older: min(2 s - 1, c) - m mod s
 
-with w = window, k = factor, G = group_size, c = chunk_size and l = local_window. With
-`log_n_length` L, queries are multiplied by max(1, ln(n + 1) / ln L), so that attention stays as
-sharp as it was among L tokens. All of it counts the tokens of the document, so it is a function of
-the text: `position_ids` say where documents start and nothing else. dual_chunk is the exact form:
-one softmax over all keys, where the authors' merge of three has weights in bfloat16 without
-gradients, and without their factor by the longest text seen so far.
+with w = window, k = factor, G = group_size, c = chunk_size and l = local_window, which may be
+called window too. With `log_n_length` L, queries are multiplied by max(1, ln(n + 1) / ln L), so
+that attention stays as sharp as it was among L tokens. All of it counts the tokens of the document,
+so it is a function of the text: `position_ids` say where documents start and nothing else.
+dual_chunk is the exact form: one softmax over all keys, where the authors' merge of three has
+weights in bfloat16 without gradients, and without their factor by the longest text seen so far.
 """
 
 import difflib
@@ -29,7 +29,7 @@ EXTENSION_FIELDS = {
     "rerope": (("window",), ("log_n_length",)),
     "leaky_rerope": (("window", "factor"), ("log_n_length",)),
     "self_extend": (("window", "group_size"), ("log_n_length",)),
-    "dual_chunk": (("chunk_size", "local_window"), ()),
+    "dual_chunk": (("chunk_size",), ("local_window", "window")),
 }
 # What a field is, and the least that it may be.
 _WHOLE = {"window": 1, "group_size": 1, "chunk_size": 1, "local_window": 0}
@@ -49,6 +49,14 @@ class ExtendedPositions(NamedTuple):
     reaches: tuple
 
 
+def chunk_length(extension):
+    """s = c - l of dual_chunk, tokens of a chunk."""
+    local_window = extension.get("local_window")
+    if local_window is None:
+        local_window = extension["window"]
+    return extension["chunk_size"] - local_window
+
+
 def extended_positions(extension, clock_BT):
     """The `ExtendedPositions` of tokens.
 
@@ -57,7 +65,7 @@ def extended_positions(extension, clock_BT):
         clock_BT: the number of each token in its document.
     """
     if extension["type"] == "dual_chunk":
-        chunk, limit = extension["chunk_size"] - extension["local_window"], extension["chunk_size"]
+        chunk, limit = chunk_length(extension), extension["chunk_size"]
         inside_BT = clock_BT % chunk
         before_BT = (inside_BT + chunk).clamp(max=limit)
         older_BT = torch.full_like(clock_BT, min(2 * chunk - 1, limit))
@@ -123,13 +131,13 @@ def extended_rotation(rotation, extension, clock_BT):
 
 def near_window(extension):
     """How many of the newest keys are kept turned in another way than all; None: they are not."""
-    return extension.get("window")
+    return None if extension["type"] == "dual_chunk" else extension["window"]
 
 
 def reach_bounds(extension):
     """(least, most) of each of the reaches."""
     if extension["type"] == "dual_chunk":
-        chunk = extension["chunk_size"] - extension["local_window"]
+        chunk = chunk_length(extension)
         return (1, chunk), (chunk + 1, 2 * chunk)
     return ((extension["window"],) * 2,)
 
@@ -191,14 +199,27 @@ def _check_fields(extension):
         )
     for name in known[1:]:
         _check_field(name, extension.get(name))
-    if kind == "dual_chunk" and extension["local_window"] >= extension["chunk_size"]:
+    if kind == "dual_chunk":
+        _check_local_window(extension)
+
+
+def _check_local_window(extension):
+    said = [name for name in ("local_window", "window") if extension.get(name) is not None]
+    if len(said) != 1:
         raise ValueError(
-            "rope_extension: local_window is below chunk_size, got "
-            f"{extension['local_window']} and {extension['chunk_size']}."
+            "rope_extension of type dual_chunk needs local_window, or window, which says the same, "
+            f"got {' and '.join(said) or 'neither'}."
+        )
+    if chunk_length(extension) < 1:
+        raise ValueError(
+            f"rope_extension: {said[0]} is below chunk_size, got {extension[said[0]]} and "
+            f"{extension['chunk_size']}."
         )
 
 
 def _check_field(name, value):
+    if value is None and name in ("local_window", "window"):
+        return  # of which one is enough
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name in _WHOLE:
         if not isinstance(value, int) or not is_number or value < _WHOLE[name]:
