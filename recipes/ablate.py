@@ -33,6 +33,7 @@ from ablating.sweep import read_sweep  # noqa: E402
 from pretraining.recipe import UsageError  # noqa: E402
 from pretraining.reporting import Lasting  # noqa: E402
 from pretraining.run_folder import locked  # noqa: E402
+from pretraining.usage import Parser  # noqa: E402
 
 ACTIONS = ("run", "report", "list")
 USAGE, SOME_LEFT = 2, 1
@@ -42,14 +43,6 @@ line; 128 + n: stopped by signal n, after the trials had saved
 
 Every key of the TOML is an option too: --sweep.seeds "[1, 2]", --recipe.steps 20, --name other.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes are one line, as all others are."""
-
-    def error(self, message):
-        """Says what is wrong, without the list of all options."""
-        raise UsageError(f"{message} (--help says what there is)")
 
 
 def parse(arguments):

@@ -42,7 +42,7 @@ from pretraining.building import tokenizer_of  # noqa: E402
 from pretraining.mixing import load_mixture  # noqa: E402
 from pretraining.recipe import UsageError  # noqa: E402
 from pretraining.run_folder import locked  # noqa: E402
-from pretraining.usage import run_script  # noqa: E402
+from pretraining.usage import Parser, run_script  # noqa: E402
 
 SOME_LEFT = 1
 TABLES = "tables.md"
@@ -52,14 +52,6 @@ exit status: 0 all is measured; 1 some trials of the sweep have not ended, the r
 
 Every key of the TOML is an option too: --seeds "[1]", --ways.rope_linear.panel other, --name other.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes are one line, as all others are."""
-
-    def error(self, message):
-        """Says what is wrong, without the list of all options."""
-        raise UsageError(f"{message} (--help says what there is)")
 
 
 def parse(arguments):

@@ -52,6 +52,7 @@ from pretraining.run_folder import (
 from pretraining.sharding import check_plugin
 from pretraining.starting import config_of_source
 from pretraining.training import Diverged, Run
+from pretraining.usage import Parser
 from zoo.hub.files import file_hash
 
 USAGE, DIVERGED = 2, 3  # exit statuses; Python's is 1 after a crash
@@ -61,14 +62,6 @@ exit status: 0 done; 1 crashed; 2 something to put right, said in one line; 3 di
 
 Every key of the recipe is an option too: --KEY VALUE, with its default and what it means.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes are one line, as all others are."""
-
-    def error(self, message):
-        """Says what is wrong, without the list of all options."""
-        raise UsageError(f"{message} (--help says what there is)")
 
 
 def parse(arguments):

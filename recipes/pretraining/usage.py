@@ -1,5 +1,6 @@
 """What is said to a user who can put something right."""
 
+import argparse
 import difflib
 import sys
 from pathlib import Path
@@ -14,6 +15,14 @@ USAGE = 2  # exit status
 
 class UsageError(Exception):
     """Something the user can put right; scripts print it as one line and exit with status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, as all others are."""
+
+    def error(self, message):
+        """Says what is wrong, without the list of all options."""
+        raise UsageError(f"{message} (--help says what there is)")
 
 
 def nearest(name, known):

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 
+from zoo.layers.position_fields import position_types
+
 
 class Orthogonal(NamedTuple):
     """A matrix whose rows or columns, whichever are fewer, are orthogonal and of length `gain`."""
@@ -281,8 +283,7 @@ def sliding_window(config):
 
 def position_biases(config):
     """T5's table as its code has it; FIRE as its paper's appendix, with PyTorch's linear layers."""
-    table, types, bias = {}, config.position_embedding_type, "*.mixer.position_bias."
-    types = types if isinstance(types, list) else [types]
+    table, types, bias = {}, position_types(config), "*.mixer.position_bias."
     if "t5" in types:
         table[f"{bias}table"] = (0.0, config.hidden_size**-0.5, "normal")
     if "fire" in types:
