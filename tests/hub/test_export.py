@@ -252,7 +252,7 @@ def test_card(folder, model):
 
 @pytest.mark.parametrize("unknown", [None, "<unk>"])
 def test_the_cards_example_runs_with_a_tokenizer_that_knows_no_code(
-    folder, tmp_path, monkeypatch, capsys, unknown
+    folder, model, tmp_path, monkeypatch, capsys, unknown
 ):
     """As that of a synthetic task, whose words are numbers."""
     words = {**({unknown: 0} if unknown else {}), "0": 1, "1": 2, "2": 3}
