@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .compare import NAMES, gradients, loss_of
+from .held_choices import held_for
 from .paper_initialization import Of, Orthogonal
 from .points_library import aligned
 from .points_sequence import PIECES, cut
@@ -29,7 +30,8 @@ def low_precision(subject, checks):
     with the same, already rounded, weights. Plain PyTorch is the same 16-bit model with each of
     our operators replaced by its definition, one step at a time (`x` by `x_reference`). A model of
     another library has no such pair: for it, plain is the model run token by token, or, if that
-    cannot be, nothing is compared.
+    cannot be, nothing is compared. A model that chooses some of many is given the float64 model's
+    choices in all runs, and those it would make otherwise are held to twice plain's as well.
     """
     ids = subject.ids(2, 131)
     # As far as learned positions reach, where there are such.
@@ -39,19 +41,25 @@ def low_precision(subject, checks):
     for dtype in (torch.bfloat16, torch.float16):
         name = NAMES[dtype]
         with checks.case(name), torch.no_grad():
-            model = subject.model(dtype)
+            model, held = subject.model(dtype), held_for(subject, dtype, ids)
             exact = subject.forward(subject.model(dtype).double(), ids).logits
-            plain = _error(_plain_logits(subject, model, ids), exact)
+            with held.given_to(model):
+                plain = _error(_plain_logits(subject, model, ids), exact)
+            share = held.share_made_otherwise()
             runs = {"whole": (131,)} | PIECES
             for way, sizes in runs.items():
-                logits, cache = subject.run(model, ids, cut(131, sizes))
-                ratio = _error(logits, exact) / max(plain, torch.finfo(dtype).tiny)
-                checks.below(f"{way}: error / plain error", ratio, 2)
+                with checks.case(way):
+                    with held.given_to(model):
+                        logits, cache = subject.run(model, ids, cut(131, sizes))
+                    ratio = _error(logits, exact) / max(plain, torch.finfo(dtype).tiny)
+                    checks.below("error / plain error", ratio, 2)
+                    held.check(checks, 2 * share)
             _state_dtypes(checks, model, cache)
         with checks.case(f"{name}, autocast"), torch.no_grad():
             model = subject.model(torch.float32)
             exact = subject.forward(subject.model(torch.float64), ids).logits
-            with torch.autocast("cpu", dtype):
+            held = held_for(subject, torch.float32, ids)
+            with torch.autocast("cpu", dtype), held.given_to(model):
                 plain = _error(_plain_logits(subject, model, ids), exact)
                 logits, cache = subject.run(model, ids, cut(131, (7, 64, 1, 59)))
             checks.below("error / plain error", _error(logits, exact) / plain, 2)
@@ -69,10 +77,12 @@ def low_precision(subject, checks):
         if not torch.cuda.is_available():
             raise NotApplicable("no GPU")
         for dtype in (torch.bfloat16, torch.float16):
+            held = held_for(subject, dtype, ids)
             exact = subject.forward(subject.model(dtype).double(), ids).logits
             model = subject.model(dtype).to("cuda")
-            plain = _error(_plain_logits(subject, model, ids.cuda()).cpu(), exact)
-            error = _error(subject.forward(model, ids.cuda()).logits.cpu(), exact)
+            with held.given_to(model):
+                plain = _error(_plain_logits(subject, model, ids.cuda()).cpu(), exact)
+                error = _error(subject.forward(model, ids.cuda()).logits.cpu(), exact)
             checks.below(f"{NAMES[dtype]}: error / plain error", error / plain, 2)
 
 

@@ -18,6 +18,7 @@ from .compare import (
     relative_states,
     worst_of,
 )
+from .held_choices import SHARE_IN_32_BITS, FreeChoices, held_for
 from .subject import cache_tensors, generator, state_tensors
 
 # Around the chunk length of a chunked operator, and prime beyond it.
@@ -41,18 +42,23 @@ def cut(length, sizes):
 
 
 def whole_equals_pieces(subject, checks):
-    """Point 1: logits, state and gradients do not depend on how a sequence is cut."""
+    """Point 1: logits, state and gradients do not depend on how a sequence is cut.
+
+    A model that chooses some of many has its choices compared in float64, and results in float32
+    where they agree (zoo/contract/held_choices.py).
+    """
     for dtype, bound in BOUNDS.items():
-        model = subject.model(dtype)
-        with checks.case(f"without a cache = with one, {NAMES[dtype]}"):
-            ids = subject.ids(2, LENGTHS[-1])
+        model, ids = subject.model(dtype), subject.ids(2, LENGTHS[-1])
+        held = held_for(subject, dtype, ids)
+        with checks.case(f"without a cache = with one, {NAMES[dtype]}"), held.given_to(model):
             without = subject.forward(model, ids).logits
             checks.below("logits", relative(without, subject.run(model, ids)[0]), bound)
-        bounds = Bounds(subject, dtype, lambda model: Runs(subject, model))
-        whole = functools.cache(functools.partial(Runs, subject, model))
+        bounds = Bounds(subject, dtype, functools.partial(Runs, subject, held=held))
+        whole = functools.cache(functools.partial(Runs, subject, model, held=held))
         for name, sizes in PIECES.items():
             with checks.case(f"{name}, {NAMES[dtype]}"):
-                pieces = Runs(subject, model, sizes)
+                pieces = Runs(subject, model, sizes, held)
+                held.check(checks, SHARE_IN_32_BITS)
                 for what, distance in Runs.distances.items():
                     figure = distance(getattr(pieces, what), getattr(whole(), what))
                     checks.below(what, figure, bounds.of(what, distance, figure))
@@ -72,8 +78,12 @@ class Runs:
         "gradients": relative_gradients,
     }
 
-    def __init__(self, subject, model, sizes=None):
+    def __init__(self, subject, model, sizes=None, held=None):
         self.model, sizes = model, sizes or LENGTHS[-1:]
+        with (held or FreeChoices()).given_to(model):
+            self._run(subject, model, sizes)
+
+    def _run(self, subject, model, sizes):
         ids, logits, states = subject.ids(2, LENGTHS[-1]), {}, {}
         start, pieces, cache = 0, [], None
         for size in cut(LENGTHS[-1], sizes):
