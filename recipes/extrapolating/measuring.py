@@ -114,12 +114,46 @@ def recall(study, trial, way):
     by_distance = {}
     for distance, length in study.example_lengths(trial.recipe).items():
         settings, whose = {"length": length, "distance": distance}, ["extrapolation", distance]
-        model, right = models.of(length), 0
         size = max(1, study.lengths[-1] // length)  # as many tokens at once as in the longest text
-        for first in range(0, study.examples, size):
-            batch = task.examples(whose, settings, first, min(size, study.examples - first))
-            targets_BN = batch["shift_labels"][:, -task.digits :]
-            logits = model(batch["input_ids"], use_cache=False, logits_to_keep=task.digits).logits
-            right += (logits.argmax(-1) == targets_BN).sum().item()
-        by_distance[str(distance)] = right / (study.examples * task.digits)
+        right_BN = right(models.of(length), task, whose, settings, study.examples, size)
+        by_distance[str(distance)] = right_BN.double().mean().item()
     return {"by_distance": by_distance}
+
+
+@torch.inference_mode()
+def recall_by_segment(study, trial, way):
+    """The share of answers of which all digits are right, by segments from key to question.
+
+    Returns:
+        "by_segment": tokens of the documents -> distance -> share.
+    """
+    models, task = Models(study, trial, way), load(trial.recipe.task)
+    at_once = max(study.lengths[-1], trial.recipe.batch_size * task.length)
+    found = {}
+    for length in study.lengths:
+        found[str(length)] = shares = {}
+        for back in study.segments_back(length):
+            settings = {"segments": length // study.segment_length, "back": back}
+            of = models.of(length), task, ["extrapolation"], settings
+            right_BN = right(*of, study.examples, at_once // length)
+            shares[str(back)] = right_BN.all(-1).double().mean().item()
+    return {"by_segment": found}
+
+
+def right(model, task, whose, settings, examples, size):
+    """Which digits are the likeliest tokens, each given those before it: [examples, digits].
+
+    Args:
+        model: a causal model.
+        task: of keys in filler.
+        whose, settings: of the examples, as `Task.examples` has them.
+        examples: how many.
+        size: examples at once.
+    """
+    found = []
+    for first in range(0, examples, size):
+        batch = task.examples(whose, settings, first, min(size, examples - first))
+        targets_BN = batch["shift_labels"][:, -task.digits :]
+        logits = model(batch["input_ids"], use_cache=False, logits_to_keep=task.digits).logits
+        found.append(logits.argmax(-1) == targets_BN)
+    return torch.cat(found)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ablating.figures import BASELINE, INK, STYLES, Figure, Panel, draw_seeds, save_png
 
-from .summary import points
+from .summary import curves, documents
 
 FIGURES = "figures"
 GUESS = 0.1  # of a digit
@@ -13,6 +13,11 @@ DRAWN = {
     "in_context": ("contexts", "bits per byte of the same bytes", "tokens of context"),
     "by_distance": ("recall", "share of digits that are right", "tokens from key to question"),
 }
+BY_SEGMENT = (
+    "segments",
+    "answers with all digits right",
+    "segments from the key's to the question's",
+)
 
 
 def dealt(results):
@@ -40,9 +45,9 @@ def figure_of(results, measure):
 
     def fill(axes, group):
         for name, style in group:
-            curves = [points(values) for values in ways[name][measure].values()]
-            if curves:
-                draw_seeds(axes, name, style, curves, markers=True)
+            found = list(curves(ways[name], measure).values())
+            if found:
+                draw_seeds(axes, name, style, found, markers=True)
         axes.set(xscale="log", xlabel=x_title, ylabel=y_title)
         ticks = study["lengths"]
         if measure == "by_distance":
@@ -53,7 +58,7 @@ def figure_of(results, measure):
         axes.set_xticks(ticks, [f"{n:,.0f}" for n in ticks])
         axes.axvline(trained, color=INK, lw=0.8, ls=":")
 
-    if not any(way[measure] for way in ways.values()):
+    if not any(way.get(measure) for way in ways.values()):
         return None
     panels = [
         Panel(title, lambda axes, group=group: fill(axes, group), "all")
@@ -63,14 +68,45 @@ def figure_of(results, measure):
     return Figure(file, "", "", panels)
 
 
+def segments_figure(results):
+    """Recall by segments, a row of panels for each title and a column for each length."""
+    study, ways = results["study"], results["ways"]
+    file, y_title, x_title = BY_SEGMENT
+
+    def panel(title, group, length):
+        last = length // study["segment_length"] - 1
+
+        def fill(axes):
+            for name, style in group:
+                found = list(curves(ways[name], "by_segment", length).values())
+                if found:
+                    draw_seeds(axes, name, style, found, markers=True)
+            axes.set(xlabel=x_title, ylabel=y_title, ylim=(-0.03, 1.03))
+            axes.set_xticks(range(0, last + 1, max(1, (last + 1) // 8)))
+
+        title = ": ".join(filter(None, (title, documents(study, length))))
+        return Panel(title, fill, str(length))
+
+    if not any(way.get("by_segment") for way in ways.values()):
+        return None
+    panels = [
+        panel(title, group, length)
+        for title, group in dealt(results)
+        if any(ways[name]["by_segment"] for name, _ in group[1:] or group)
+        for length in study["lengths"]
+    ]
+    return Figure(file, "", "", panels)
+
+
 def draw(results, folder):
     """Writes a PNG for each measure there is; returns their paths."""
     folder = Path(folder) / FIGURES
     folder.mkdir(parents=True, exist_ok=True)
+    figures = {measure: (figure_of(results, measure), 2) for measure in DRAWN}
+    figures["by_segment"] = segments_figure(results), len(results["study"]["lengths"])
     paths = []
-    for measure in DRAWN:
-        figure = figure_of(results, measure)
+    for figure, columns in figures.values():
         if figure:
             paths.append(folder / f"{figure.name}.png")
-            save_png(figure, paths[-1], columns=2)
+            save_png(figure, paths[-1], columns)
     return paths

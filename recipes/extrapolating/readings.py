@@ -13,7 +13,7 @@ from ablating.matching import widths
 from ablating.planning import Plan
 from pretraining.reporting import write_json
 
-from .measuring import losses, recall
+from .measuring import losses, recall, recall_by_segment
 
 FORMAT = 1  # of the measures; another number is another file
 READINGS = "readings"
@@ -73,7 +73,8 @@ class Reading:
         """
         began = time.monotonic()
         of = self.study, self.trial, self.way
-        figures = recall(*of) if held_out is None else losses(*of, held_out)
+        recalled = recall_by_segment if self.study.segment_length else recall
+        figures = recalled(*of) if held_out is None else losses(*of, held_out)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         seconds = time.monotonic() - began
         record = {

@@ -11,6 +11,8 @@ from pretraining.recipe import pairs as words_in_pairs
 from pretraining.usage import read_toml
 from tasks import load
 
+FAMILIES = "passkey", "passkey_by_segment"  # of recall
+
 
 @dataclass
 class Way:
@@ -46,8 +48,11 @@ class Study:
         places: stretches of held-out text, one after the other and as long as the longest of
             lengths, of which the last tokens are targets, as many as the shortest has.
         first: token of these, among all that is held out.
-        recall: a task of the sweep of the family passkey, for accuracies; empty: none.
-        distances: from key to question, in tokens, rising.
+        recall: a task of the sweep of the family passkey, or passkey_by_segment, for accuracies;
+            empty: none.
+        distances: from key to question, in tokens, or in segments from the key's to the question's,
+            rising. In tokens each is of documents of the first of lengths that has it, in segments
+            of documents of every length that has it.
         examples: of each distance.
     """
 
@@ -72,10 +77,13 @@ class Study:
         """
         if not self.name or set(self.name) & set("/\\\0") or self.name.startswith("."):
             raise UsageError(f"name is the name of a folder, without slashes, got {self.name!r}.")
-        for key in ("lengths", "distances"):
+        self.plan_of = read_sweep(self.sweep)
+        self.segment_length = self._segment_length()
+        for key, least in (("lengths", 1), ("distances", 0 if self.segment_length else 1)):
             values = getattr(self, key)
-            if sorted({*values}) != values or min(values, default=1) < 1:
-                raise UsageError(f"{key} are numbers above 0 that rise, got {values}.")
+            if sorted({*values}) != values or min(values, default=least) < least:
+                called = "above 0" if least else "of at least 0"
+                raise UsageError(f"{key} are numbers {called} that rise, got {values}.")
         if not self.lengths:
             raise UsageError("lengths are tokens of context, and there is none.")
         for key in ("places", "examples"):
@@ -85,7 +93,6 @@ class Study:
             raise UsageError(f"seeds are different, one or more, got {self.seeds}.")
         if self.first < 0:
             raise UsageError(f"first is at least 0, got {self.first}.")
-        self.plan_of = read_sweep(self.sweep)
         self._check_tasks()
         if not self.ways:
             raise UsageError("ways are tables such as [ways.NAME], and there is none.")
@@ -103,15 +110,39 @@ class Study:
             raise UsageError(f"text is a task with a text, and {self.text!r} is a synthetic one.")
         if not self.recall:
             return
-        recipe = sweep.resolve(self.recall, next(iter(sweep.models)), 1.0, 0)
-        if recipe.task.get("name") != "passkey":
+        recipe = self._recall_recipe()
+        if recipe.task.get("name") not in FAMILIES:
             raise UsageError(
-                f"recall is a task of the family passkey, got {self.recall!r}, which is "
-                f"{recipe.task.get('name', 'a text')!r}."
+                f"recall is a task of the family {' or '.join(FAMILIES)}, got {self.recall!r}, "
+                f"which is {recipe.task.get('name', 'a text')!r}."
             )
         if not self.distances:
             raise UsageError("distances say how far keys lie back, and there is none.")
-        self.example_lengths(recipe)
+        if self.segment_length:
+            self._check_segments()
+        else:
+            self.example_lengths(recipe)
+
+    def _recall_recipe(self):
+        return self.plan_of.resolve(self.recall, next(iter(self.plan_of.models)), 1.0, 0)
+
+    def _segment_length(self):
+        """Tokens of a segment where distances are in segments, else 0."""
+        is_synthetic = self.recall in self.plan_of.tasks
+        return self._recall_recipe().task.get("segment_length", 0) if is_synthetic else 0
+
+    def _check_segments(self):
+        for length in self.lengths:
+            if length % self.segment_length:
+                raise UsageError(
+                    f"lengths are those of whole segments of {self.segment_length} tokens, got "
+                    f"{length}."
+                )
+        if self.distances[-1] >= self.lengths[-1] // self.segment_length:
+            raise UsageError(
+                f"the longest of lengths has {self.lengths[-1] // self.segment_length} segments, "
+                f"and no key lies {self.distances[-1]} segments back; take shorter distances."
+            )
 
     def _way(self, name, table):
         way = _made(Way, table, f"ways.{name}")
@@ -173,6 +204,10 @@ class Study:
                     f"than the longest of lengths, {self.lengths[-1]}; take shorter distances."
                 )
         return found
+
+    def segments_back(self, length):
+        """The distances, in segments, that documents of so many tokens have."""
+        return [back for back in self.distances if back < length // self.segment_length]
 
     def measured(self, task, way):
         """What the figures of a trial are a function of, beside the trial itself."""

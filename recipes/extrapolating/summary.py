@@ -7,7 +7,7 @@ from pretraining.building import REPOSITORY
 from pretraining.reporting import environment, write_json
 
 RESULTS = "results.json"
-MEASURES = "in_context", "by_distance"
+MEASURES = "in_context", "by_distance", "by_segment"
 
 
 def collect(study, readings, corpus):
@@ -19,6 +19,8 @@ def collect(study, readings, corpus):
         corpus: hash of the text that losses are of; None: there is none.
     """
     table = {k: v for k, v in asdict(study).items() if k not in ("ways", "output_dir")}
+    if study.segment_length:
+        table["segment_length"] = study.segment_length
     ways, missing = {}, {}  # way, task and why there is nothing -> seeds
     for name, way in study.ways.items():
         found = {"trials": {}, **{measure: {} for measure in MEASURES}}
@@ -54,15 +56,26 @@ def points(values):
     return [(int(key), value) for key, value in values.items()]
 
 
-def cells(way, measure, since=None):
-    """The `Interval` over seeds of each figure of a way, by number.
+def curves(way, measure, length=None):
+    """The figures of a way as lists of (x, y), by seed.
 
     Args:
         way: of results.json.
         measure: one of MEASURES.
+        length: of the documents, in tokens, where a measure has figures for each; else None.
+    """
+    found = way.get(measure, {}).items()  # studies before it was measured do not have it
+    return {seed: points(values[str(length)] if length else values) for seed, values in found}
+
+
+def cells(way, measure, since=None, length=None):
+    """The `Interval` over seeds of each figure of a way, by number.
+
+    Args:
+        way, measure, length: as of `curves`.
         since: the number whose figure is taken off the others, seed by seed; None: none is.
     """
-    by_seed = {seed: dict(points(values)) for seed, values in way[measure].items()}
+    by_seed = {seed: dict(curve) for seed, curve in curves(way, measure, length).items()}
     if since is not None:
         by_seed = {
             seed: {n: value - found[since] for n, value in found.items() if n != since}
@@ -84,18 +97,30 @@ def markdown(results):
         lines += _table(results, "in_context", heads, 3)
         lines += ["", f"What more than {trained:,} tokens add to that, paired by seed", ""]
         lines += _table(results, "in_context", heads[1:], 3, since=trained)
-    if study["recall"]:
+    size = study.get("segment_length")
+    if study["recall"] and not size:
         heads = [f"{n:,}" for n in study["distances"]]
         lines += ["", "Share of digits that are right, by tokens from key to question"]
         lines += ["", *_table(results, "by_distance", heads, 2)]
+    for length in study["lengths"] if size else []:
+        heads = [str(n) for n in study["distances"] if n < length // size]
+        what = f"Share of answers with all digits right, in {documents(study, length)}"
+        lines += ["", f"{what}, by segments from the key's to the question's"]
+        lines += ["", *_table(results, "by_segment", heads, 2, length=length)]
     lines += ["", *(f"- missing: {one}" for one in results["missing"])]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines).strip() + "\n"
 
 
-def _table(results, measure, heads, digits, since=None):
+def documents(study, length):
+    """What documents of so many tokens are called."""
+    count = f"documents of {length // study['segment_length']} segments"
+    return count + " (as in training)" * (length == study["lengths"][0])
+
+
+def _table(results, measure, heads, digits, since=None, length=None):
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for name, way in results["ways"].items():
-        found = cells(way, measure, since)
+        found = cells(way, measure, since, length)
         if found:
             sign = "" if since is None else "+"
             shown = [_cell(one, digits, sign) for one in found.values()]

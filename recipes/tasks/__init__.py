@@ -5,10 +5,12 @@ from pretraining.usage import UsageError, nearest
 from .copying import Copy, Induction
 from .definition import Task
 from .passkey import Passkey
+from .passkey_by_segment import PasskeyBySegment
 from .recall import MQAR, Recall
 from .state_tracking import S5, Parity
 
-FAMILIES = {family.name: family for family in (Recall, MQAR, Copy, Induction, Passkey, Parity, S5)}
+_ALL = (Recall, MQAR, Copy, Induction, Passkey, PasskeyBySegment, Parity, S5)
+FAMILIES = {family.name: family for family in _ALL}
 
 
 def load(table):

@@ -14,7 +14,7 @@ import extrapolate
 from extrapolating import readings as files
 from extrapolating.measuring import Models, merged
 from extrapolating.study import read_study
-from extrapolating.summary import cells, points
+from extrapolating.summary import cells, markdown, points
 from pretraining.building import build_config, build_model, tokenizer_of
 from pretraining.mixing import load_mixture
 from pretraining.recipe import UsageError
@@ -44,9 +44,12 @@ data = "{folder}/text.txt"
 eval_bytes = 300
 [tasks.recall]
 task = {{ name = "passkey", example_length = 16, digits = 1, test_distances = [4] }}
+[tasks.segments]
+task = {{ name = "passkey_by_segment", segment_length = 8, segments = 2, digits = 2 }}
 [models.rope]
 architecture = "sliding_window"
 """
+BY_SEGMENT = ["--text", "", "--recall", "segments", "--distances", "[0, 1, 3, 7]"]
 STUDY = """
 sweep = "{folder}/sweep.toml"
 output_dir = "{folder}/studies"
@@ -168,6 +171,41 @@ def test_recall_is_of_a_key_as_far_back_as_it_says(written, monkeypatch):
     assert seen[:7] == [(4, 16), (2, 16), (2, 32), (2, 32), (2, 32), (1, 64), (1, 64)]
 
 
+def test_recall_by_segment_is_of_documents_of_every_length(untrained, monkeypatch, capsys):
+    """Whoever knows keys of this segment and the one before is right there, whatever the length."""
+    study = read_study(untrained, BY_SEGMENT)
+    for reading in files.readings_of(study):
+        if reading.name == "rope":
+            train(reading.trial)
+    seen = []
+
+    def knows_two_segments(ids, use_cache, logits_to_keep):
+        seen.append(tuple(ids.shape))
+        key = (ids == KEY).nonzero()[:, 1]
+        back = (ids.shape[1] - 1) // 8 - key // 8
+        digits = torch.stack([row[place + 1 : place + 3] for row, place in zip(ids, key)])
+        digits[:, 1] += back > 1  # only one of two, farther back
+        return SimpleNamespace(logits=one_hot(digits, 99).float())
+
+    monkeypatch.setattr(Models, "of", lambda self, length: knows_two_segments)
+    assert extrapolate.start([str(untrained), *BY_SEGMENT]) == 0
+    results = results_of(untrained)
+    found = {
+        "16": {"0": 1.0, "1": 1.0},
+        "32": {"0": 1.0, "1": 1.0, "3": 0.0},
+        "64": {"0": 1.0, "1": 1.0, "3": 0.0, "7": 0.0},
+    }
+    assert [way["by_segment"] for way in results["ways"].values()] == [{"1": found, "2": found}] * 4
+    assert seen[:2] == [(6, 16)] * 2 and seen[-1] == (6, 64)  # as many tokens as 32 examples have
+    folder = untrained.parent / "studies/study"
+    tables = (folder / "tables.md").read_text()
+    assert (
+        tables.count("| wide | 1.00 ± 0.00 | 1.00 ± 0.00 |") == 3 and "(as in training)" in tables
+    )
+    assert tables.startswith("Share of answers") and "| | 0 | 1 | 3 | 7 |" in tables
+    assert [path.name for path in (folder / "figures").iterdir()] == ["segments.png"]
+
+
 def test_nothing_is_measured_twice(written, monkeypatch, capsys):
     real, seen = files.losses, []
 
@@ -238,9 +276,12 @@ def test_a_seed_that_rates_were_chosen_on_is_not_read(untrained, monkeypatch):
         (["--first", "-1"], "first is at least 0"),
         (["--seeds", "[1, 1]"], "seeds are different"),
         (["--text", "tekst"], "did you mean 'text'"),
-        (["--recall", "text"], "of the family passkey, got 'text'"),
+        (["--recall", "text"], "of the family passkey or passkey_by_segment, got 'text'"),
         (["--distances", "[4, 63]"], "has at least 65 tokens, more than the longest of lengths"),
         (["--distances", "[1]"], "test_distances are at least 2"),
+        ([*BY_SEGMENT, "--lengths", "[16, 36]"], "whole segments of 8 tokens, got 36"),
+        ([*BY_SEGMENT, "--distances", "[0, 8]"], "has 8 segments, and no key lies 8 segments back"),
+        ([*BY_SEGMENT, "--distances", "[-1, 2]"], "distances are numbers of at least 0 that rise"),
         (["--ways.window.model", "ropes"], "did you mean 'rope'"),
         (["--ways.window.modle", "rope"], "did you mean 'model'"),
         (["--ways.linear.by_length", "{ a = [1] }"], "a list of 3 values"),
@@ -274,6 +315,13 @@ def test_tables_are_merged():
     fields = {"a": {"b": 1, "c": 2}, "d": 3}
     assert merged(fields, {"a": {"b": 4}, "d": "none"}) == {"a": {"b": 4, "c": 2}, "d": "none"}
     assert fields == {"a": {"b": 1, "c": 2}, "d": 3}
+
+
+@pytest.mark.parametrize("name", ["test_long"])
+def test_committed_tables_are_those_of_the_results(name):
+    folder = ROOT / "recipes/results" / name
+    results = json.loads((folder / "results.json").read_text())
+    assert (folder / "tables.md").read_text() == markdown(results)
 
 
 def test_the_committed_study_has_the_numbers_of_its_formulas(monkeypatch):

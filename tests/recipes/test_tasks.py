@@ -16,6 +16,7 @@ SMALL = {
     "copy": {"symbols": 5, "tokens": 7},
     "induction": {"symbols": 4, "example_length": 9, "test_lengths": [20]},
     "passkey": {"example_length": 30, "digits": 3, "filler": 7, "test_distances": [4, 9, 50]},
+    "passkey_by_segment": {"segment_length": 9, "segments": 3, "digits": 2, "test_back": [0, 1, 4]},
     "parity": {"example_length": 10},
     "s5": {"example_length": 6},
 }
@@ -26,6 +27,7 @@ FIRST_EXAMPLES = {
     "copy": "50cbf7ad4a3f",
     "induction": "3344af57017d",
     "passkey": "478039288eed",
+    "passkey_by_segment": "f17f1b4fb7f2",
     "parity": "ec1cf19ec24d",
     "s5": "f6f26610671e",
 }
@@ -129,6 +131,31 @@ def test_copies_marks_and_keys():
     assert distances == {*range(4, 27)}
 
 
+def test_keys_lie_whole_in_their_segments():
+    task, seen = small("passkey_by_segment"), {}
+    for name, settings in task.tests().items():
+        batch = task.test_batch(name, 0, 900)
+        for ids, targets in zip(batch["input_ids"].tolist(), batch["shift_labels"].tolist()):
+            key, asked, last = ids.index(1), ids.index(2), len(ids) // 9 - 1
+            assert ids[0] == 0 and ids.count(1) == ids.count(2) == 1 and len(ids) - 2 == asked
+            assert targets[-2:] == ids[key + 1 : key + 3] and ids[-1:] == targets[-2:-1]
+            assert key // 9 == (key + 2) // 9 and key + 2 < asked
+            assert settings.get("back") in (None, last - key // 9)
+            places = seen.setdefault((name, last - key // 9), {})
+            places[key % 9] = places.get(key % 9, 0) + 1
+    # In each segment as often, and anywhere in it: beside the start and the question as well.
+    assert [sum(seen["trained", back].values()) for back in range(3)] == pytest.approx(
+        [300] * 3, abs=60
+    )
+    assert [{*seen["trained", back]} for back in range(3)] == [
+        {*range(5)},
+        {*range(7)},
+        {*range(1, 7)},
+    ]
+    assert all(min(places.values()) > 20 for places in seen.values())
+    assert [{*seen["back_4", 4]}, {*seen["back_0", 0]}] == [{*range(1, 7)}, {*range(5)}]
+
+
 def test_products_are_those_of_the_group():
     for _, ids, place, target in scored(small("parity").batch(0, 0, 0, 20)):
         assert target == sum(ids[: place + 1]) % 2
@@ -156,6 +183,9 @@ def test_products_are_those_of_the_group():
         ({"name": "induction", "test_lengths": 2}, "examples have at least 3 tokens"),
         ({"name": "passkey", "example_length": 11}, "example_length is at least 12 with 5 digits"),
         ({"name": "passkey", "test_distances": [5]}, "test_distances are at least 6, the mark and"),
+        ({"name": "passkey_by_segment", "segment_length": 11}, "at least 12 with 5 digits"),
+        ({"name": "passkey_by_segment", "segments": 0}, "segments is at least 1, got 0"),
+        ({"name": "passkey_by_segment", "test_back": [1, -1]}, "0 or more, got [1, -1]"),
         ({"name": "parity", "test_examples": 0}, "test_examples is at least 1, got 0"),
     ],
 )
