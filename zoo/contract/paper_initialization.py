@@ -408,6 +408,31 @@ def longnet(config):
     return table
 
 
+def transformer_xl(config):
+    """The authors' train.py: everything N(0, 0.02), norms around 1, projections N(0, 0.01)."""
+    std = config.initializer_range
+    table = {
+        "model.embed_tokens.*weight": (0.0, std, "normal"),
+        "*query_biases.*": (0.0, std, "normal"),
+        "*norm.weight": (1.0, std, "normal"),
+        "*norm.bias": ZERO,
+        "*.mixer.*_proj.weight": (0.0, std, "normal"),
+        "*.mlp.*_proj.weight": (0.0, std, "normal"),
+        "*.mlp.*_proj.bias": ZERO,
+        "lm_head.*bias": ZERO,
+    }
+    if not config.tie_word_embeddings:
+        table["lm_head.*weight"] = (0.0, std, "normal")
+    if config.cutoffs:
+        table["lm_head.clusters.weight"] = (0.0, std, "normal")
+    if config.div_val > 1 or config.d_embed != config.hidden_size:
+        del table["model.embed_tokens.*weight"]
+        table["model.embed_tokens.tables.*.weight"] = (0.0, std, "normal")
+        table["model.embed_tokens.projections.*.weight"] = (0.0, 0.01, "normal")
+        table["lm_head.projections.*.weight"] = (0.0, 0.01, "normal")
+    return table
+
+
 # By the name in zoo.MODELS; each takes the config.
 TABLES = {
     "retnet": retnet,
@@ -421,4 +446,5 @@ TABLES = {
     "infini": infini,
     "block_recurrent": block_recurrent,
     "longnet": longnet,
+    "transformer_xl": transformer_xl,
 }

@@ -292,6 +292,8 @@ def _tied(subject, checks, model, ids):
 
 
 def _resized(subject, checks, model, ids, logits):
+    if model.get_output_embeddings() is None:
+        raise NotApplicable("it has no output embeddings")
     more = 7
     model.resize_token_embeddings(subject.vocab_size + more, mean_resizing=False)
     found = subject.forward(model, ids).logits

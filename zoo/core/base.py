@@ -499,13 +499,17 @@ class ZooModel(ZooPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = self.build_embedding(config)
         self.layers = nn.ModuleList(
             self.block_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
         self.norm = self.build_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def build_embedding(self, config):
+        """The vectors of token ids."""
+        return nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
 
     def build_norm(self, config):
         """The norm after the last block."""
@@ -876,8 +880,12 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = self.build_lm_head(config)
         self.post_init()
+
+    def build_lm_head(self, config):
+        """The projection onto the vocabulary."""
+        return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @can_return_tuple
     def forward(

@@ -27,8 +27,9 @@ their window too, so that the stack runs window by window (1.35 to 1.4 times the
 (Press et al. 2021, https://arxiv.org/abs/2108.12409): s_d = |a| q_n . k_{n-d} - m d. As in its
 paper it is not learned and not scaled. The authors of this architecture have nothing like it.
 
-`num_states=0` is the baseline: Transformer-XL (Dai et al. 2019, https://arxiv.org/abs/1901.02860)
-with a sliding cache, "Slide" in the paper, whose gradients go into the window before.
+`num_states=0` is the paper's baseline "Slide": a Transformer-XL with a sliding cache, whose
+gradients go into the window before. That of Transformer-XL's own authors, with other positions and
+blocks, is zoo/models/transformer_xl.py.
 
 Departures: the code has the logit of -1000 in the softmaxes over and of states too; it changes
 no digit below scales of 900. Its dropout and its other position encodings are left out. The gate
@@ -83,7 +84,7 @@ class BlockRecurrentConfig(ZooConfig):
         head_dim: width of a head; None: hidden_size / num_attention_heads.
         sliding_window: W, how many tokens before its own a token sees, and the length of a window
             of the recurrence.
-        num_states: M, state vectors of a recurrent layer; 0: none, a Transformer-XL.
+        num_states: M, state vectors of a recurrent layer; 0: none, the baseline.
         recurrent_layers: which layers have states, counted from 0, or from the top if negative;
             None: the third from the top (of fewer layers the first).
         gate: of a state: bias (the paper's fixed gate), full or lstm.

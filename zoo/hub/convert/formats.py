@@ -22,6 +22,8 @@ from . import (
     rwkv_pth,
     torchscale_longnet,
     torchscale_retnet,
+    transfo_xl_hf,
+    transformer_xl,
     transnormerllm,
 )
 from .format import LIBRARIES
@@ -47,6 +49,8 @@ _FILES = (
     infini_beomi,
     infini_lucidrains,
     torchscale_longnet,
+    transfo_xl_hf,
+    transformer_xl,
 )
 FORMATS = {file.FORMAT.name: file.FORMAT for file in _FILES}
 

@@ -1,0 +1,249 @@
+"""Transformer-XL: attention to the own segment and to a memory of the tokens before it.
+
+Dai et al. 2019, https://arxiv.org/abs/1901.02860, as its authors' PyTorch code has it. Per head, d
+= i - j tokens from a key back to the query's own, u and t learned [H, K]:
+
+    s_ij = ((q_i + u) . k_j + (q_i + t) . r_d) / sqrt(K)
+    r_d  = W_r [sin(d w), cos(d w)],  w_j = 10000^(-2j / D), d at most clamp_len if that is above 0
+    o_i  = softmax_j(s_ij) v_j
+
+Which keys a token sees is one of two things. With `same_length`, as the authors evaluate and all
+published models run, the last mem_len tokens, its own included: nothing knows of segments. Without,
+as they train, its own segment up to itself and the mem_len tokens before that, so that the last
+token of a segment sees more than the first. Segments have `segment_length` tokens, counted from a
+document's own start. In both, no gradient goes through the hidden states of earlier segments, as
+the authors train (`detaches_memory` of the mixer).
+
+Blocks are post-norm (LayerNorm after the residual sum; `pre_lnorm`: before), with biases in the MLP
+alone, and no norm is last. Embeddings are scaled by sqrt(D), and the output projection is the
+embedding, unscaled, with a bias. `cutoffs` and `div_val` make both adaptive
+(zoo/layers/adaptive_softmax.py): logits are then log-probabilities, as in the class that
+transformers had.
+
+`zero_memory`: before a text lie mem_len zero vectors, which are not masked. The authors' TensorFlow
+code, from which all published weights come, and transformers began so; their PyTorch code begins
+with nothing. A zero vector has a zero key and value, but a place: it adds exp((q + t) . r_d /
+sqrt(K)) to the denominator.
+
+The cache holds each layer's inputs, as the authors' does: half of what keys and values would be.
+`BlockRecurrentConfig(num_states=0)` is another model, meliad's baseline "Slide". Weights load
+through `zoo convert transformer-xl` and `transfo-xl-hf`.
+"""
+
+import functools
+from typing import ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import GenerationMixin
+
+from ..core.base import Constant, ZooConfig, check_head_dim
+from ..core.heads import (
+    ZooForQuestionAnswering,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
+)
+from ..core.state import SlidingStateLayer
+from ..layers.adaptive_models import (
+    AdaptiveForCausalLM,
+    AdaptiveModel,
+    AdaptivePreTrainedModel,
+    check_clusters,
+    fill_clusters,
+)
+from ..layers.relative_attention import QueryBiases
+from ..layers.relative_scores import sinusoids
+from ..layers.transformer_xl_block import TransformerXLBlock
+
+_SMALL = {"mem_len": 16, "segment_length": 16}
+
+
+@strict
+class TransformerXLConfig(ZooConfig):
+    """The mathematics of Transformer-XL.
+
+    Args:
+        intermediate_size: MLP width; None: four times hidden_size.
+        head_dim: width of a head; None: hidden_size / num_attention_heads.
+        mem_len: with same_length how many tokens a token sees, its own included; without, how many
+            before its segment.
+        same_length: whether every token sees as many.
+        segment_length: L, tokens of a segment: without same_length what a token sees depends on it,
+            and in both where gradients stop.
+        clamp_len: distances from this on count as this; 0 or less: none do.
+        zero_memory: whether zero vectors lie before a text.
+        untie_r: whether each layer has its own u and t.
+        pre_lnorm: norms before mixer and MLP instead of after the sums.
+        d_embed: width of the first cluster's words; None: hidden_size.
+        cutoffs: first ids of the clusters after the first; none: one plain table.
+        div_val: each cluster's words are that many times narrower than the one's before.
+        tie_projs: for each cluster, whether its projection in the softmax is the embedding's; None:
+            for all but the first.
+        layer_norm_epsilon: epsilon of the norms.
+        initializer_range: standard deviation of weights at the start; norms' are around 1.
+    """
+
+    model_type = "zoo_transformer_xl"
+    layer_type: ClassVar[str] = SlidingStateLayer._layer_type
+    hidden_act: ClassVar[str] = "relu"  # of the MLP
+    variants: ClassVar[dict[str, dict]] = {
+        "default": _SMALL,
+        "segments": {
+            "mem_len": 12,
+            "segment_length": 16,
+            "same_length": False,
+            "clamp_len": 10,
+            "pre_lnorm": True,
+            "zero_memory": True,
+            "head_dim": 12,
+            "untie_r": False,
+        },
+        "adaptive": _SMALL
+        | {"zero_memory": True, "clamp_len": 9, "cutoffs": [70, 84], "div_val": 2},
+    }
+
+    head_dim: int | None = None
+    mem_len: int = 512
+    same_length: bool = True
+    segment_length: int = 512
+    clamp_len: int = -1
+    zero_memory: bool = False
+    untie_r: bool = True
+    pre_lnorm: bool = False
+    d_embed: int | None = None
+    cutoffs: list[int] | None = None
+    div_val: int = 1
+    tie_projs: list[bool] | None = None
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        fill_clusters(self)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks heads, memory, segments and clusters."""
+        super().validate_architecture()
+        check_head_dim(self)
+        if self.hidden_size % 2:
+            raise ValueError(
+                "hidden_size is even, as half of a distance's vector are sines and half cosines, "
+                f"got {self.hidden_size}."
+            )
+        least = 1 if self.same_length or self.zero_memory else 0
+        if self.mem_len < least:
+            raise ValueError(
+                f"mem_len is at least {least}, got {self.mem_len}; a token counts itself with "
+                "same_length, and without it 0 is no memory, of which none can be zero."
+            )
+        if self.segment_length < 1:
+            raise ValueError(f"segment_length is at least 1 token, got {self.segment_length}.")
+        check_clusters(self)
+
+    @property
+    def num_slots(self):
+        """How many tokens a token sees at most, its own included."""
+        return self.mem_len + (0 if self.same_length else self.segment_length)
+
+    @property
+    def num_distances(self):
+        """How many of them are at distances that differ, as far as scores know."""
+        return min(self.num_slots, self.clamp_len + 1) if self.clamp_len > 0 else self.num_slots
+
+    @property
+    def zeros_end(self):
+        """The clock from which on no token sees zeros before a text."""
+        if self.same_length:
+            return self.mem_len - 1
+        return -(-self.mem_len // self.segment_length) * self.segment_length
+
+    def reach(self, clock):
+        """The largest distance that tokens at these clocks see."""
+        if self.same_length:
+            return self.mem_len - 1
+        return clock % self.segment_length + self.mem_len
+
+
+class TransformerXLPreTrainedModel(AdaptivePreTrainedModel):
+    """The config and layers for transformers."""
+
+    config: TransformerXLConfig
+    _no_split_modules = ["TransformerXLBlock"]
+    _can_record_outputs = {"hidden_states": TransformerXLBlock}
+
+
+class TransformerXLModel(TransformerXLPreTrainedModel, AdaptiveModel):
+    """The decoder."""
+
+    block_class = TransformerXLBlock
+
+    def __init__(self, config):
+        super().__init__(config)
+        count = functools.partial(sinusoids, config.hidden_size, config.num_distances)
+        self.sinusoids = Constant(count)
+        self.query_biases = None if config.untie_r else QueryBiases(config)
+        self.post_init()
+
+    def build_norm(self, config):
+        """No norm is last."""
+        return nn.Identity()
+
+    def embed(self, embeds_BTD, sequence):
+        """The scale of the embeddings."""
+        return embeds_BTD * self.config.hidden_size**0.5
+
+    def mixer_inputs(self, x_BTD, sequence):
+        """The sinusoids, and u and t where layers share them."""
+        inputs = {"sinusoids_ED": self.sinusoids(x_BTD.device).to(x_BTD.dtype)}
+        if not self.config.untie_r:
+            inputs["biases"] = self.query_biases()
+        return inputs
+
+
+class TransformerXLForCausalLM(TransformerXLPreTrainedModel, AdaptiveForCausalLM, GenerationMixin):
+    """Transformer-XL as a language model."""
+
+    model_class = TransformerXLModel
+
+    def visible_tokens(self, length):
+        """Of so many tokens, those the last one's logits depend on, [length] bool."""
+        begin = length - 1
+        for _ in range(self.config.num_hidden_layers):
+            begin = max(begin - self.config.reach(begin), 0)
+        return torch.arange(length) >= begin
+
+
+class TransformerXLForSequenceClassification(
+    TransformerXLPreTrainedModel, ZooForSequenceClassification
+):
+    """Transformer-XL as a classifier of texts."""
+
+    model_class = TransformerXLModel
+
+
+class TransformerXLForTokenClassification(TransformerXLPreTrainedModel, ZooForTokenClassification):
+    """Transformer-XL as a classifier of tokens."""
+
+    model_class = TransformerXLModel
+
+
+class TransformerXLForQuestionAnswering(TransformerXLPreTrainedModel, ZooForQuestionAnswering):
+    """Transformer-XL as a finder of answers in a text."""
+
+    model_class = TransformerXLModel
+
+
+__all__ = [
+    "TransformerXLConfig",
+    "TransformerXLModel",
+    "TransformerXLForCausalLM",
+    "TransformerXLForSequenceClassification",
+    "TransformerXLForTokenClassification",
+    "TransformerXLForQuestionAnswering",
+]
