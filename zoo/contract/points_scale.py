@@ -15,6 +15,7 @@ except ImportError:  # Windows
     resource = None
 
 from .compare import BOUNDS, gradients, loss_of, relative, relative_gradients
+from .compiling import compiled
 from .points_sequence import cut
 from .report import NotApplicable
 from .subject import cache_tensors, held_bytes, state_tensors
@@ -162,14 +163,14 @@ def training_and_compiling(subject, checks):
         _replayed(subject, checks)
     model = subject.model()
     with checks.case("torch.compile, full graph"):
-        _compiled(subject, checks, model, ids[:, :COMPILED_LENGTH])
+        compiled(subject, checks, model, ids[:, :COMPILED_LENGTH])
     with checks.case("torch.compile on a GPU, inductor"), torch.no_grad():
         if not torch.cuda.is_available():
             raise NotApplicable("no GPU")
-        model, ids = model.to("cuda"), ids.to("cuda")
+        model, ids = subject.model().to("cuda"), ids.to("cuda")
         expected = subject.forward(model, ids).logits
-        compiled = torch.compile(lambda ids: subject.forward(model, ids).logits, fullgraph=True)
-        checks.below("logits", relative(compiled(ids), expected), BOUND)
+        graph = torch.compile(lambda ids: subject.forward(model, ids).logits, fullgraph=True)
+        checks.below("logits", relative(graph(ids), expected), BOUND)
 
 
 def _replayed(subject, checks):
@@ -220,38 +221,3 @@ def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-
-
-def _compiled(subject, checks, model, ids):
-    def compiled(function, backend="eager"):
-        torch._dynamo.reset()
-        return torch.compile(function, fullgraph=True, backend=backend)
-
-    def prefill(ids):
-        return subject.forward(model, ids, use_cache=True)
-
-    def step(ids, cache, mask):
-        return subject.forward(model, ids, cache, mask)
-
-    with torch.no_grad():
-        with checks.case("prefill"):
-            expected, found = prefill(ids), compiled(prefill)(ids)
-            checks.below("logits", relative(found.logits, expected.logits), BOUND)
-        with checks.case("a decoding step"):
-            caches = [subject.run(model, ids)[1] for _ in range(2)]
-            compiled_step, mask = compiled(step), ids.new_ones(2, ids.shape[1] + 1)
-            for name in ("first", "second"):
-                expected = step(ids[:, :1], caches[0], mask).logits
-                found = compiled_step(ids[:, :1], caches[1], mask).logits
-                checks.below(f"{name}: logits", relative(found, expected), BOUND)
-                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-    with checks.case("training"):
-        expected, found = (
-            gradients(model, loss_of(run(ids).logits))
-            for run in (
-                lambda ids: subject.forward(model, ids),
-                compiled(lambda ids: subject.forward(model, ids), "aot_eager"),
-            )
-        )
-        checks.below("gradients", relative_gradients(found, expected), BOUND)
-    torch._dynamo.reset()
