@@ -102,6 +102,16 @@ def block_recurrent(mixer):
         keys = torch.ones(states, states + 2 * window, dtype=torch.bool)
         per_window = attention(keys, size)
         total += LENGTH / window * per_window
+    if mixer.memory is not None:
+        # Scores of all in the memory, and attention to those chosen.
+        q_1K, index = torch.ones(1, size), torch.arange(LENGTH)
+        begin_T = index // config.memory_segment_length * config.memory_segment_length
+        remembered = (begin_T[:, None] > index) & (begin_T[:, None] - config.memory_size <= index)
+        for num_keys in remembered.sum(1).tolist():
+            keys = torch.ones(num_keys, size)
+            total += counted(lambda keys=keys: q_1K @ keys.T).get_total_flops() * (num_keys > 0)
+        neighbors = torch.ones(LENGTH, config.memory_neighbors, dtype=torch.bool)
+        total += attention(neighbors, size)
     return config.num_attention_heads * total
 
 

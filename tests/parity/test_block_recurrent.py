@@ -14,7 +14,7 @@ from ways import WAYS, run, worst
 
 from zoo.hub.convert import FORMATS, convert
 from zoo.hub.convert.format import Weights
-from zoo.hub.convert.meliad import cell_names, tensor_names
+from zoo.hub.convert.meliad import MEMORY_FIELDS, cell_names, tensor_names
 from zoo.hub.folder import settings
 from zoo.kernels.windowed_attention import attention_step
 from zoo.layers.block_attention import distance_buckets
@@ -259,10 +259,43 @@ class Definition:
             state = self.gate(f"{cell}.mlp_out", state, hidden)
         return state
 
+    def recall(self, q, scale, history, start):
+        """What the queries of tokens `start` and on find in the keys and values of all before."""
+        k, v = history
+        size, segment = self.c.memory_size, self.c.memory_segment_length
+        count = self.c.memory_neighbors
+        results = []
+        for n, own in enumerate(q, start):
+            first = n // segment * segment
+            past = list(range(max(first - size, 0), first))
+            score = torch.einsum("hk,mhk->hm", own, k[past]).detach()
+            heads = []
+            for head in range(len(own)):
+                if self.c.memory_selection == "exact":
+                    best = sorted(range(len(past)), key=lambda i: -score[head, i])[:count]
+                    chosen = [past[i] for i in best]
+                else:
+                    columns = [
+                        [i for i, m in enumerate(past) if m % count == j] for j in range(count)
+                    ]
+                    best = [max(x, key=lambda i: score[head, i]) if x else None for x in columns]
+                    chosen = [None if i is None else past[i] for i in best]
+                if not chosen:
+                    heads.append(torch.zeros_like(own[head]))
+                    continue
+                zero = torch.zeros_like(own[head])
+                keys = torch.stack([zero if m is None else k[m, head].detach() for m in chosen])
+                values = torch.stack([zero if m is None else v[m, head].detach() for m in chosen])
+                weights = (keys @ own[head] * self.p[scale][head].abs()).softmax(0)
+                heads.append(weights @ values)
+            results.append(torch.stack(heads))
+        return torch.stack(results)
+
     def __call__(self, ids):
         c, p, window = self.c, self.p, self.c.sliding_window
         zero = torch.zeros(window, c.num_attention_heads, c.head_dim, dtype=torch.float64)
         before = [(zero, zero)] * c.num_hidden_layers
+        history = dict.fromkeys(c.memory_layers, (zero[:0], zero[:0]))
         states = {i: p[f"model.layers.{i}.mixer.cell.initial"] for i in c.recurrent_layers}
         i, j = torch.arange(window)[:, None] + window, torch.arange(2 * window)
         mask = (i - j >= 1) & (i - j <= window)
@@ -284,12 +317,20 @@ class Definition:
                 q, k = (self.heads(a, f"{mixer}.{part}_proj") for part in "qk")
                 v = self.heads(a, f"{mixer}.v_proj", False)
                 k2, v2 = (torch.cat(pair) for pair in zip(before[layer], (k, v)))
-                if c.position_embedding_type == "t5":
+                if layer in c.memory_layers:
+                    bias = 0.0
+                elif c.position_embedding_type == "t5":
                     bias = p[f"{mixer}.relative_bias"][:, buckets[:length, : window + length]]
                 else:
                     bias = -slopes[:, None, None] * (i - j)[:length, : window + length]
                 seen = mask[:length, : window + length]
                 y = self.attention(q, k2, v2, f"{mixer}.scale", bias, seen)
+                if layer in c.memory_layers:
+                    start = len(history[layer][0])
+                    history[layer] = [torch.cat(pair) for pair in zip(history[layer], (k, v))]
+                    found = self.recall(q, f"{mixer}.scale", history[layer], start)
+                    g = p[f"{mixer}.memory.gate"].sigmoid()[:, None]
+                    y = (1 - g) * y + g * found
                 read = feedback
                 if layer in states:
                     read = self.read(f"{mixer}.cell", states[layer])[1:]
@@ -310,12 +351,22 @@ class Definition:
 # With several recurrent layers, the last is the one that others read.
 ALIBI = {"position_embedding_type": "alibi"}
 TWO_SOURCES = {"num_hidden_layers": 4, "recurrent_layers": [0, 2]}
+# Comes round three times in 59 tokens, and segments do not divide it.
+SMALL_MEMORY = {"memory_size": 12, "memory_neighbors": 4, "memory_segment_length": 5}
+WITH_MEMORY = SMALL_MEMORY | {"memory_layers": [1]}
 
 
 @pytest.mark.parametrize(
     ("variant", "fields"),
     [
         *((variant, {}) for variant in BlockRecurrentConfig.variants),
+        ("memorizing", SMALL_MEMORY),
+        ("memorizing", SMALL_MEMORY | {"memory_layers": [0, 1]}),
+        ("memorizing-exact", SMALL_MEMORY),
+        ("memorizing-exact", SMALL_MEMORY | {"memory_neighbors": 12}),
+        ("lstm-dual", WITH_MEMORY),
+        ("feedback", WITH_MEMORY | {"memory_layers": [2]}),
+        ("alibi", WITH_MEMORY),
         ("feedback", TWO_SOURCES),
         ("feedback", ALIBI),
         ("lstm-dual", ALIBI | {"alibi_bias_max": 4}),
@@ -342,10 +393,20 @@ def test_definition(variant, fields):
         assert worst(ours, theirs, relative=True) < 1e-9, name
 
 
-@pytest.mark.parametrize("variant", ["default", "feedback", "two-recurrent-layers"])
-def test_windows_are_counted_per_document(variant):
+@pytest.mark.parametrize(
+    ("variant", "fields"),
+    [
+        ("default", {}),
+        ("feedback", {}),
+        ("two-recurrent-layers", {}),
+        ("memorizing", SMALL_MEMORY),
+        ("memorizing-exact", SMALL_MEMORY),
+        ("feedback", WITH_MEMORY | {"memory_layers": [0]}),
+    ],
+)
+def test_windows_are_counted_per_document(variant, fields):
     """In a batch whose rows are padded and whose documents begin in the middle of a pass."""
-    model = small_model(variant)
+    model = small_model(variant, **fields)
     definition = Definition(dict(model.named_parameters()), model.config)
     # The last document of the last row begins after one that filled windows, in a later piece.
     rows = [(15, 3, 22), (1, 7, 8, 31), (44,), (20, 25)]
@@ -433,12 +494,19 @@ def meliad_source(folder, model, **fields):
         for name, theirs, is_kernel in tensor_names(model.config)
     }
     save_file(tensors, folder / "model.safetensors")
-    fields = {"window_length": model.config.sliding_window} | fields
+    config = model.config
+    theirs = {"window_length": config.sliding_window}
+    if config.memory_layers:
+        theirs |= {name: getattr(config, own) for name, own in MEMORY_FIELDS.items()}
+    fields = theirs | fields
     (folder / "config.json").write_text(json.dumps(fields))
     return folder
 
 
-@pytest.mark.parametrize("variant", [x for x in BlockRecurrentConfig.variants if x != "alibi"])
+@pytest.mark.parametrize(
+    "variant",
+    [x for x in BlockRecurrentConfig.variants if x not in ("alibi", "memorizing-exact")],
+)
 def test_every_variant_converts(variant, tmp_path):
     # Theirs have T5's usual distances.
     model = small_model(variant, num_buckets=32, max_distance=128)
@@ -446,7 +514,7 @@ def test_every_variant_converts(variant, tmp_path):
     convert("meliad", source, tmp_path / "ours")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64)
     before, after = (settings(x.config) for x in (model, back))
-    if variant == "transformer-xl":
+    if not model.config.num_states:
         # What states would be like says nothing there.
         for name in ("gate", "configuration"):
             assert after.pop(name) == before.pop(name)
@@ -519,6 +587,18 @@ def test_a_gin_text_that_fits(tmp_path):
         ({"alibi_bias_max": 16}, "about position_embedding_type 'alibi', got 16 and 't5'"),
         (ALIBI | {"alibi_bias_max": 0}, "alibi_bias_max is a number above 0, got 0"),
         ({"num_attention_heads": 5, "hidden_size": 24}, "multiple of num_attention_heads"),
+        ({"memory_layers": [2]}, r"different layers of 2, got \[2\]"),
+        ({"memory_layers": [-1, 1]}, r"different layers of 2, got \[1, 1\]"),
+        ({"memory_layers": [-2]}, r"states or a memory, got \[0\] in recurrent_layers and"),
+        ({"memory_size": 64}, "memory_size is about memory_layers, got 64 without any"),
+        ({"memory_selection": "exact"}, "memory_selection is about memory_layers"),
+        ({"memory_layers": [1], "memory_selection": "faiss"}, "memory_selection"),
+        ({"memory_layers": [1], "memory_size": 100}, "a multiple of memory_neighbors, got 100 and"),
+        (
+            {"memory_layers": [1], "memory_size": 100, "memory_selection": "exact"},
+            "at least memory_neighbors, got 100 and 128",
+        ),
+        ({"memory_layers": [1], "memory_segment_length": 0}, "memory_segment_length is at least 1"),
     ],
 )
 def test_configs_that_make_no_sense(fields, message):

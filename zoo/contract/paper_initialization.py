@@ -347,8 +347,10 @@ def block_recurrent(config):
         "*.mlp.up_proj.weight": fan_in_truncated(width),
         "*.mlp.down_proj.weight": fan_in_truncated(mlp_width),
     }
-    if config.position_embedding_type == "t5":
+    if config.position_embedding_type == "t5" and len(config.memory_layers) < layers:
         table["*.mixer.relative_bias"] = (0.0, config.num_buckets**-0.5, "normal")
+    if config.memory_layers:
+        table["*.mixer.memory.gate"] = (0.0, 0.0, "constant")
     for layer in range(layers):
         is_reader = config.feedback or layer in recurrent
         out = f"model.layers.{layer}.mixer.out_proj.weight"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .compare import NAMES, gradients, loss_of
-from .held_choices import held_for
+from .held_choices import SHARE_IN_32_BITS, held_for
 from .paper_initialization import Of, Orthogonal
 from .points_library import aligned
 from .points_sequence import PIECES, cut
@@ -53,7 +53,7 @@ def low_precision(subject, checks):
                         logits, cache = subject.run(model, ids, cut(131, sizes))
                     ratio = _error(logits, exact) / max(plain, torch.finfo(dtype).tiny)
                     checks.below("error / plain error", ratio, 2)
-                    held.check(checks, 2 * share)
+                    held.check(checks, 2 * share + SHARE_IN_32_BITS)
             _state_dtypes(checks, model, cache)
         with checks.case(f"{name}, autocast"), torch.no_grad():
             model = subject.model(torch.float32)

@@ -1,8 +1,9 @@
 """The attention of the Block-Recurrent Transformer, to tokens before and to states.
 
 The mathematics is that of `zoo/models/block_recurrent.py`; what the states do is in
-`zoo/layers/recurrent_cell.py`. Over tokens it is a sliding window that knows nothing of where
-windows begin: a token sees the W before it, whatever pass they came in.
+`zoo/layers/recurrent_cell.py`, what a memory adds in `zoo/layers/external_memory.py`. Over tokens
+it is a sliding window that knows nothing of where windows begin: a token sees the W before it,
+whatever pass they came in.
 """
 
 import functools
@@ -19,6 +20,7 @@ from ..core.state import StateSpec, dtype_of
 from ..core.window import Past, ring_after
 from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.windowed_attention import attention_step, windowed_attention
+from .external_memory import ExternalMemory
 from .position_bias import alibi_log_decay, t5_buckets
 from .recurrent_cell import RecurrentCell, look, scaled, truncated_, unit_heads
 
@@ -48,12 +50,17 @@ class WindowAttention(nn.Module):
         self.k_proj = nn.Linear(width, size, bias=False)
         self.v_proj = nn.Linear(width, size, bias=False)
         self.scale = nn.Parameter(torch.empty(self.num_heads))
-        self.has_table = config.position_embedding_type == "t5"
+        # With a memory a layer has no positions, in its window neither.
+        position_type = (
+            None if layer_idx in config.memory_layers else config.position_embedding_type
+        )
+        self.has_table, self.has_alibi = position_type == "t5", position_type == "alibi"
+        self.memory = None if position_type else ExternalMemory(config)
         if self.has_table:
             self.relative_bias = nn.Parameter(torch.empty(self.num_heads, config.num_buckets))
             sizes = self.window, config.num_buckets, config.max_distance
             self.buckets = Constant(functools.partial(distance_buckets, *sizes))
-        else:
+        if self.has_alibi:
             self.log_decay = Constant(functools.partial(alibi_log_decay, config))
         if self.reads_states:
             self.state_q_proj = nn.Linear(width, size, bias=False)
@@ -76,6 +83,8 @@ class WindowAttention(nn.Module):
     def state_specs(self):
         """Keys and values of the last W tokens, of 2 W and the states in a recurrent layer.
 
+        With a memory, its tokens' as well.
+
         Keys and values in the dtype of the weights, which is that of a key before it is stored.
         """
         dtype, slots = dtype_of(self.k_proj), self.window
@@ -84,7 +93,8 @@ class WindowAttention(nn.Module):
             specs["states_BMD"] = StateSpec((self.config.num_states, self.config.hidden_size))
             slots = 2 * self.window
         ring = StateSpec((slots, self.num_heads, self.config.head_dim), dtype=dtype)
-        return specs | {"keys_BWHK": ring, "values_BWHV": ring}
+        specs |= {"keys_BWHK": ring, "values_BWHV": ring}
+        return specs if self.memory is None else specs | self.memory.state_specs(dtype)
 
     def flops_per_token(self, length):
         """Of its matrices, and of attention to the W tokens before and to states.
@@ -99,6 +109,7 @@ class WindowAttention(nn.Module):
             flops = linear_flops(self) - linear_flops(self.cell)
             flops += self.cell.flops_per_window() / self.window
         keys += self.config.num_states if self.reads_states else 0
+        flops += 0 if self.memory is None else self.memory.flops_per_token(length)
         return flops + per_key * keys
 
     def forward(self, x_BTD, sequence, state, read=None):
@@ -113,12 +124,16 @@ class WindowAttention(nn.Module):
         """
         v_BTHV = self.v_proj(x_BTD).unflatten(-1, (self.num_heads, -1))
         dtype = v_BTHV.dtype
-        q_BTHK = scaled(unit_heads(self.q_proj(x_BTD), self.num_heads), self.scale, dtype)
+        unit_BTHK = unit_heads(self.q_proj(x_BTD), self.num_heads)
+        q_BTHK = scaled(unit_BTHK, self.scale, dtype)
         k_BTHK = unit_heads(self.k_proj(x_BTD), self.num_heads).to(dtype)
         is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None
         is_step = is_step and state.keys_BWHK is not None
         attend = self.attend_step if is_step else self.attend
         y_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, sequence, state)
+        if self.memory is not None:
+            tokens = unit_BTHK, q_BTHK, k_BTHK, v_BTHV
+            y_BTHV = self.memory(y_BTHV, *tokens, sequence, state, dtype_of(self.k_proj))
         if self.reads_states:
             q_BTHK = unit_heads(self.state_q_proj(x_BTD), self.num_heads)
             q_BTHK = scaled(q_BTHK, self.state_scale, dtype)
@@ -141,9 +156,11 @@ class WindowAttention(nn.Module):
         if self.has_table:
             bias_HR = self.relative_bias.to(dtype) * self.scale.to(dtype).abs()[:, None]
             bias_HW = bias_HR[:, self.buckets(device).long()]
-        else:
+        elif self.has_alibi:
             distance_W = torch.arange(1, self.window + 1, device=device)
             bias_HW = self.log_decay(device).to(dtype)[:, None] * distance_W.to(dtype)
+        else:
+            bias_HW = torch.zeros(self.num_heads, self.window, dtype=dtype, device=device)
         extra_H1 = bias_HW.new_full((self.num_heads, 1), EXTRA_LOGIT)
         # Before token n lie n tokens, and zeros at the distances n + 1 to W.
         logits_HN = torch.cat([extra_H1, bias_HW.flip(1)], dim=1).logcumsumexp(1).flip(1)

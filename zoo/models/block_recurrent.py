@@ -27,6 +27,10 @@ their window too, so that the stack runs window by window (1.35 to 1.4 times the
 (Press et al. 2021, https://arxiv.org/abs/2108.12409): s_d = |a| q_n . k_{n-d} - m d. As in its
 paper it is not learned and not scaled. The authors of this architecture have nothing like it.
 
+`memory_layers` have the external memory of the Memorizing Transformer (Wu et al. 2022,
+https://arxiv.org/abs/2203.08913), of the same authors and code: zoo/layers/external_memory.py. Such
+a layer has no bias by distance; with `num_states=0` it is that model, with states it has both.
+
 `num_states=0` is the paper's baseline "Slide": a Transformer-XL with a sliding cache, whose
 gradients go into the window before. That of Transformer-XL's own authors, with other positions and
 blocks, is zoo/models/transformer_xl.py.
@@ -37,12 +41,10 @@ no digit below scales of 900. Its dropout and its other position encodings are l
 `zoo convert meliad`. What we found of its states is in hub_cards/block_recurrent.md.
 """
 
-import math
 from typing import ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -64,15 +66,18 @@ from ..core.heads import (
 from ..core.segment_passes import run_by_segment
 from ..core.state import SlidingStateLayer
 from ..layers.block_attention import WindowAttention
-from ..layers.recurrent_cell import CONFIGURATIONS, GATES, truncated_
+from ..layers.meliad_block import (
+    FeedForward,
+    FinalNorm,
+    Joined,
+    check_biases,
+    check_memory,
+    check_states,
+)
 
-# Field -> (the position_embedding_type it is about, its default).
-BIAS_FIELDS = {
-    "num_buckets": ("t5", 32),
-    "max_distance": ("t5", 128),
-    "alibi_bias_max": ("alibi", 8),
-}
 _SMALL = {"sliding_window": 16, "num_states": 5, "recurrent_layers": [0]}
+_MEMORIZING = {"sliding_window": 16, "num_states": 0, "memory_layers": [-1], "memory_size": 64}
+_MEMORIZING |= {"memory_neighbors": 8, "memory_segment_length": 32}
 
 
 @strict
@@ -96,6 +101,13 @@ class BlockRecurrentConfig(ZooConfig):
         max_distance: of "t5", from which on distances share the last bucket.
         alibi_bias_max: of "alibi", b in the slopes 2^(-b (h + 1) / H), as in `SlidingWindowConfig`.
         rms_norm_eps: epsilon of the norms.
+        memory_layers: which layers have an external memory, counted as recurrent_layers and none of
+            them; None: none. They have no bias by distance. The fields below are theirs.
+        memory_size: DB, tokens in the memory of each head.
+        memory_neighbors: NB, of which a query takes so many.
+        memory_selection: "columns" (the authors' approximate search, one of each of NB columns) or
+            "exact" (the NB best).
+        memory_segment_length: S, tokens that come into the memory together.
     """
 
     model_type = "zoo_block_recurrent"
@@ -112,14 +124,11 @@ class BlockRecurrentConfig(ZooConfig):
         "two-recurrent-layers": _SMALL | {"num_hidden_layers": 3, "recurrent_layers": [0, -1]},
         # One window after the other through all layers: fewer of them, for the time it takes.
         "feedback": _SMALL
-        | {
-            "num_hidden_layers": 3,
-            "recurrent_layers": [1],
-            "feedback": True,
-            "sliding_window": 32,
-        },
+        | {"num_hidden_layers": 3, "recurrent_layers": [1], "feedback": True, "sliding_window": 32},
         "alibi": _SMALL | {"position_embedding_type": "alibi"},
         "transformer-xl": {"sliding_window": 16, "num_states": 0},
+        "memorizing": _MEMORIZING,
+        "memorizing-exact": _MEMORIZING | {"memory_selection": "exact", "memory_neighbors": 5},
     }
 
     head_dim: int | None = None
@@ -134,6 +143,11 @@ class BlockRecurrentConfig(ZooConfig):
     max_distance: int = 128
     alibi_bias_max: int | float = 8
     rms_norm_eps: float = 1e-6
+    memory_layers: list[int] | None = None
+    memory_size: int = 8192
+    memory_neighbors: int = 128
+    memory_selection: Literal["columns", "exact"] = "columns"
+    memory_segment_length: int = 512
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -144,9 +158,9 @@ class BlockRecurrentConfig(ZooConfig):
         layers = self.num_hidden_layers
         if self.recurrent_layers is None:
             self.recurrent_layers = [max(layers - 3, 0)] if self.num_states else []
-        self.recurrent_layers = [
-            i + layers if -layers <= i < 0 else i for i in self.recurrent_layers
-        ]
+        for name in ("recurrent_layers", "memory_layers"):
+            chosen = getattr(self, name) or []
+            setattr(self, name, [i + layers if -layers <= i < 0 else i for i in chosen])
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -155,58 +169,9 @@ class BlockRecurrentConfig(ZooConfig):
         check_head_dim(self)
         if self.sliding_window < 1:
             raise ValueError(f"sliding_window is at least 1 token, got {self.sliding_window}.")
-        if self.num_states < 0:
-            raise ValueError(f"num_states is at least 0, got {self.num_states}.")
-        layers = self.recurrent_layers
-        if any(not 0 <= i < self.num_hidden_layers for i in layers) or len({*layers}) < len(layers):
-            raise ValueError(
-                f"recurrent_layers are different layers of {self.num_hidden_layers}, got {layers}."
-            )
-        if bool(self.num_states) != bool(layers):
-            raise ValueError(
-                "there are recurrent_layers where num_states is above 0, and none without states, "
-                f"got {layers} and num_states = {self.num_states}; leave recurrent_layers out to "
-                "have it filled in."
-            )
-        if self.feedback and not layers:
-            raise ValueError("feedback needs a recurrent layer, got num_states = 0.")
-        for name, known in (("gate", GATES), ("configuration", CONFIGURATIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is one of {', '.join(known)}, got {getattr(self, name)!r}."
-                )
-        if self.num_buckets < 2 or self.max_distance <= self.num_buckets // 2:
-            raise ValueError(
-                "num_buckets is at least 2 and max_distance above half of it, got "
-                f"{self.num_buckets} and {self.max_distance}."
-            )
-        if not 0 < self.alibi_bias_max < math.inf:
-            raise ValueError(f"alibi_bias_max is a number above 0, got {self.alibi_bias_max}.")
-        for name, (kind, default) in BIAS_FIELDS.items():
-            value = getattr(self, name)
-            if kind != self.position_embedding_type and value != default:
-                raise ValueError(
-                    f"{name} is about position_embedding_type {kind!r}, got {value} and "
-                    f"{self.position_embedding_type!r}; leave it out."
-                )
-
-
-class FeedForward(nn.Module):
-    """down(relu(up x))."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def init_weights_of_paper(self):
-        """The authors' matrices."""
-        for proj in (self.up_proj, self.down_proj):
-            truncated_(proj.weight, proj.in_features)
-
-    def forward(self, x_BTD):
-        """[B, T, D] to the same."""
-        return self.down_proj(self.up_proj(x_BTD).relu())
+        check_states(self)
+        check_biases(self)
+        check_memory(self)
 
 
 class BlockRecurrentBlock(ZooBlock):
@@ -221,22 +186,6 @@ class WindowBlock(ZooBlock):
 
     mixer_class = WindowAttention
     mlp_class = FeedForward
-
-
-class FinalNorm(nn.RMSNorm):
-    """RMSNorm by whose output, divided by sqrt(D), logits are of order one."""
-
-    def forward(self, x_BTD):
-        """[B, T, D] to the same."""
-        return super().forward(x_BTD) * x_BTD.shape[-1] ** -0.5
-
-
-class Joined(nn.Module):
-    """Passes on a `WindowBlock`'s output for a whole pass, to be recorded."""
-
-    def forward(self, before_BTD, after_BTD):
-        """What came out of the block; what went in is for whoever records it."""
-        return after_BTD
 
 
 class BlockRecurrentPreTrainedModel(ZooPreTrainedModel):
@@ -307,7 +256,10 @@ class BlockRecurrentForCausalLM(BlockRecurrentPreTrainedModel, ZooForCausalLM, G
     model_class = BlockRecurrentModel
 
     def visible_tokens(self, length):
-        """Of so many tokens, those the last one's logits depend on, [length] bool."""
+        """Of so many tokens, those the last one's logits depend on, [length] bool.
+
+        What a memory recalls is left out: it depends on the text, and passes no gradient on.
+        """
         reach = self.config.num_hidden_layers * self.config.sliding_window + 1
         if self.config.num_states:  # all of them, through the states
             reach = length

@@ -1,10 +1,12 @@
-"""meliad, the Block-Recurrent Transformer of its authors (google-research/meliad).
+"""meliad: the Block-Recurrent and Memorizing Transformers of their authors (google-research).
 
 Their code saves flax parameters and no config.json. Write the tree of parameters as safetensors or
 a .pt file of tensors, each named by its path joined with "/" ("transformer0/tbase/_kvq/
 keys_layer/kernel"), kernels as flax has them, [in, out]. Beside it goes a config.json with
-window_length, the one size that no weight shows. The run's gin text may be added as "gin": it is
-then checked for settings that would make another model.
+window_length, the one size that no weight shows; with an external memory also database_size,
+memory_num_neighbors and segment_length (the tokens of a call, after which the memory is written).
+The run's gin text may be added as "gin": it is then checked for settings that would make another
+model.
 """
 
 import ast
@@ -18,7 +20,6 @@ PROJECTIONS = {"q_proj": "queries", "k_proj": "keys", "v_proj": "values"}
 COMPUTED = {
     "decoder_stack.DecoderStack.use_absolute_positions": False,
     "decoder_stack.DecoderStack.use_final_layernorm": True,
-    "decoder_stack.DecoderStack.memory_layer_indices": (),
     "decoder_stack.DecoderStack.final_mlp_factory": None,
     "transformer_layer.TransformerLayer.relative_position_type": "t5",
     "transformer_layer.TransformerLayer.use_long_xl_architecture": True,
@@ -32,6 +33,22 @@ COMPUTED = {
     "transformer_ffn/nn_components.MLP.use_bias": False,
     "nn_components.LayerNorm.use_mean": False,
     "position_t5.T5RelativePositionBiases.max_distance": 128,
+}
+# Theirs, in config.json, and our field.
+MEMORY_FIELDS = {
+    "database_size": "memory_size",
+    "memory_num_neighbors": "memory_neighbors",
+    "segment_length": "memory_segment_length",
+}
+# The same in gin, with what else a memory has there.
+MEMORY_COMPUTED = {
+    "decoder_stack.DecoderStack.disable_position_encoding_for_memory_layers": True,
+    "decoder_stack.DecoderStack.memory_factory": "@memory_factory.memory_on_tpu_factory",
+}
+MEMORY_SIZES = {
+    "memory_factory.memory_on_tpu_factory.database_size": "memory_size",
+    "transformer_layer.TransformerLayer.memory_num_neighbors": "memory_neighbors",
+    "SEGMENT_LENGTH": "memory_segment_length",
 }
 
 
@@ -75,6 +92,14 @@ def check_gin(text, config):
         expected[stack] = config.sliding_window
     elif config.num_states and found.get(stack) not in (0, None, config.sliding_window):
         expected[stack] = 0
+    if layers := config.memory_layers:
+        expected |= MEMORY_COMPUTED
+        expected |= {name: getattr(config, ours) for name, ours in MEMORY_SIZES.items()}
+    name = "decoder_stack.DecoderStack.memory_layer_indices"
+    if isinstance(given := found.get(name), tuple):
+        found[name] = tuple(sorted(i % config.num_hidden_layers for i in given))
+        expected[name] = tuple(sorted(layers))
+    expected |= {name: False for name in found if name.endswith(".cross_batch_memory")}
     for name, value in expected.items():
         if name in found and found[name] != value:
             raise ValueError(f"gin sets {name} = {found[name]!r}; our model computes {value!r}.")
@@ -93,10 +118,16 @@ def read_config(fields, weights):
             "the weights have no transformer0/tbase/_kvq/keys_layer/kernel; they are flax's, named "
             'by their paths joined with "/".'
         )
-    heads, buckets = weights.shape("transformer0/relative_positions/rel_embedding", 2)
+    heads = weights.shape("transformer0/tbase/_kvq/attention_scale", 1)[0]
+    memory = [i for i in range(layers) if _has(weights, i, "external_memory_bias")]
     recurrent = [i for i in range(layers) if _has(weights, i, "recurrent_initial_state")]
     others = [i for i in range(layers) if i not in recurrent]
-    settings = {"num_states": 0, "recurrent_layers": recurrent}
+    settings = {"num_states": 0, "recurrent_layers": recurrent, "memory_layers": memory}
+    if memory:
+        settings |= {ours: fields.take(name, kind=int) for name, ours in MEMORY_FIELDS.items()}
+    if biased := [i for i in range(layers) if i not in memory]:
+        name = f"transformer{biased[0]}/relative_positions/rel_embedding"
+        settings["num_buckets"] = weights.shape(name, 2)[1]
     if recurrent:
         first = recurrent[0]
         name = f"transformer{first}/recurrent_initial_state"
@@ -128,7 +159,6 @@ def read_config(fields, weights):
         num_attention_heads=heads,
         head_dim=weights.shape("transformer0/tbase/_kvq/keys_layer/kernel", 2)[1] // heads,
         sliding_window=window,
-        num_buckets=buckets,
         pad_token_id=fields.take("pad_token_id", None),
         bos_token_id=fields.take("bos_token_id", None),
         eos_token_id=fields.take("eos_token_id", None),
@@ -161,6 +191,12 @@ def _check_fields(fields, config):
             f"config.json has recurrent_layer_indices = {layers}, by the weights they are "
             f"{config.recurrent_layers}."
         )
+    layers = fields.take("memory_layer_indices", config.memory_layers, kind=list)
+    if sorted(i % config.num_hidden_layers for i in layers) != config.memory_layers:
+        raise ValueError(
+            f"config.json has memory_layer_indices = {layers}, by the weights they are "
+            f"{config.memory_layers}."
+        )
     fields.drop("it is a name", "variant")
 
 
@@ -179,8 +215,11 @@ def tensor_names(config):
         yield f"{ours}.mixer_norm.weight", f"{base}/_kvq/pre_attn_layernorm/scale", False
         yield f"{ours}.mlp_norm.weight", f"{base}/pre_ffn_layernorm/scale", False
         yield f"{ours}.mixer.scale", f"{base}/_kvq/attention_scale", False
-        bias = f"{theirs}/relative_positions/rel_embedding"
-        yield f"{ours}.mixer.relative_bias", bias, False
+        if layer in config.memory_layers:
+            yield f"{ours}.mixer.memory.gate", f"{theirs}/external_memory_bias", False
+        else:
+            bias = f"{theirs}/relative_positions/rel_embedding"
+            yield f"{ours}.mixer.relative_bias", bias, False
         for name, part in PROJECTIONS.items():
             yield f"{ours}.mixer.{name}.weight", f"{base}/_kvq/{part}_layer/kernel", True
         if is_recurrent or config.feedback:
@@ -235,7 +274,7 @@ def _transposed(kernel):
 
 FORMAT = Format(
     name="meliad",
-    title="the Block-Recurrent Transformer's authors (google-research/meliad), flax paths",
+    title="the Block-Recurrent and Memorizing Transformers' authors (google-research/meliad), flax",
     recognizes=is_one,
     expects="a config.json with window_length, which the authors' code does not write: add it",
     read_config=read_config,
