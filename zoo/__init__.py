@@ -29,6 +29,7 @@ from .models.sliding_window import *  # Jiang et al. 2023: Mistral 7B; attention
 from .models.block_recurrent import *  # Hutchins et al. 2022: a cell that reads windows
 from .models.longnet import *  # Ding et al. 2023: dilated attention
 from .models.transformer_xl import *  # Dai et al. 2019: a memory of the segment before
+from .models.long_llama import *  # Tworkowski et al. 2023: raw keys of all earlier windows
 
 from .core.joining import join_states  # of several texts' caches, one
 

@@ -164,7 +164,7 @@ def test_a_static_cache_and_one_without_config(model):
 def test_state_size_is_what_the_cache_holds(model):
     for time in (1, 70, 300):
         _, cache = run(model, tokens(2, time))
-        assert state_bytes(cache) == 2 * model.state_size()
+        assert state_bytes(cache) == 2 * model.state_size(time)
 
 
 def test_caches_that_do_not_fit(model):

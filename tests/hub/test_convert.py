@@ -443,17 +443,22 @@ INFINI_CONFIGS = {
     },
     "infini-lucidrains": {"num_tokens": 19, "dim": 16, "depth": 2, "heads": 4, "dim_head": 4},
 }
+INFINI_CONFIGS["longllama"] = INFINI_CONFIGS["infini-beomi"] | {
+    "model_type": "longllama",
+    "mem_layers": [1],
+}
 
 
 def infini_shapes(format):
     """The shapes of their tensors by their names."""
     shapes = {}
     for layer in range(2):
-        if format == "infini-beomi":
+        if format != "infini-lucidrains":
             here = f"model.layers.{layer}"
             parts = dict.fromkeys("qkvo", (16, 16))
             shapes |= {f"{here}.self_attn.{x}_proj.weight": shape for x, shape in parts.items()}
-            shapes |= {f"{here}.self_attn.gate": (1, 4, 1, 1)}
+            if format == "infini-beomi":
+                shapes |= {f"{here}.self_attn.gate": (1, 4, 1, 1)}
             shapes |= {f"{here}.mlp.{x}_proj.weight": (24, 16) for x in ("gate", "up")}
             shapes |= {f"{here}.mlp.down_proj.weight": (16, 24)}
             norms = ("input_layernorm", "post_attention_layernorm")
@@ -466,7 +471,7 @@ def infini_shapes(format):
             shapes |= {f"{here}.1.proj_in.weight": (2 * size, 16)}
             shapes |= {f"{here}.1.proj_in.bias": (2 * size,), f"{here}.1.proj_out.bias": (16,)}
             shapes |= {f"{here}.1.proj_out.weight": (16, size)}
-    if format == "infini-beomi":
+    if format != "infini-lucidrains":
         names = ("model.embed_tokens", "lm_head")
         return shapes | {f"{n}.weight": (19, 16) for n in names} | {"model.norm.weight": (16,)}
     shapes |= {"token_emb.weight": (19, 16), "to_logits.weight": (19, 16), "to_logits.bias": (19,)}

@@ -329,6 +329,15 @@ def infini(config):
     return table | position_biases(config)
 
 
+def long_llama(config):
+    """transformers' Llama, which LongLLaMA's own code repeats."""
+    normal = (0.0, config.initializer_range, "normal")
+    table = dict.fromkeys(("*_proj.weight", "model.embed_tokens.weight"), normal)
+    if not config.tie_word_embeddings:
+        table["lm_head.weight"] = normal
+    return table | {"*norm.weight": ONE}
+
+
 def fan_in_truncated(fan_in, scale=1.0):
     """flax's variance_scaling: variance scale / fan_in, of what is left of the normal."""
     return 0.0, (scale / fan_in) ** 0.5, "truncated"
@@ -449,4 +458,5 @@ TABLES = {
     "block_recurrent": block_recurrent,
     "longnet": longnet,
     "transformer_xl": transformer_xl,
+    "long_llama": long_llama,
 }

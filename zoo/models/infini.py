@@ -20,7 +20,6 @@ whose weights load through `zoo convert infini-beomi`; those of lucidrains' pack
 biases by distance in the place of RoPE, or nothing (`position_embedding_type`), which is ours.
 """
 
-import functools
 from typing import ClassVar, Literal
 
 import torch
@@ -30,7 +29,6 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 
 from ..core.base import (
-    Constant,
     ZooBlock,
     ZooConfig,
     ZooForCausalLM,
@@ -39,28 +37,20 @@ from ..core.base import (
     check_activation,
     check_head_dim,
 )
-from ..core.flops import linear_flops, mean_of_segments, mean_visible
 from ..core.heads import (
     ZooForQuestionAnswering,
     ZooForSequenceClassification,
     ZooForTokenClassification,
 )
-from ..core.state import SlidingStateLayer, StateSpec, dtype_of
+from ..core.state import SlidingStateLayer, StateSpec
 from ..kernels.export_scan import without_autocast
-from ..kernels.linear_recurrence import accumulator_dtype
-from ..layers.compressive_memory import memory_figures, recall, segments_of
+from ..layers.compressive_memory import memory_figures, recall
 from ..layers.mlp import GatedMLP
 from ..layers.norms import llama_or_gemma_norm
-from ..layers.position_bias import position_bias
-from ..layers.position_fields import (
-    TURNED_TYPES,
-    check_position_fields,
-    position_type_of,
-    turns,
-)
-from ..layers.positions import RotaryPositions, rotate
+from ..layers.position_fields import check_position_fields, turns
+from ..layers.positions import RotaryPositions
+from ..layers.segment_attention import SegmentAttention
 from ..layers.softmax_attention import check_key_value_heads, fill_heads
-from ..layers.xpos import xpos_log_decay
 
 # Of the local part; FIRE, which counts the tokens of a document, is not for segments.
 LOCAL_TYPES = ("rope", "alibi", "t5", "xpos", None)
@@ -190,7 +180,7 @@ class InfiniConfig(ZooConfig):
         check_position_fields(self, LOCAL_TYPES)
 
 
-class InfiniAttention(nn.Module):
+class InfiniAttention(SegmentAttention):
     """Causal attention in the segment and a compressive memory, mixed by a gate per head.
 
     Attributes:
@@ -201,24 +191,12 @@ class InfiniAttention(nn.Module):
     detaches_memory = False
 
     def __init__(self, config, layer_idx):
-        super().__init__()
-        self.config = config
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.num_groups = config.num_key_value_heads
-        width, size = config.hidden_size, self.num_heads * self.head_dim
-        self.q_proj = nn.Linear(width, size, bias=False)
-        self.k_proj = nn.Linear(width, self.num_groups * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.num_groups * self.head_dim, bias=False)
-        self.out_proj = nn.Linear(size, width, bias=False)
-        self.position_type = position_type_of(config, layer_idx)
-        self.position_bias, self.log_decay = position_bias(config, self.position_type), None
-        if self.position_type == "xpos":
-            self.log_decay = Constant(functools.partial(xpos_log_decay, config))
+        super().__init__(config, layer_idx)
         self.has_memory = config.memory_update != "none"
         if self.has_memory:
             self.gate = nn.Parameter(torch.empty(self.num_heads))
         if config.learned_update:
-            self.update_proj = nn.Linear(width, self.num_groups, bias=False)
+            self.update_proj = nn.Linear(config.hidden_size, self.num_groups, bias=False)
 
     def init_weights_of_paper(self):
         """The gate; matrices as transformers does for any linear layer."""
@@ -226,44 +204,31 @@ class InfiniAttention(nn.Module):
             init.constant_(self.gate, self.config.gate_init)
 
     def state_specs(self):
-        """The memory, and of the unfinished segment its sums, keys (after RoPE) and values."""
-        dtype = dtype_of(self.k_proj)
-        slots = StateSpec((self.config.segment_length, self.num_groups, self.head_dim), dtype=dtype)
-        specs = {"keys_BLHK": slots, "values_BLHV": slots}
+        """As of `SegmentAttention`, the memory, and the sums of the unfinished segment."""
+        specs = super().state_specs()
         if self.has_memory:
             memory = StateSpec((self.num_groups, self.head_dim, self.head_dim + 1))
             specs |= {"memory_BHKV": memory, "partial_BHKV": memory}
         return specs
 
     def flops_per_token(self, length):
-        """Of its matrices, attention inside a segment, and the memory.
+        """As of `SegmentAttention`, and of the memory.
 
         A head's query reads that, a key writes it, and with equation 9 reads it before.
         """
-        size, segment = self.head_dim, self.config.segment_length
-        keys = mean_of_segments(length, segment, lambda tokens: tokens * mean_visible(tokens))
-        attention = 4 * self.num_heads * size * keys
-        update = self.config.memory_update
+        update, size = self.config.memory_update, self.head_dim
         times = {"none": 0, "linear": self.num_heads + self.num_groups}
         times["delta"] = times["linear"] + self.num_groups
-        return linear_flops(self) + attention + 2 * times[update] * size * (size + 1)
+        return super().flops_per_token(length) + 2 * times[update] * size * (size + 1)
 
     def forward(self, x_BTD, sequence, state, rotation=None):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
-        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, self.head_dim))
-        k_BTHK = self.k_proj(x_BTD).unflatten(-1, (self.num_groups, self.head_dim))
-        v_BTHV = self.v_proj(x_BTD).unflatten(-1, (self.num_groups, self.head_dim))
+        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD)
         strength_BTH = None
         if self.config.learned_update:
             strength_BTH = 1 - self.update_proj(x_BTD).sigmoid()
-        length, memory_update = self.config.segment_length, self.config.memory_update
-        segments = segments_of(sequence, length, state, self.state_specs())
-        local = q_BTHK, k_BTHK
-        if self.position_type in TURNED_TYPES:
-            is_xpos = self.position_type == "xpos"
-            local = (rotate(x, *rotation, interleaved=is_xpos) for x in local)
-        bias = None if self.position_type in ("rope", None) else self.bias
-        y_SHQV = segments.attend(*local, v_BTHV, self.config.attention_scale, bias)
+        segments, memory_update = self.segments(sequence, state), self.config.memory_update
+        y_SHQV = self.attend(q_BTHK, k_BTHK, v_BTHV, segments, rotation)
         if self.has_memory:
             with without_autocast(q_BTHK):
                 memory_SHKV = segments.remember(k_BTHK, v_BTHV, memory_update, strength_BTH)
@@ -277,15 +242,6 @@ class InfiniAttention(nn.Module):
             # for one of every parameter.
             y_BTHV = y_BTHV + 0 * strength_BTH.sum().to(y_BTHV.dtype)
         return self.out_proj(y_BTHV.flatten(2)), state
-
-    def bias(self, distance, q_BTHK):
-        """What distances do to scores of the local part, as `SegmentPass.attend` takes it."""
-        is_step = distance.ndim == 2
-        if self.log_decay is not None:
-            arguments = {"log_decay": self.log_decay(distance.device)}
-            return arguments | {"distance": distance} if is_step else arguments
-        bias = self.position_bias.by_distance(distance, accumulator_dtype(q_BTHK))
-        return {"slot_bias": bias.transpose(0, 1)} if is_step else {"distance_bias": bias}
 
     def mix(self, recalled_SHQV, local_SHQV, is_first_S):
         """Equation 10."""

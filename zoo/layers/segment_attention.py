@@ -1,0 +1,125 @@
+"""Attention inside segments of a document, as a mixer: what models of segments have in common.
+
+A document is cut into segments of L tokens, counted from its own start; a token attends to those of
+its segment up to itself, and positions restart in every segment. Infini-attention has a memory
+beside it (zoo/models/infini.py), LongLLaMA (zoo/models/long_llama.py) layers with one between
+layers of this alone.
+"""
+
+import functools
+
+import torch
+from torch import nn
+
+from ..core.base import Constant
+from ..core.flops import linear_flops, mean_of_segments, mean_visible
+from ..core.state import StateSpec, dtype_of
+from ..kernels.linear_recurrence import accumulator_dtype
+from .compressive_memory import segments_of
+from .position_bias import position_bias
+from .position_fields import TURNED_TYPES, position_type_of
+from .positions import RotaryPositions, rotate
+from .xpos import xpos_log_decay
+
+
+class SegmentAttention(nn.Module):
+    """Causal softmax attention inside each segment.
+
+    Args:
+        config: with hidden_size, num_attention_heads, num_key_value_heads, head_dim, segment_length
+            and, if it has them, the fields of zoo/layers/position_fields.py.
+        layer_idx: of the layer.
+    """
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config = config
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.num_groups = config.num_key_value_heads
+        self.scale = getattr(config, "attention_scale", None)
+        width, size = config.hidden_size, self.num_heads * self.head_dim
+        self.q_proj = nn.Linear(width, size, bias=False)
+        self.k_proj = nn.Linear(width, self.num_groups * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.num_groups * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(size, width, bias=False)
+        self.position_type = position_type_of(config, layer_idx)
+        self.position_bias, self.log_decay = position_bias(config, self.position_type), None
+        if self.position_type == "xpos":
+            self.log_decay = Constant(functools.partial(xpos_log_decay, config))
+
+    def state_specs(self):
+        """Of the unfinished segment, keys (after RoPE) and values."""
+        shape = self.config.segment_length, self.num_groups, self.head_dim
+        slots = StateSpec(shape, dtype=dtype_of(self.k_proj))
+        return {"keys_BLHK": slots, "values_BLHV": slots}
+
+    def flops_per_token(self, length):
+        """Of its matrices, and of attention inside a segment."""
+        segment = self.config.segment_length
+        keys = mean_of_segments(length, segment, lambda tokens: tokens * mean_visible(tokens))
+        return linear_flops(self) + 4 * self.num_heads * self.head_dim * keys
+
+    def forward(self, x_BTD, sequence, state, rotation=None):
+        """Mixes a sequence [B, T, D]; returns it with the state after it.
+
+        Args:
+            x_BTD: the tokens.
+            sequence: how they lie.
+            state: before them.
+            rotation: (cos, sin) of each token's place in its segment, for types that turn.
+        """
+        segments = self.segments(sequence, state)
+        y_SHQV = self.attend(*self.project(x_BTD), segments, rotation)
+        return self.out_proj(segments.join(y_SHQV.transpose(1, 2)).flatten(2)), state
+
+    def segments(self, sequence, state):
+        """The segments of a pass, as of `segments_of`."""
+        return segments_of(sequence, self.config.segment_length, state, self.state_specs())
+
+    def project(self, x_BTD):
+        """Queries [B, T, H, K], keys and values [B, T, groups, K] of hidden states [B, T, D]."""
+        return (
+            self.q_proj(x_BTD).unflatten(-1, (self.num_heads, self.head_dim)),
+            self.k_proj(x_BTD).unflatten(-1, (self.num_groups, self.head_dim)),
+            self.v_proj(x_BTD).unflatten(-1, (self.num_groups, self.head_dim)),
+        )
+
+    def attend(self, q_BTHK, k_BTHK, v_BTHV, segments, rotation=None):
+        """Attention inside the segments, [S, H, Q, V]; the state is brought up to date."""
+        local = q_BTHK, k_BTHK
+        if self.position_type in TURNED_TYPES:
+            is_xpos = self.position_type == "xpos"
+            local = (rotate(x, *rotation, interleaved=is_xpos) for x in local)
+        bias = None if self.position_type in ("rope", None) else self.bias
+        return segments.attend(*local, v_BTHV, self.scale, bias)
+
+    def bias(self, distance, q_BTHK):
+        """What distances do to scores, as `SegmentPass.attend` takes it."""
+        is_step = distance.ndim == 2
+        if self.log_decay is not None:
+            arguments = {"log_decay": self.log_decay(distance.device)}
+            return arguments | {"distance": distance} if is_step else arguments
+        bias = self.position_bias.by_distance(distance, accumulator_dtype(q_BTHK))
+        return {"slot_bias": bias.transpose(0, 1)} if is_step else {"distance_bias": bias}
+
+
+def slot_angles(config):
+    """(cos, sin) of every place in a segment, [2, L, pairs]: what `Constant` computes."""
+    slots_L = torch.arange(config.segment_length)
+    return torch.stack([x[0, :, 0] for x in RotaryPositions(config)(slots_L[None])])
+
+
+class SlotRotation(nn.Module):
+    """The rotation of each place in a segment, computed once.
+
+    Args:
+        config: with segment_length, head_dim and rope_parameters.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.angles = Constant(functools.partial(slot_angles, config))
+
+    def forward(self, slots):
+        """(cos, sin) of these places, of any shape, each [..., 1, pairs]."""
+        return self.angles(slots.device)[:, slots, None].unbind()
