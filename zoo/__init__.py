@@ -25,6 +25,7 @@ from .models.rwkv7 import *  # Peng et al. 2025: Goose, a generalised delta rule
 from .models.gated_deltanet import *  # Yang et al. 2024: a gate and the delta rule
 from .models.lightning import *  # Qin et al. 2024: Lightning Attention-2, hybrids
 from .models.infini import *  # Munkhdalai et al. 2024: a compressive memory of past segments
+from .models.landmark import *  # Mohtashami and Jaggi 2023: landmarks that stand for blocks
 from .models.sliding_window import *  # Jiang et al. 2023: Mistral 7B; attention sinks
 from .models.block_recurrent import *  # Hutchins et al. 2022: a cell that reads windows
 from .models.longnet import *  # Ding et al. 2023: dilated attention

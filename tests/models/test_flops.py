@@ -129,6 +129,25 @@ def block_recurrent(mixer):
     return config.num_attention_heads * total
 
 
+def landmark(mixer):
+    """A landmark stands after every eight tokens, is scored by all after it, and read by none."""
+    config, size = mixer.config, mixer.config.block_length + 1
+    places = LENGTH + (LENGTH - (not config.landmark_predicts_next)) // config.block_length
+    place, total, one = torch.arange(places), 0, torch.ones(1, mixer.head_dim)
+
+    def product(count):
+        return counted(lambda: one @ torch.ones(mixer.head_dim, count)).get_total_flops()
+
+    for query in place.tolist():
+        block, is_token = place // size, place % size < size - 1
+        own = (block == query // size) & (place <= query) & is_token
+        earlier, count = query // size, config.retrieved_blocks
+        read = earlier if count is None else min(earlier, count)
+        total += product(int(own.sum()) + read * size) + product(int(own.sum()) + read * (size - 1))
+        total += product(earlier) if count is not None and earlier else 0
+    return mixer.num_heads * total
+
+
 def longnet(mixer):
     config, total, index = mixer.config, 0, torch.arange(LENGTH)
     for branch in branches_of(config.segment_lengths, config.dilation_rates):
@@ -169,6 +188,7 @@ CORE = {
     "FocusedAttention": focused,
     "WindowAttention": block_recurrent,
     "DilatedAttention": longnet,
+    "LandmarkAttention": landmark,
 }
 
 

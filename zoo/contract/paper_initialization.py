@@ -338,6 +338,16 @@ def long_llama(config):
     return table | {"*norm.weight": ONE}
 
 
+def landmark(config):
+    """transformers' Llama, from which the authors' code was made."""
+    table = long_llama(config)
+    if config.norm_bias:
+        table["*norm.bias"] = ZERO
+    if config.mlp_bias or config.attention_bias:
+        table["*_proj.bias"] = ZERO
+    return table
+
+
 def fan_in_truncated(fan_in, scale=1.0):
     """flax's variance_scaling: variance scale / fan_in, of what is left of the normal."""
     return 0.0, (scale / fan_in) ** 0.5, "truncated"
@@ -455,6 +465,7 @@ TABLES = {
     "lightning": lightning,
     "sliding_window": sliding_window,
     "infini": infini,
+    "landmark": landmark,
     "block_recurrent": block_recurrent,
     "longnet": longnet,
     "transformer_xl": transformer_xl,

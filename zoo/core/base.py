@@ -495,6 +495,8 @@ class ZooModel(ZooPreTrainedModel):
 
     block_class: type[nn.Module]
     replay_segment_length: int | None = None
+    # What of `_run_blocks`' output is of tokens, [B, T, ...], beside hidden_states.
+    token_outputs: ClassVar[tuple[str, ...]] = ("last_hidden_state",)
 
     def __init__(self, config):
         super().__init__(config)
@@ -624,7 +626,9 @@ class ZooModel(ZooPreTrainedModel):
         output = self._run_blocks(
             sequence.pack(x_BTD), sequence, cache, inputs, return_dict=True, **kwargs
         )
-        output["last_hidden_state"] = _unpack(sequence, output.last_hidden_state, num_pending)
+        for name in self.token_outputs:
+            if name in output:
+                output[name] = _unpack(sequence, output[name], num_pending)
         if output.hidden_states is not None:
             first, *rest = output.hidden_states
             rest = [_unpack(sequence, h_BTD, num_pending) for h_BTD in rest]

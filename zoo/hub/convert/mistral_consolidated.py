@@ -167,7 +167,7 @@ def write_config(config):
 
 def read_weights(weights, config):
     """Pairs of our name and the authors' tensor."""
-    return read_by_name(weights, config, tensor_names(config), rotated(config, _halves_of))
+    return read_by_name(weights, config, tensor_names(config), rotated(config, halves_of))
 
 
 def write_weights(weights, config):
@@ -185,7 +185,7 @@ def rotated(config, reorder):
     }
 
 
-def _halves_of(num_heads):
+def halves_of(num_heads):
     """Of each head's rows the even ones, then the odd ones."""
     return lambda x: x.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
