@@ -102,6 +102,10 @@ def markdown(results):
         heads = [f"{n:,}" for n in study["distances"]]
         lines += ["", "Share of digits that are right, by tokens from key to question"]
         lines += ["", *_table(results, "by_distance", heads, 2)]
+    if size:
+        lines += ["Share of answers with all digits right, means over seeds and distances, by the"]
+        lines[-1] += " segments of the documents and those from the key's to the question's"
+        lines += ["", *overview(results)]
     for length in study["lengths"] if size else []:
         heads = [str(n) for n in study["distances"] if n < length // size]
         what = f"Share of answers with all digits right, in {documents(study, length)}"
@@ -109,6 +113,42 @@ def markdown(results):
         lines += ["", *_table(results, "by_segment", heads, 2, length=length)]
     lines += ["", *(f"- missing: {one}" for one in results["missing"])]
     return "\n".join(lines).strip() + "\n"
+
+
+def spans(study):
+    """The columns of `overview`: (tokens of the documents, the distances of a column).
+
+    Up to the trained length, and by as much again for every doubling.
+    """
+    counts = [length // study["segment_length"] for length in study["lengths"]]
+    trained, *_ = counts
+    ends = [trained * 2**n for n in range(counts[-1].bit_length()) if trained * 2**n <= counts[-1]]
+    found = []
+    for length, count in zip(study["lengths"], counts):
+        begins = [0, 1, 2] if count == trained else [1]
+        edges = [*begins, *(end for end in ends if end < count), count]
+        for low, high in zip(edges, edges[1:]):
+            found.append((length, [d for d in study["distances"] if low <= d < high]))
+    return [(length, distances) for length, distances in found if distances]
+
+
+def overview(results):
+    """The table of recall by segments in few columns, as lines of Markdown."""
+    study, columns = results["study"], spans(results["study"])
+    heads = []
+    for length, (first, *more) in columns:
+        back = f"{first} to {more[-1]}" if more else str(first)
+        heads.append(f"{length // study['segment_length']}: {back}")
+    lines = ["| | " + " | ".join(heads) + " | seeds |", "|---|" + "---:|" * (len(heads) + 1)]
+    for name, way in results["ways"].items():
+        means = []
+        for length, distances in columns:
+            found = cells(way, "by_segment", length=length)
+            shares = [found[n].mean for n in distances if n in found]
+            means.append(f"{sum(shares) / len(shares):.2f}" if shares else "")
+        if any(means):
+            lines.append(f"| {name} | {' | '.join(means)} | {len(way['by_segment'])} |")
+    return lines
 
 
 def documents(study, length):

@@ -14,7 +14,7 @@ import extrapolate
 from extrapolating import readings as files
 from extrapolating.measuring import Models, merged
 from extrapolating.study import read_study
-from extrapolating.summary import cells, markdown, points
+from extrapolating.summary import cells, markdown, overview, points, spans
 from pretraining.building import build_config, build_model, tokenizer_of
 from pretraining.mixing import load_mixture
 from pretraining.recipe import UsageError
@@ -199,9 +199,12 @@ def test_recall_by_segment_is_of_documents_of_every_length(untrained, monkeypatc
     assert seen[:2] == [(6, 16)] * 2 and seen[-1] == (6, 64)  # as many tokens as 32 examples have
     folder = untrained.parent / "studies/study"
     tables = (folder / "tables.md").read_text()
-    assert (
-        tables.count("| wide | 1.00 ± 0.00 | 1.00 ± 0.00 |") == 3 and "(as in training)" in tables
-    )
+    shares = [f"{share:.2f} ± 0.00" for share in (1, 1, 0, 0)]
+    for count in (2, 3, 4):  # a table for each length, of the distances that it has
+        assert f"| wide | {' | '.join(shares[:count])} |\n" in tables
+    assert tables.count("(as in training)") == 1
+    assert "| | 2: 0 | 2: 1 | 4: 1 | 4: 3 | 8: 1 | 8: 3 | 8: 7 | seeds |" in tables
+    assert "| linear | 1.00 | 1.00 | 1.00 | 0.00 | 1.00 | 0.00 | 0.00 | 2 |\n" in tables
     assert tables.startswith("Share of answers") and "| | 0 | 1 | 3 | 7 |" in tables
     assert [path.name for path in (folder / "figures").iterdir()] == ["segments.png"]
 
@@ -322,6 +325,28 @@ def test_committed_tables_are_those_of_the_results(name):
     folder = ROOT / "recipes/results" / name
     results = json.loads((folder / "results.json").read_text())
     assert (folder / "tables.md").read_text() == markdown(results)
+
+
+def test_an_overview_is_of_the_distances_between_doublings():
+    study = {"segment_length": 4, "lengths": [16, 32, 64], "distances": [0, 1, 2, 3, 6, 7, 8, 15]}
+    assert spans(study) == [
+        (16, [0]),
+        (16, [1]),
+        (16, [2, 3]),
+        (32, [1, 2, 3]),
+        (32, [6, 7]),
+        (64, [1, 2, 3]),
+        (64, [6, 7]),
+        (64, [8, 15]),
+    ]
+    by_segment = {"16": {"0": 1.0, "2": 0.5, "3": 1.0}, "32": {"6": 0.25}, "64": {}}
+    study["distances"] = [0, 2, 3, 6]
+    results = {"study": study, "ways": {"one": {"by_segment": {"4": by_segment}}}}
+    assert (
+        overview(results)[0]
+        == "| | 4: 0 | 4: 2 to 3 | 8: 2 to 3 | 8: 6 | 16: 2 to 3 | 16: 6 | seeds |"
+    )
+    assert overview(results)[2] == "| one | 1.00 | 0.75 |  | 0.25 |  |  | 1 |"
 
 
 def test_the_committed_study_has_the_numbers_of_its_formulas(monkeypatch):
