@@ -21,7 +21,7 @@ TRIALS = "trials"
 PLACES = ("name", "output_dir", "cache_dir")  # where things are is no part of what was done
 # Keys that recipes have got since trials are named. At their defaults they change nothing of what a
 # trial does, and so not its name: every new key belongs here.
-LATER = ("position_skip", "attention_shift_groups")
+LATER = ("position_skip", "attention_shift_groups", "cross_batch_range")
 DIVERGED = 3  # pretrain.py's exit status
 STOPPED = {128 + number for number in signal.Signals}  # by a signal, after saving
 

@@ -1,5 +1,6 @@
-"""What a recipe asks of layers of full attention alone."""
+"""What a recipe asks of layers of full attention, or with a memory, alone."""
 
+from zoo.layers.cross_batch import train_across_batch
 from zoo.layers.shifted_groups import train_in_groups
 from zoo.layers.softmax_attention import SoftmaxAttention
 
@@ -9,14 +10,15 @@ COUNTING = ("alibi", "t5", "fire")  # distances are counted in tokens, whatever 
 
 
 def settle_full_attention(recipe, model):
-    """Sets `attention_shift_groups` on a model, and refuses what its attention has no use for.
+    """Sets `attention_shift_groups` and `cross_batch_range`, and refuses what has no use for them.
 
     Args:
         recipe: of the run.
         model: the language model, on any device.
 
     Raises:
-        UsageError: no layer of full attention, or for `position_skip` none that knows positions.
+        UsageError: no layer of full attention, for `position_skip` none that knows positions, or
+            for `cross_batch_range` none with a memory.
     """
     if recipe.position_skip:
         _check_positions(recipe, model)
@@ -25,6 +27,11 @@ def settle_full_attention(recipe, model):
             train_in_groups(model, recipe.attention_shift_groups)
         except ValueError as error:
             raise UsageError(f"attention_shift_groups: {error}") from None
+    if recipe.cross_batch_range:
+        try:
+            train_across_batch(model, recipe.cross_batch_range)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
 
 def _check_positions(recipe, model):

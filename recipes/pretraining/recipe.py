@@ -46,6 +46,7 @@ class Recipe:
     context_schedule: list[list] = field(default_factory=list)  # [step, shorter windows from it on]
     position_skip: dict = field(default_factory=dict)  # PoSE; scale RoPE too: position_skip.py
     attention_shift_groups: int = 0  # tokens that full attention trains in (S2-Attn); 0: all
+    cross_batch_range: int = 0  # windows before its own that LongLLaMA trains on; 0: its document's
     batch_size: int = 32  # windows per step, over all processes
     micro_batch_size: int = 0  # windows a process runs at once; 0: its whole share of the batch
     steps: int = 1000
@@ -151,6 +152,7 @@ class Recipe:
         self._check_carrying()
         check_position_skip(self)
         self._check_groups()
+        self._check_cross_batch()
         if self.eval_positions > self.sequence_length:
             raise UsageError(
                 "eval_positions are parts of a window, sequence_length = "
@@ -191,6 +193,18 @@ class Recipe:
                 "and segments go on with full attention; leave out one of them."
             )
 
+    def _check_cross_batch(self):
+        if self.cross_batch_range < 0:
+            raise UsageError(
+                f"cross_batch_range is a number of windows, got {self.cross_batch_range}; 0 is no "
+                "crossbatch."
+            )
+        if self.cross_batch_range and self.replay_segment_length:
+            raise UsageError(
+                "cross_batch_range takes whole texts, and replay_segment_length cuts them; leave "
+                "out one of them."
+            )
+
     def _check_carrying(self):
         needs = {
             'packing = "documents"': self.packing == "documents",
@@ -200,6 +214,7 @@ class Recipe:
             "no context_schedule": not self.context_schedule,
             "no position_skip (it is for windows that begin anew)": not self.position_skip,
             "no attention_shift_groups (they are of whole texts)": not self.attention_shift_groups,
+            "no cross_batch_range (it is for whole texts)": not self.cross_batch_range,
             "one text, no sources": not self.sources,
             "a text that is read whole, no streaming": not self.streaming,
         }

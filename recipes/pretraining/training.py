@@ -131,6 +131,8 @@ class Run:
         if recipe.attention_shift_groups:
             size = recipe.attention_shift_groups
             accelerator.print(f"Full attention trains in groups of {size:,} tokens")
+        if recipe.cross_batch_range:
+            accelerator.print(f"Memory layers train on {recipe.cross_batch_range} windows before")
         if begin.record and not folder:
             changed = "; ".join(begin.record["changed"])
             accelerator.print(

@@ -12,7 +12,8 @@ its document's earlier windows, the rest are another document's, whose keys it l
     min(w ceil(C / max(P - 1, 1)) + 1, C, i + 1)       stepping, if P > 1: more, the later it is
 
 A way to train, not a model: `train_across_batch(model, range)` sets it on a model's layers, whose
-config knows nothing of it; after `model.eval()` there are no negatives, and all earlier windows.
+config knows nothing of it. All keys of these windows are seen, whatever a memory keeps and chooses
+in use; after `model.eval()` there are no negatives, and what the config says.
 """
 
 import torch
@@ -52,13 +53,18 @@ def participants(rank_S, num_S, reach, stepping=True):
         reach: how many windows before its own there are at most.
         stepping: see the top of this file.
     """
-    most = 1 + reach
     place_S = torch.arange(len(rank_S), device=rank_S.device)
+    return torch.minimum(most_participants(rank_S, num_S, reach, stepping), place_S + 1)
+
+
+def most_participants(rank_S, num_S, reach, stepping=True):
+    """`participants` wherever enough windows lie before; arguments as there."""
+    most = 1 + reach
     count_S = torch.full_like(rank_S, most)
     if stepping:
         step_S = -(-most // (num_S - 1).clamp(min=1))
         count_S = torch.where(num_S == 1, most, (rank_S * step_S + 1).clamp(max=most))
-    return torch.minimum(count_S, place_S + 1)
+    return count_S
 
 
 def attend_across_batch(q_SQHK, turned_SLGK, raw_SLGK, v_SLGV, lengths_S, count_S, scale=None):

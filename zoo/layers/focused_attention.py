@@ -32,7 +32,7 @@ from ..core.window import (
 )
 from ..kernels.windowed_attention import Sinks, attention_step
 from .chosen_keys import attend_to_chosen, attend_to_found, choose, indices_of
-from .cross_batch import attend_across_batch, participants
+from .cross_batch import attend_across_batch, most_participants, participants
 from .focused_pass import FocusedPass
 from .positions import rotate
 from .segment_attention import SegmentAttention
@@ -71,12 +71,21 @@ class FocusedAttention(SegmentAttention):
         return {"keys_BWHK": spec, "values_BWHV": spec}
 
     def flops_per_token(self, length):
-        """Of its matrices, of scores of all keys that are seen, and of the values of the chosen."""
+        """Of its matrices, of scores of all keys that are seen, and of the values of the chosen.
+
+        Where it trains across the batch, of as many windows as there are for most texts.
+        """
         near = mean_of_segments(length, self.length, lambda tokens: tokens * mean_visible(tokens))
         whole, rest = divmod(length, self.length)
         most = whole + 1 if self.windows is None else self.windows
         seen = [min(window, most) * self.length for window in range(whole + 1)]
         chosen = [count if self.top_k is None else min(count, self.top_k) for count in seen]
+        if self.training and self.cross_batch_range is not None:
+            ranks = torch.arange(whole + 1, device="cpu")
+            num_windows = torch.full_like(ranks, whole + (rest > 0))
+            options = self.cross_batch_range, self.cross_batch_stepping
+            windows = most_participants(ranks, num_windows, *options) - 1
+            seen = chosen = [count * self.length for count in windows.tolist()]
         far = [(self.length * sum(x[:-1]) + rest * x[-1]) / length for x in (seen, chosen)]
         per_key = 2 * self.num_heads * self.head_dim
         return linear_flops(self) + per_key * (2 * near + sum(far))
