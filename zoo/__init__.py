@@ -28,6 +28,7 @@ from .models.infini import *  # Munkhdalai et al. 2024: a compressive memory of 
 from .models.landmark import *  # Mohtashami and Jaggi 2023: landmarks that stand for blocks
 from .models.sliding_window import *  # Jiang et al. 2023: Mistral 7B; attention sinks
 from .models.block_recurrent import *  # Hutchins et al. 2022: a cell that reads windows
+from .models.rmt import *  # Bulatov et al. 2022: tokens of memory from segment to segment; ARMT
 from .models.longnet import *  # Ding et al. 2023: dilated attention
 from .models.transformer_xl import *  # Dai et al. 2019: a memory of the segment before
 from .models.long_llama import *  # Tworkowski et al. 2023: raw keys of all earlier windows

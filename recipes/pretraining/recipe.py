@@ -106,7 +106,7 @@ class Recipe:
                 settle_task(self)
             else:
                 check_sources(self.sources, self.data)
-            check_schedule(self.context_schedule, self.sequence_length, self.steps)
+            check_schedule(self.context_schedule, self.sequence_length, self.steps, self.task)
         except ValueError as error:
             raise UsageError(str(error)) from None
         choices = {
@@ -248,9 +248,23 @@ class Recipe:
         return size, accumulation
 
     def sequence_length_at(self, step):
-        """Tokens of the windows that a step trains on, `batch_size` x `sequence_length` in all."""
+        """Tokens of the windows that a step trains on, or of a task's examples.
+
+        Of windows there are `batch_size` x `sequence_length` tokens in all, and so the more the
+        shorter they are; of a task's examples always `batch_size`.
+        """
         lengths = [length for first, length in self.context_schedule if first <= step]
         return lengths[-1] if lengths else self.sequence_length
+
+    def tokens_until(self, step):
+        """Tokens of the steps before one."""
+        if not (self.task and self.context_schedule):
+            return step * self.batch_size * self.sequence_length
+        ends = [*(first for first, _ in self.context_schedule[1:]), step]
+        return self.batch_size * sum(
+            max(0, min(end, step) - first) * length
+            for (first, length), end in zip(self.context_schedule, ends)
+        )
 
     def learning_rate_at(self, step):
         """The learning rate of a step, counted from 0.

@@ -15,8 +15,7 @@ KEYS = ("name", *TEXT_KEYS, "weight")
 NOT_OF_A_TASK = {"data": "", "tokenizer": "", "sequence_length": 0}
 # Of these it has the defaults.
 OF_TEXT = TEXT_KEYS[1:] + ("sources", "held_out", "packing", "carry_state", "tokenising_workers")
-OF_TEXT += ("context_schedule", "eval_bytes", "eval_positions", "eval_lengths", "eval_contexts")
-OF_TEXT += ("sample_prompts",)
+OF_TEXT += ("eval_bytes", "eval_positions", "eval_lengths", "eval_contexts", "sample_prompts")
 
 
 def check_sources(sources, data):
@@ -69,13 +68,14 @@ def _check_source(source, where):
         )
 
 
-def check_schedule(schedule, sequence_length, steps):
+def check_schedule(schedule, sequence_length, steps, task=None):
     """Checks a recipe's context_schedule.
 
     Args:
         schedule: pairs of a step and the tokens of a window from that step on.
         sequence_length: tokens of the longest windows, which are cut into the shorter.
         steps: of the run.
+        task: the recipe's [task], whose examples are made in each length; {}: there is a text.
 
     Raises:
         ValueError: a schedule that no run could follow.
@@ -86,7 +86,9 @@ def check_schedule(schedule, sequence_length, steps):
                 f"context_schedule is a list such as [[0, 256], [500, 1024]], of steps and tokens "
                 f"per window, got {pair!r} in it."
             )
-        if not pair[1] or sequence_length % pair[1]:
+        if task:
+            _check_length_of_task(pair[1], sequence_length, task)
+        elif not pair[1] or sequence_length % pair[1]:
             raise ValueError(
                 f"context_schedule: each length divides sequence_length = {sequence_length}, so "
                 f"that every step has as many tokens, got {pair[1]}."
@@ -97,6 +99,18 @@ def check_schedule(schedule, sequence_length, steps):
             f"context_schedule begins at step 0 and goes on to later ones before the last of "
             f"{steps}, got steps {', '.join(map(str, begins))}."
         )
+
+
+def _check_length_of_task(length, longest, task):
+    if not 0 < length <= longest:
+        raise ValueError(
+            f"context_schedule: each length is at most that of the task's examples, {longest}, got "
+            f"{length}; make the examples of the task longer."
+        )
+    try:
+        load(task).of_length(length)
+    except ValueError as error:
+        raise ValueError(f"context_schedule: {error}") from None
 
 
 def settle_task(recipe):

@@ -60,6 +60,7 @@ class TaskBatches:
 
     def __init__(self, recipe, task):
         self.seed, self.batch_size, self.task = recipe.seed, recipe.batch_size, task
+        self.length_at = recipe.sequence_length_at if recipe.context_schedule else lambda step: None
         self.skipping = Skipping(recipe) if recipe.position_skip else None
 
     def described(self, num_tokens):
@@ -80,7 +81,7 @@ class TaskBatches:
         With `position_skip` position_ids too.
         """
         first = (micro * num_processes + rank) * size
-        batch = as_inputs(self.task.batch(self.seed, step, first, size))
+        batch = as_inputs(self.task.batch(self.seed, step, first, size, self.length_at(step)))
         if self.skipping:
             plain, before = torch.arange(self.task.length), step * self.batch_size + first
             rows = [self.skipping.positions(plain, before + row) for row in range(size)]

@@ -186,7 +186,7 @@ class Run:
         return None if backend == "no" else backend
 
     def _tokens(self, steps):
-        return steps * self.recipe.batch_size * self.recipe.sequence_length
+        return self.recipe.tokens_until(steps)
 
     def train(self, signals):
         """Runs the steps that are left.
@@ -240,7 +240,8 @@ class Run:
             last = self.step == recipe.steps
             stopped = self._of_any_process(signals.received or 0)
             if self.step % recipe.log_every == 0 or last:
-                speed = self._tokens(self.step - logged) / (self.seconds - logged_seconds)
+                tokens = self._tokens(self.step) - self._tokens(logged)
+                speed = tokens / (self.seconds - logged_seconds)
                 logged, logged_seconds = self.step, self.seconds
                 if not self.spikes.in_a_row:  # of one that was skipped there is a line already
                     self._log_step(loss, norm, rate, speed)

@@ -106,14 +106,32 @@ class Task:
         """What identifies the task."""
         return _sha256([FORMAT, self.table()]).hexdigest()
 
-    def batch(self, seed, step, first, size):
+    def of_length(self, length):
+        """The settings of examples of training with other so many tokens, for a curriculum.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if length != self.length:
+            raise ValueError(
+                f"examples of the task {self.name} have {self.length} tokens, got {length}; leave "
+                "context_schedule out."
+            )
+        return self.trained
+
+    def batch(self, seed, step, first, size, length=None):
         """Examples `first` to `first + size` of a step of training.
+
+        Args:
+            seed, step, first, size: which.
+            length: tokens of each, as of `of_length`; None: as the settings say.
 
         Returns:
             Tensors: "input_ids" [B, T], or "stacked_ids" [B, T, 2], two ids whose embeddings are
             summed; and "shift_labels" [B, T], the targets, `UNSCORED` where there is none.
         """
-        return self.examples(["train", seed, step], self.trained, first, size)
+        settings = self.trained if length is None else self.of_length(length)
+        return self.examples(["train", seed, step], settings, first, size)
 
     def test_batch(self, name, first, size):
         """The same of a test, of whose examples none is one of training, whatever the seed."""

@@ -98,6 +98,14 @@ class Passkey(KeyInFiller):
         """The key anywhere."""
         return {"length": self.example_length}
 
+    def of_length(self, length):
+        """The key anywhere in so many tokens."""
+        if length < (shortest := self.length_of({"distance": self.closest})):
+            raise ValueError(
+                f"examples of the task {self.name} have at least {shortest} tokens, got {length}."
+            )
+        return {"length": length}
+
     def more_tests(self):
         """The key at some distance."""
         return {

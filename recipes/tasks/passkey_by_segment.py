@@ -48,6 +48,16 @@ class PasskeyBySegment(KeyInFiller):
         """The key in any segment."""
         return {"segments": self.segments}
 
+    def of_length(self, length):
+        """The key in any of fewer segments, or more."""
+        segments, rest = divmod(length, self.segment_length)
+        if rest or not segments:
+            raise ValueError(
+                f"examples of the task {self.name} are whole segments of {self.segment_length} "
+                f"tokens, got {length}."
+            )
+        return {"segments": segments}
+
     def more_tests(self):
         """The key so many segments back."""
         return {

@@ -105,6 +105,29 @@ def focused(mixer):
     return near + heads * (attention(seen, size) + attention(chosen, size)) / 2
 
 
+def frames(mixer):
+    """Of segments with memory around them, all written but the last; and ARMT's in the layer."""
+    config, length = mixer.config, mixer.config.segment_length
+    is_armt, num_memory = config.memory == "associative", config.num_memory_tokens
+    total = written = read = 0
+    for start in range(0, LENGTH, length):
+        is_last = start + length >= LENGTH
+        writes = 0 if is_last else num_memory
+        width = (0 if is_armt else num_memory) + min(length, LENGTH - start) + writes
+        visible = torch.ones(width, width, dtype=torch.bool).tril()
+        total += mixer.num_heads * attention(visible, mixer.head_dim)
+        written, read = written + writes, read + width
+    if is_armt:
+        features = 2 * config.dpfp_order * config.memory_size
+        total += (read + 2 * written) * product(features, config.hidden_size + 1)
+    return total
+
+
+def product(size, width):
+    """Of a vector with a matrix."""
+    return counted(lambda: torch.ones(1, size) @ torch.ones(size, width)).get_total_flops()
+
+
 def block_recurrent(mixer):
     config, window = mixer.config, mixer.window
     states, size = config.num_states, config.head_dim
@@ -181,6 +204,7 @@ CORE = {
     ),
     "SoftmaxAttention": softmax,
     "ExtendedAttention": softmax,
+    "FrameAttention": frames,
     "InfiniAttention": infini,
     "SegmentAttention": lambda m: (
         m.num_heads * attention(segments_of(m.config.segment_length), m.head_dim)
@@ -226,6 +250,9 @@ def test_without_memory_for_a_model(name):
     assert model.state_size(3) == state_bytes(cache)
     costs = [model.flops_per_token(length) for length in (1, 100, 2**20, 2**21)]
     assert costs == [live.flops_per_token(length) for length in (1, 100, 2**20, 2**21)]
+    if name == "rmt":  # whose short texts pay for the memory that they read
+        assert costs[1] < costs[0]
+        costs[0] = 0
     assert costs == sorted(costs)
     if model.has_constant_state:
         assert costs[3] < 1.01 * costs[2]

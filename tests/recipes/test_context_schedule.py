@@ -9,7 +9,9 @@ import torch
 
 from pretraining.corpus import Corpus, Tokens, Windows
 from pretraining.mixing import Batches, Part
-from pretraining.recipe import Recipe, UsageError
+from pretraining.recipe import Recipe, UsageError, make_recipe
+from pretraining.synthetic import TaskBatches
+from tasks import load
 
 SCHEDULE = [[0, 8], [3, 16], [5, 32]]
 
@@ -86,3 +88,47 @@ def test_resumed_across_the_switch(in_process, workshop):
     assert "after step 10" in resumed.stdout and workshop.curve("tiny") == curve
     other = in_process(*options, "--resume", "--context_schedule", "[[0, 8], [14, 32]]")
     assert other.returncode == 2 and "context_schedule: [[0, 8], [13, 32]] -> " in other.stderr
+
+
+TASK = {"name": "passkey_by_segment", "segment_length": 12, "segments": 4, "digits": 3}
+
+
+def task_recipe(schedule, task=TASK):
+    values = {"task": task, "batch_size": 2, "context_schedule": schedule}
+    return make_recipe({"name": "x", "architecture": "rmt", **values}, "here")
+
+
+def test_examples_of_a_task_get_longer():
+    recipe = task_recipe([[0, 12], [3, 36], [5, 48]])
+    task = load(recipe.task)
+    short, plain = TaskBatches(recipe, task), TaskBatches(task_recipe([]), task)
+    for step, length in ((0, 12), (2, 12), (3, 36), (4, 36), (5, 48), (900, 48)):
+        batch = short.batch(step, 0, 0, 1, 2)
+        assert batch["input_ids"].shape == batch["shift_labels"].shape == (2, length)
+        assert ((batch["shift_labels"] >= 0).sum(1) == 3).all()
+        # A batch of one length is the same whatever steps had another.
+        again = task_recipe([[0, length]])
+        assert torch.equal(
+            TaskBatches(again, task).batch(step, 0, 0, 1, 2)["input_ids"], batch["input_ids"]
+        )
+    assert torch.equal(
+        short.batch(7, 0, 0, 1, 2)["input_ids"], plain.batch(7, 0, 0, 1, 2)["input_ids"]
+    )
+    tokens = [recipe.tokens_until(step) for step in range(8)]
+    assert tokens == [0, 24, 48, 72, 144, 216, 312, 408]
+    assert task_recipe([]).tokens_until(5) == 5 * 2 * 48
+
+
+@pytest.mark.parametrize(
+    ("schedule", "task", "message"),
+    [
+        ([[0, 60]], TASK, "at most that of the task's examples, 48, got 60"),
+        ([[0, 20]], TASK, "whole segments of 12 tokens, got 20"),
+        ([[0, 5]], {"name": "passkey", "digits": 3}, "at least 8 tokens, got 5"),
+        ([[0, 5]], {"name": "copy"}, "examples of the task copy have .* tokens, got 5"),
+        ([[2, 12]], TASK, "begins at step 0"),
+    ],
+)
+def test_bad_schedules_of_tasks(schedule, task, message):
+    with pytest.raises(UsageError, match=message):
+        task_recipe(schedule, task)

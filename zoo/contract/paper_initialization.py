@@ -403,6 +403,27 @@ def block_recurrent(config):
     return table
 
 
+def rmt(config):
+    """transformers' Mistral and GPT-2, memory as wide as embeddings; ARMT's matrices of PyTorch."""
+    normal = (0.0, config.initializer_range, "normal")
+    matrices = "*.mixer.*_proj.weight", "*.mlp.*_proj.weight", "model.embed*.weight"
+    table = dict.fromkeys((*matrices, "model.memory.vectors"), normal)
+    if not config.tie_word_embeddings:
+        table["lm_head.weight"] = normal
+    table["*norm.weight"] = ONE
+    if config.norm_bias:
+        table["*norm.bias"] = ZERO
+    if config.attention_bias:
+        table["*.mixer.*_proj.bias"] = ZERO
+    if config.mlp_bias:
+        table["*.mlp.*_proj.bias"] = ZERO
+    if config.memory == "associative":
+        default = linear_default(config.hidden_size)
+        table |= dict.fromkeys(("*.memory.[qk]_proj.weight", "*.strength_proj.*"), default)
+        table["*.memory.v_proj.weight"] = ZERO
+    return table
+
+
 def longnet(config):
     """torchscale's decoder, whose scale for sub-LayerNorms or deepnorm takes biases too."""
     width, mlp_width, layers = (
@@ -470,4 +491,5 @@ TABLES = {
     "longnet": longnet,
     "transformer_xl": transformer_xl,
     "long_llama": long_llama,
+    "rmt": rmt,
 }

@@ -136,26 +136,44 @@ def _state_dtypes(checks, model, cache):
 
 def _extremes(subject, checks, dtype, ids, largest_output):
     length, factors = ids.shape[1], [1]
+    limit = torch.finfo(dtype).max
     if subject.pretrained is None:
         # Eight times the weights of a trained model overflow the MLP of any architecture in fp16,
         # and RWKV-7's output is of the fourth power in its weights: as far as numbers reach.
-        limit = torch.finfo(dtype).max
         factors.append(next((x for x in (8, 4, 2) if largest_output(x) <= limit), 1))
-    for factor in factors:
-        name = f"{length} tokens" + (f", weights x {factor}" if factor > 1 else "")
+    while factors:
+        factor = factors.pop(0)
         model = _enlarged(subject, factor).to(dtype)
         with torch.enable_grad():
             runs = {"whole": subject.run(model, ids)}
             grads = gradients(model, loss_of(runs["whole"][0]))
+        is_beyond = factor > 1 and _not_finite(grads.values())
+        if is_beyond and _largest_gradient(subject, ids, factor) > limit:
+            # Of what feeds back they grow by a factor with each segment, in exact numbers too.
+            factors.append(factor // 2)
+            continue
         runs["in pieces of 1000"] = subject.run(model, ids, cut(length, (1000,)))
+        name = f"{length} tokens" + (f", weights x {factor}" if factor > 1 else "")
         results = {
             f"{name}, {way}": [logits, *cache_tensors(cache).values()]
             for way, (logits, cache) in runs.items()
         }
         results[f"{name}, gradients"] = grads.values()
         for what, tensors in results.items():
-            bad = sum((~torch.isfinite(x)).sum().item() for x in tensors if x.is_floating_point())
-            checks.below(f"{what}: NaN or infinite", bad, 0)
+            checks.below(f"{what}: NaN or infinite", _not_finite(tensors), 0)
+
+
+def _not_finite(tensors):
+    """How many numbers are not."""
+    return sum((~torch.isfinite(x)).sum().item() for x in tensors if x.is_floating_point())
+
+
+def _largest_gradient(subject, ids, factor):
+    """The largest number of the gradients where matrices are that much larger, in float64."""
+    model = _enlarged(subject, factor).double()
+    with torch.enable_grad():
+        grads = gradients(model, loss_of(subject.run(model, ids)[0]))
+    return max(x.abs().max().item() for x in grads.values())
 
 
 def _enlarged(subject, factor):

@@ -8,12 +8,21 @@ computes them all at once.
 from dataclasses import replace
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 from .segments import documents_to_rows
 from .sequence import Sequence
 from .state import State
 from .window import document_spans
+
+
+class Joined(nn.Module):
+    """Passes on a block's output for a whole pass, to be recorded."""
+
+    def forward(self, before_BTD, after_BTD):
+        """What came out of the block; what went in is for whoever records it."""
+        return after_BTD
 
 
 def run_by_segment(layers, x_BTD, sequence, cache, inputs, length, reads, keeps_all=False):

@@ -110,11 +110,3 @@ class FinalNorm(nn.RMSNorm):
     def forward(self, x_BTD):
         """[B, T, D] to the same."""
         return super().forward(x_BTD) * x_BTD.shape[-1] ** -0.5
-
-
-class Joined(nn.Module):
-    """Passes on a `WindowBlock`'s output for a whole pass, to be recorded."""
-
-    def forward(self, before_BTD, after_BTD):
-        """What came out of the block; what went in is for whoever records it."""
-        return after_BTD

@@ -223,7 +223,8 @@ class SoftmaxAttention(nn.Module):
     ):
         super().__init__()
         self.config, self.layer_idx, self.sink_distance = config, layer_idx, sink_distance
-        self.window, self.num_sinks, self.clip_qkv = config.sliding_window, num_sinks, clip_qkv
+        self.window = getattr(config, "sliding_window", None)
+        self.num_sinks, self.clip_qkv = num_sinks, clip_qkv
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.num_groups = config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_groups

@@ -63,13 +63,12 @@ from ..core.heads import (
     ZooForSequenceClassification,
     ZooForTokenClassification,
 )
-from ..core.segment_passes import run_by_segment
+from ..core.segment_passes import Joined, run_by_segment
 from ..core.state import SlidingStateLayer
 from ..layers.block_attention import WindowAttention
 from ..layers.meliad_block import (
     FeedForward,
     FinalNorm,
-    Joined,
     check_biases,
     check_memory,
     check_states,

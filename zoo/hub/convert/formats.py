@@ -3,6 +3,7 @@
 import difflib
 
 from . import (
+    armt_hf_gpt2,
     fla_gated_deltanet,
     fla_retnet,
     fla_rwkv6,
@@ -21,6 +22,7 @@ from . import (
     longllama,
     meliad,
     mistral_consolidated,
+    rmt_hf_gpt2,
     rwkv6_hf,
     rwkv_pth,
     torchscale_longnet,
@@ -57,6 +59,8 @@ _FILES = (
     torchscale_longnet,
     transfo_xl_hf,
     transformer_xl,
+    rmt_hf_gpt2,
+    armt_hf_gpt2,
 )
 FORMATS = {file.FORMAT.name: file.FORMAT for file in _FILES}
 
