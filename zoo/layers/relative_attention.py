@@ -220,7 +220,7 @@ class RelativeAttention(nn.Module):
         reach_BT = None if self.config.same_length else self.config.reach(clock_BT)
 
         def query_bias(rows, distance_CS):
-            bias = band_scores(tq_BTHK[:, rows], r_EHK, distance_CS.shape[1])
+            bias = band_scores(tq_BTHK, rows, r_EHK, distance_CS.shape[1])
             if reach_BT is None:
                 return bias
             is_beyond = distance_CS > reach_BT[:, rows][..., None]

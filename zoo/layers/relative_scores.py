@@ -7,8 +7,6 @@ distance are one product; every row of it is then moved to where its keys are.
 import torch
 from torch.nn.functional import pad
 
-from ..kernels.linear_recurrence import accumulator_dtype
-
 # Queries whose zeros before the text are summed at a time.
 BLOCK = 512
 
@@ -38,17 +36,21 @@ def shifted(score_CS):
     return flat[..., begin : begin + num_queries * num_keys].unflatten(-1, (num_queries, num_keys))
 
 
-def band_scores(q_BCHK, r_EHK, num_keys):
-    """Scores of a block of queries and S keys, of which the last are their own, [B, H, ..., C, S].
+def band_scores(q_BTHK, rows, r_EHK, num_keys):
+    """Scores of some queries and S keys, of which the last are their own, [B, H, ..., C, S].
 
     Args:
-        q_BCHK: queries, scaled, [B, ..., C, H, K].
+        q_BTHK: queries, scaled.
+        rows: which of them, [..., C].
         r_EHK: a vector of each distance; the last one stands for all beyond.
         num_keys: S.
     """
     distance_S = torch.arange(num_keys - 1, -1, -1, device=r_EHK.device)
     r_SHK = r_EHK[distance_S.clamp(max=r_EHK.shape[0] - 1)]
-    return shifted(torch.einsum("b...chk,shk->bh...cs", q_BCHK, r_SHK))
+    if rows.ndim == 1:
+        return shifted(torch.einsum("bchk,shk->bhcs", q_BTHK[:, rows], r_SHK))
+    # All blocks of a program for export, which cannot prove how [N, C] makes [T].
+    return shifted(torch.einsum("bthk,shk->bhts", q_BTHK, r_SHK)[:, :, rows])
 
 
 def logits_of_zeros(q_BTHK, r_EHK, sequence, config):
@@ -62,7 +64,9 @@ def logits_of_zeros(q_BTHK, r_EHK, sequence, config):
         sequence: how the tokens lie.
         config: a `TransformerXLConfig`.
     """
-    (batch, time), dtype = q_BTHK.shape[:2], accumulator_dtype(q_BTHK)
+    if torch.compiler.is_exporting():  # for any length: all tokens at once, with zeros or without
+        return _sums_over_zeros(q_BTHK, sequence.clock.expand(q_BTHK.shape[:2]), r_EHK, config)
+    batch, time = q_BTHK.shape[:2]
     clock_T = sequence.clock.expand(batch, time).flatten()
     tokens_T = torch.arange(batch * time, device=clock_T.device)
     if sequence.cu_seqlens is None:
@@ -71,14 +75,20 @@ def logits_of_zeros(q_BTHK, r_EHK, sequence, config):
         tokens_T = tokens_T[clock_T < config.zeros_end]
     if tokens_T.shape[0] == 0:
         return None
+    q_THK = q_BTHK.flatten(0, 1)
+    blocks = [
+        _sums_over_zeros(q_THK[tokens_C], clock_T[tokens_C], r_EHK, config)
+        for tokens_C in tokens_T.split(BLOCK)
+    ]
+    logits_TH = q_THK.new_full(q_THK.shape[:2], -torch.inf)
+    return logits_TH.index_copy(0, tokens_T, torch.cat(blocks)).unflatten(0, (batch, time))
+
+
+def _sums_over_zeros(q_THK, clock_T, r_EHK, config):
+    """Of queries at these clocks, of any axes before H."""
     distance_W = torch.arange(config.num_slots, device=clock_T.device)
     r_WHK = r_EHK[distance_W.clamp(max=r_EHK.shape[0] - 1)]
-    q_THK, blocks = q_BTHK.flatten(0, 1), []
-    for tokens_C in tokens_T.split(BLOCK):
-        score_CHW = torch.einsum("chk,whk->chw", q_THK[tokens_C].to(dtype), r_WHK.to(dtype))
-        n_C1 = clock_T[tokens_C][:, None]
-        is_zero_CW = (distance_W > n_C1) & (distance_W <= config.reach(n_C1))
-        score_CHW = score_CHW.masked_fill(~is_zero_CW[:, None], -torch.inf)
-        blocks.append(score_CHW.logsumexp(-1))
-    logits_TH = q_THK.new_full(q_THK.shape[:2], -torch.inf, dtype=dtype)
-    return logits_TH.index_copy(0, tokens_T, torch.cat(blocks)).unflatten(0, (batch, time))
+    score_THW = torch.einsum("...hk,whk->...hw", q_THK, r_WHK)
+    n_T1 = clock_T[..., None]
+    is_zero_TW = (distance_W > n_T1) & (distance_W <= config.reach(n_T1))
+    return score_THW.masked_fill(~is_zero_TW[..., None, :], -torch.inf).logsumexp(-1)
