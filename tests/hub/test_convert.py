@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import txl_shapes
 from fla_models import RECORD, recorded_weights
 from rwkv_files import (
     HF_CONFIG,
@@ -532,6 +533,9 @@ def make_source(format, folder):
     elif format in INFINI_CONFIGS:
         (folder / "config.json").write_text(json.dumps(INFINI_CONFIGS[format]))
         save_file(random_weights(infini_shapes(format)), folder / "model.safetensors")
+    elif format in txl_shapes.CONFIGS:
+        (folder / "config.json").write_text(json.dumps(txl_shapes.CONFIGS[format]))
+        save_file(random_weights(txl_shapes.shapes(format)), folder / "model.safetensors")
     elif format == "torchscale-longnet":
         (folder / "config.json").write_text(json.dumps(LONGNET_CONFIG))
         save_file(random_weights(longnet_shapes()), folder / "model.safetensors")

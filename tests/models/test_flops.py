@@ -9,6 +9,7 @@ import zoo
 from zoo.core.state import state_bytes
 from zoo.kernels.dilated_branches import branches_of
 from zoo.kernels.windowed_attention import visible_keys
+from zoo.layers.adaptive_softmax import Projection
 from zoo.layers.short_convolution import ShortConvolution
 from zoo.models.rwkv7 import LowRank
 
@@ -171,6 +172,16 @@ def landmark(mixer):
     return mixer.num_heads * total
 
 
+def transformer_xl(mixer):
+    """Three products for each key: with the key, with its distance, with the value."""
+    config, index = mixer.config, torch.arange(LENGTH)
+    begin = index - config.mem_len + 1
+    if not config.same_length:
+        begin = index // config.segment_length * config.segment_length - config.mem_len
+    visible = band(None) & (index >= begin[:, None])
+    return mixer.num_heads * attention(visible, mixer.head_dim) * 3 // 2
+
+
 def longnet(mixer):
     config, total, index = mixer.config, 0, torch.arange(LENGTH)
     for branch in branches_of(config.segment_lengths, config.dilation_rates):
@@ -212,6 +223,7 @@ CORE = {
     "FocusedAttention": focused,
     "WindowAttention": block_recurrent,
     "DilatedAttention": longnet,
+    "RelativeAttention": transformer_xl,
     "LandmarkAttention": landmark,
 }
 
@@ -229,7 +241,7 @@ def test_declared_is_counted(name, variant):
     dense = sum(
         sum(counts.get(f"{type(model).__name__}.{path}", {}).values())
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, LowRank, ShortConvolution))
+        if isinstance(module, (nn.Linear, LowRank, ShortConvolution, Projection))
     )
     if fields.get("feedback"):  # where keys and values of states are computed for readers again
         dense -= LENGTH // 16 * 2 * 2 * fields["num_states"] * 32 * 32

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..core.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
-from ..core.flops import product_flops
+from ..core.flops import linear_flops, product_flops
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, cluster_widths, has_projections
 
 # Tokens that an adaptive loss is computed over at a time.
@@ -84,6 +84,10 @@ class AdaptiveModel(AdaptivePreTrainedModel, ZooModel):
         """A table, or one for each cluster."""
         return AdaptiveEmbedding(config) if is_adaptive(config) else super().build_embedding(config)
 
+    def flops_per_token(self, length):
+        """As of `ZooModel`, with the projections of every cluster."""
+        return super().flops_per_token(length) + linear_flops(self.embed_tokens)
+
 
 class AdaptiveForCausalLM(AdaptivePreTrainedModel, ZooForCausalLM):
     """A language model that may end in an adaptive softmax.
@@ -125,8 +129,10 @@ class AdaptiveForCausalLM(AdaptivePreTrainedModel, ZooForCausalLM):
 
     def flops_per_token(self, length):
         """As of `ZooForCausalLM`, with the projections of an adaptive softmax."""
-        projections = getattr(self.lm_head, "projections", ())
-        return super().flops_per_token(length) + product_flops(*(x.weight for x in projections))
+        flops = super().flops_per_token(length)
+        if not is_adaptive(self.config):
+            return flops
+        return flops + product_flops(*(x.weight for x in self.lm_head.projections))
 
 
 def tied_names(config):

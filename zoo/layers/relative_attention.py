@@ -97,7 +97,8 @@ class RelativeAttention(nn.Module):
     def flops_per_token(self, length):
         """Of its matrices, and for each visible key of two products with it and one with its value.
 
-        The vectors of distances are made once for a text.
+        The vectors of distances are made once for a text, and so is the value of a zero vector
+        that a norm makes something of.
         """
         config = self.config
         if config.same_length:
@@ -107,6 +108,8 @@ class RelativeAttention(nn.Module):
             keys = torch.minimum(config.reach(clock_T), clock_T).double().mean().item() + 1
         once = min(length, config.num_distances) / length
         flops = linear_flops(self) - (1 - once) * linear_flops(self.r_proj)
+        if config.zero_memory and config.pre_lnorm:
+            flops += linear_flops(self.v_proj) / length
         return flops + 6 * self.num_heads * self.head_dim * keys
 
     def forward(self, x_BTD, sequence, state, sinusoids_ED, biases=None, norm=None, nothing_D=0.0):
