@@ -448,6 +448,21 @@ INFINI_CONFIGS["longllama"] = INFINI_CONFIGS["infini-beomi"] | {
     "model_type": "longllama",
     "mem_layers": [1],
 }
+INFINI_CONFIGS["landmark-llama"] = INFINI_CONFIGS["infini-beomi"] | {
+    "model_type": "llama_with_landmark",
+    "mem_freq": 5,
+    "mem_id": 18,
+}
+LANDMARK_GPT = {"vocab_size": 19, "n_embd": 16, "n_head": 4, "n_layer": 2, "mem_freq": 5}
+
+
+def landmark_shapes():
+    """The shapes of lm_benchmark's tensors by their names."""
+    parts = {"attn.c_attn": (48, 16), "attn.c_proj": (16, 16), "mlp.c_fc": (64, 16)}
+    parts |= {"mlp.c_proj": (16, 64), "ln_1": (16,), "ln_2": (16,)}
+    shapes = {f"h.{layer}.{part}": shape for layer in range(2) for part, shape in parts.items()}
+    shapes |= {"wte": (19, 16), "ln_f": (16,)}
+    return {f"transformer.{name}.weight": shape for name, shape in shapes.items()}
 
 
 def infini_shapes(format):
@@ -536,6 +551,9 @@ def make_source(format, folder):
     elif format in txl_shapes.CONFIGS:
         (folder / "config.json").write_text(json.dumps(txl_shapes.CONFIGS[format]))
         save_file(random_weights(txl_shapes.shapes(format)), folder / "model.safetensors")
+    elif format == "landmark-gpt":
+        (folder / "config.json").write_text(json.dumps(LANDMARK_GPT | {"landmark_id": 18}))
+        save_file(random_weights(landmark_shapes()), folder / "model.safetensors")
     elif format == "torchscale-longnet":
         (folder / "config.json").write_text(json.dumps(LONGNET_CONFIG))
         save_file(random_weights(longnet_shapes()), folder / "model.safetensors")

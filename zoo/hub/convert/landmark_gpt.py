@@ -22,6 +22,7 @@ from .format import Fields, Format, read_by_name, split_tensor
 from .mistral_consolidated import halves_of
 
 EPS = 1e-5
+LANDMARK_ID = 50260  # of their script, whatever the vocabulary
 OTHER_MODELS = {
     "enable_rem_score": "scores of the remainder have no counterpart here",
     "pos_jump_on_mem": "positions that jump at landmarks have no counterpart here",
@@ -45,7 +46,7 @@ def is_one(config, names):
     values = _arguments(config)
     return (
         values.keys() >= SIZES
-        and "landmark_id" in values
+        and not values.keys().isdisjoint(("landmark_id", "mem_freq", "mem_cache_freq"))
         and (not names or any(name.endswith("attn.c_attn.weight") for name in names))
     )
 
@@ -105,7 +106,7 @@ def read_config(fields, weights):
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         max_position_embeddings=args.take("sequence_length", None),
         block_length=block,
-        landmark_token_id=args.take("landmark_id"),
+        landmark_token_id=args.take("landmark_id", LANDMARK_ID),
         tie_word_embeddings=True,
     )
     if args is not fields:
@@ -161,7 +162,7 @@ FORMAT = Format(
     name="landmark-gpt",
     title="landmark attention in GPT's block, its authors' lm_benchmark",
     recognizes=is_one,
-    expects="n_layer, n_head, n_embd, vocab_size and landmark_id, and c_attn weights",
+    expects="n_layer, n_head, n_embd, vocab_size and mem_freq, and c_attn weights",
     read_config=read_config,
     read_weights=read_weights,
     tokenizer="save transformers' GPT-2 tokenizer, whose ids it was trained on, to {dst}",
