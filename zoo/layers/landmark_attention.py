@@ -104,10 +104,10 @@ class LandmarkAttention(nn.Module):
             k_BSGK, v_BSGV = (pad(x, (0, 0, 0, 0, 0, missing)) for x in (k_BSGK, v_BSGV))
         if self.config.retrieved_blocks is None:
             k_BSGK = rotate(k_BSGK, *(x[: k_BSGK.shape[1]] for x in key_rotation))
-        k, v = (x.unflatten(1, (-1, self.size)) for x in (k_BSGK, v_BSGV))
+        k, v = (self.blocks_of(x) for x in (k_BSGK, v_BSGV))
         if self.config.retrieved_blocks is None:
             return attend_to_all(q, k, v, clock_BQ, self.scale, first)
-        rows = torch.arange(len(q), device=q.device) if rows is None else rows
+        rows = torch.arange(q.shape[0], device=q.device) if rows is None else rows
         return attend_to_retrieved(
             q,
             k,
@@ -119,6 +119,13 @@ class LandmarkAttention(nn.Module):
             same_landmarks=self.layer_idx == 0,
             let_through=lambda chosen, clock: self.choice(chosen, lambda: (rows[:, None], clock)),
         )
+
+    def blocks_of(self, x_BSGK):
+        """Places by block, [B, M, N, ...]; by index where exporting cannot prove that M N is S."""
+        if not torch.compiler.is_exporting():
+            return x_BSGK.unflatten(1, (-1, self.size))
+        blocks_M1 = torch.arange(x_BSGK.shape[1] // self.size, device=x_BSGK.device)[:, None]
+        return x_BSGK[:, blocks_M1 * self.size + torch.arange(self.size, device=x_BSGK.device)]
 
     def extend(self, k, v, stream, state):
         """Keys and values by place with those of a dense pass, in the state too if it is kept."""
@@ -138,7 +145,7 @@ class LandmarkAttention(nn.Module):
             if stream.present is None:
                 held[:, stream.start : stream.start + end] = x
             else:
-                rows_B1 = torch.arange(len(x), device=x.device)[:, None]
+                rows_B1 = torch.arange(x.shape[0], device=x.device)[:, None]
                 clock_BS = stream.sequence.clock
                 x = torch.where(stream.present[..., None, None], x, held[rows_B1, clock_BS])
                 held[rows_B1, clock_BS] = x

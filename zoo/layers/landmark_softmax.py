@@ -118,8 +118,7 @@ def _all(q, k, v, clock, scale):
     dtype = torch.promote_types(q.dtype, torch.float32)
     size, groups = k.shape[2:4]
     q = q.to(dtype).unflatten(2, (groups, -1)) * scale
-    scores_BGRQMN = torch.einsum("bqgrk,bmngk->bgrqmn", q, k.to(dtype))
-    tokens_BGRQMT, landmark_BGRQM = scores_BGRQMN[..., :-1], scores_BGRQMN[..., -1]
+    tokens_BGRQMT, landmark_BGRQM = _scores(q, k.to(dtype))
     block_BQ1, slot_BQ11 = clock[..., None] // size, (clock % size)[..., None, None]
     blocks_M = torch.arange(k.shape[1], device=clock.device)
     is_earlier_BQM = blocks_M < block_BQ1
@@ -130,9 +129,38 @@ def _all(q, k, v, clock, scale):
     visible_BQMT = is_earlier_BQM[..., None] | is_own_BQMT
     scores_BGRQMT = tokens_BGRQMT + bias_BGRQM[..., None]
     scores_BGRQMT = torch.where(visible_BQMT[:, None, None], scores_BGRQMT, -torch.inf)
-    weights_BGRQS = scores_BGRQMT.flatten(-2).softmax(-1)
-    values_BSGV = v[:, :, :-1].flatten(1, 2).to(dtype)
-    return torch.einsum("bgrqs,bsgv->bqgrv", weights_BGRQS, values_BSGV).flatten(2, 3).to(v.dtype)
+    return _weighed(scores_BGRQMT, v.to(dtype)).flatten(2, 3).to(v.dtype)
+
+
+def _scores(q_BQGRK, k_BMNGK):
+    """Of tokens [B, G, R, Q, M, N - 1], and of landmarks [B, G, R, Q, M]."""
+    if not torch.compiler.is_exporting():
+        scores_BGRQMN = torch.einsum("bqgrk,bmngk->bgrqmn", q_BQGRK, k_BMNGK)
+        return scores_BGRQMN[..., :-1], scores_BGRQMN[..., -1]
+    # What exporting cannot prove of sizes is how one is split in two: so blocks are taken by index.
+    num_blocks, size = k_BMNGK.shape[1:3]
+    k_BG1SK = k_BMNGK.flatten(1, 2).transpose(1, 2).contiguous()[:, :, None]
+    scores_BGRQS = q_BQGRK.permute(0, 2, 3, 1, 4).contiguous() @ k_BG1SK.mT
+    begins_M = torch.arange(num_blocks, device=q_BQGRK.device) * size
+    tokens_MT = begins_M[:, None] + torch.arange(size - 1, device=q_BQGRK.device)
+    return scores_BGRQS[..., tokens_MT], scores_BGRQS[..., begins_M + size - 1]
+
+
+def _weighed(scores_BGRQMT, v_BMNGV):
+    """Values of tokens by the softmax over all of them, [B, Q, G, R, V]."""
+    if not torch.compiler.is_exporting():
+        values_BSGV = v_BMNGV[:, :, :-1].flatten(1, 2)
+        weights_BGRQS = scores_BGRQMT.flatten(-2).softmax(-1)
+        return torch.einsum("bgrqs,bsgv->bqgrv", weights_BGRQS, values_BSGV)
+    num_blocks, size = v_BMNGV.shape[1:3]
+    weights = (scores_BGRQMT - scores_BGRQMT.amax((-2, -1), keepdim=True)).exp()
+    weights = weights / weights.sum((-2, -1), keepdim=True)
+    place_S = torch.arange(num_blocks * size, device=v_BMNGV.device)
+    slot_S = place_S % size
+    weights_BGRQS = weights[..., place_S // size, slot_S.clamp(max=size - 2)]
+    weights_BGRQS = torch.where(slot_S < size - 1, weights_BGRQS, 0)
+    values_BG1SV = v_BMNGV.flatten(1, 2).transpose(1, 2).contiguous()[:, :, None]
+    return (weights_BGRQS @ values_BG1SV).permute(0, 3, 1, 2, 4)
 
 
 def _turned(q, places_BQ, rotation, groups):
@@ -151,17 +179,18 @@ def _retrieve(q, landmarks, clock, scale, count, size, rotation, same_landmarks)
     reads_BQ = block_BQ.clamp(max=count)
     old_BGRQK = _turned(q, (reads_BQ + 1) * size + slot_BQ, rotation, groups)
     if same_landmarks:
-        old_BGRQ = torch.einsum("bgrqk,bgk->bgrq", old_BGRQK, landmarks[:, 0])
+        old_BGRQ = (old_BGRQK * landmarks[:, 0, :, None, None]).sum(-1)
         old_BGRQM = old_BGRQ[..., None].expand(*old_BGRQ.shape, num_blocks)
     else:
-        old_BGRQM = torch.einsum("bgrqk,bmgk->bgrqm", old_BGRQK, landmarks)
+        old_BGRQM = old_BGRQK @ landmarks.permute(0, 2, 3, 1)[:, :, None]
     # The last blocks, from 1 to `count` before; column M takes those that are not there.
     back_C = torch.arange(1, count + 1, device=device)
     last_BQC = block_BQ1 - back_C
     rows_B11 = torch.arange(q.shape[0], device=device)[:, None, None]
     last_BQCGK = landmarks[rows_B11, last_BQC.clamp(0, num_blocks - 1)]
     turned = [_turned(q, n * size + slot_BQ, rotation, groups) for n in range(1, count + 1)]
-    last_BGRQC = torch.einsum("bgrqck,bqcgk->bgrqc", torch.stack(turned, dim=-2), last_BQCGK)
+    last_BG1QCK = last_BQCGK.permute(0, 3, 1, 2, 4)[:, :, None]
+    last_BGRQC = (torch.stack(turned, dim=-2) * last_BG1QCK).sum(-1)
     scores_BGRQM = torch.nn.functional.pad(old_BGRQM, (0, count))
     into_BQC = torch.where(last_BQC < 0, num_blocks, last_BQC)[:, None, None]
     scores_BGRQM = scores_BGRQM.scatter(-1, into_BQC.expand_as(last_BGRQC), last_BGRQC)
@@ -210,27 +239,27 @@ def _retrieved(q, k, v, clock, scale, chosen_BQHC, rotation, turn_key):
         return picked.to(dtype) if turn_key is None else rotate(picked, *_flat(turn_key)).to(dtype)
 
     rows_B = torch.arange(batch, device=device)
-    own_BQGNK = k[rows_B[:, None], block_BQ].transpose(2, 3)
-    own_scores = torch.einsum("bgrqk,bqgnk->bgrqn", q_BGRQDK[..., 0, :], keys_of(own_BQGNK))
+    own_BGQNK = keys_of(k[rows_B[:, None], block_BQ].transpose(2, 3)).transpose(1, 2)
+    own_scores = q_BGRQDK[..., 0, :].transpose(2, 3) @ own_BGQNK.mT
     tokens_T = torch.arange(size - 1, device=device)
     seen_BQT = tokens_T <= slot_BQ[..., None]
-    own_scores = torch.where(seen_BQT[:, None, None], own_scores[..., :-1], -torch.inf)
+    own_scores = torch.where(seen_BQT[:, None, :, None], own_scores[..., :-1], -torch.inf)
 
     index = rows_B.view(-1, 1, 1, 1, 1), torch.arange(groups, device=device).view(-1, 1, 1, 1)
     k_BGMNK, v_BGMNV = (x.permute(0, 3, 1, 2, 4) for x in (k, v))
     picked = keys_of(k_BGMNK[index[0], index[1], chosen])
     at = before[..., None].expand(*before.shape, q.shape[-1])
-    scores = torch.einsum("bgrqck,bgrqcnk->bgrqcn", q_BGRQDK.gather(-2, at), picked)
+    scores = (q_BGRQDK.gather(-2, at)[..., None, :] @ picked.mT)[..., 0, :]
     tokens, landmark = scores[..., :-1], scores[..., -1]
     tokens = tokens + (landmark - tokens.logsumexp(-1))[..., None]
-    tokens = torch.where(is_any[..., None], tokens, -torch.inf)
-    weights = torch.cat([own_scores, tokens.flatten(-2)], dim=-1).softmax(-1)
+    tokens = torch.where(is_any[..., None], tokens, -torch.inf).flatten(-2).transpose(2, 3)
+    weights = torch.cat([own_scores, tokens], dim=-1).softmax(-1)
     own_weights, weights = weights.split([size - 1, count * (size - 1)], dim=-1)
-    own_BQNGV = v[rows_B[:, None], block_BQ][:, :, :-1].to(dtype)
+    own_BGQNV = v[rows_B[:, None], block_BQ][:, :, :-1].permute(0, 3, 1, 2, 4).to(dtype)
     values = v_BGMNV[index[0], index[1], chosen][..., :-1, :].flatten(-3, -2).to(dtype)
-    y = torch.einsum("bgrqn,bqngv->bqgrv", own_weights, own_BQNGV)
-    y = y + torch.einsum("bgrqs,bgrqsv->bqgrv", weights, values)
-    return y.flatten(2, 3).to(v.dtype)
+    y_BGQRV = own_weights @ own_BGQNV
+    y_BGQRV = y_BGQRV + (weights[..., None, :] @ values.transpose(2, 3))[..., 0, :]
+    return y_BGQRV.transpose(1, 2).flatten(2, 3).to(v.dtype)
 
 
 def _flat(rotation):

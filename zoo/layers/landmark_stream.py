@@ -91,7 +91,7 @@ class LandmarkStream:
             index_T = number_T // self.block_length - first_block
             self.landmark_of_token = index_T.clamp(max=max(self.num_landmarks - 1, 0))[None]
         self.sequence = Sequence(
-            (self.text_shape[0], len(clock_S)),
+            (self.text_shape[0], clock_S.shape[0]),
             clock_S[None],
             clock_S[None],
             clock_S[-1:] + 1,
@@ -198,7 +198,7 @@ class LandmarkStream:
 
     def split(self, x_BSD):
         """The inverse of `join`: (tokens, landmarks)."""
-        tokens_BTD = x_BSD[:, self.token_places].reshape(*self.text_shape, -1)
+        tokens_BTD = x_BSD[:, self.token_places].reshape(*self.text_shape, x_BSD.shape[-1])
         return tokens_BTD, x_BSD[:, self.landmark_places]
 
     def predicting(self, x_BTD, landmarks_BLD):
