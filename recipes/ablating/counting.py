@@ -19,6 +19,7 @@ from zoo.kernels.extended_attention import extended_attention
 from zoo.kernels.linear_recurrence import linear_recurrence
 from zoo.kernels.windowed_attention import windowed_attention
 from zoo.kernels.wkv4 import wkv4
+from zoo.layers.landmark_softmax import attend_to_all, attend_to_retrieved
 
 
 def _recurrence(q, k, v, *rest, **options):
@@ -66,7 +67,23 @@ def _dilated(q, k, v, segment_lengths, dilation_rates, *, offsets="grouped", **o
     return batch * total * 2 * (size + v.shape[-1])
 
 
+def _to_all(q, k, v, *rest, count=None, **options):
+    """Of a whole text, whose queries stand at the places 0, 1, ... of tokens and landmarks."""
+    (batch, places, heads, width), size = q.shape, k.shape[2]
+    place = torch.arange(places)
+    block, slot = place // size, place % size
+    own, read = (slot + 1).clamp(max=size - 1), block if count is None else block.clamp(max=count)
+    pairs = 2 * own + read * (2 * size - 1) + (0 if count is None else block)
+    return batch * heads * int(pairs.sum()) * 2 * width
+
+
+def _to_retrieved(q, k, v, clock, scale, count, *rest, **options):
+    return _to_all(q, k, v, count=count)
+
+
 FORMULAS = {
+    attend_to_all: _to_all,
+    attend_to_retrieved: _to_retrieved,
     linear_recurrence: _recurrence,
     delta_recurrence: _delta,
     wkv4: _wkv4,

@@ -166,7 +166,7 @@ def _weighed(scores_BGRQMT, v_BMNGV):
 def _turned(q, places_BQ, rotation, groups):
     """Queries at some places, [B, G, R, Q, K]."""
     turned = rotate(q, *(x[places_BQ] for x in rotation))
-    return turned.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+    return turned.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
 
 
 def _retrieve(q, landmarks, clock, scale, count, size, rotation, same_landmarks):
@@ -182,7 +182,8 @@ def _retrieve(q, landmarks, clock, scale, count, size, rotation, same_landmarks)
         old_BGRQ = (old_BGRQK * landmarks[:, 0, :, None, None]).sum(-1)
         old_BGRQM = old_BGRQ[..., None].expand(*old_BGRQ.shape, num_blocks)
     else:
-        old_BGRQM = old_BGRQK @ landmarks.permute(0, 2, 3, 1)[:, :, None]
+        landmarks_BG1MK = landmarks.transpose(1, 2).contiguous()[:, :, None]
+        old_BGRQM = old_BGRQK @ landmarks_BG1MK.mT
     # The last blocks, from 1 to `count` before; column M takes those that are not there.
     back_C = torch.arange(1, count + 1, device=device)
     last_BQC = block_BQ1 - back_C
@@ -239,8 +240,9 @@ def _retrieved(q, k, v, clock, scale, chosen_BQHC, rotation, turn_key):
         return picked.to(dtype) if turn_key is None else rotate(picked, *_flat(turn_key)).to(dtype)
 
     rows_B = torch.arange(batch, device=device)
-    own_BGQNK = keys_of(k[rows_B[:, None], block_BQ].transpose(2, 3)).transpose(1, 2)
-    own_scores = q_BGRQDK[..., 0, :].transpose(2, 3) @ own_BGQNK.mT
+    own_BQGNK = keys_of(k[rows_B[:, None], block_BQ].transpose(2, 3))
+    own_BGQNK = own_BQGNK.transpose(1, 2).contiguous()
+    own_scores = q_BGRQDK[..., 0, :].transpose(2, 3).contiguous() @ own_BGQNK.mT
     tokens_T = torch.arange(size - 1, device=device)
     seen_BQT = tokens_T <= slot_BQ[..., None]
     own_scores = torch.where(seen_BQT[:, None, :, None], own_scores[..., :-1], -torch.inf)
@@ -249,7 +251,7 @@ def _retrieved(q, k, v, clock, scale, chosen_BQHC, rotation, turn_key):
     k_BGMNK, v_BGMNV = (x.permute(0, 3, 1, 2, 4) for x in (k, v))
     picked = keys_of(k_BGMNK[index[0], index[1], chosen])
     at = before[..., None].expand(*before.shape, q.shape[-1])
-    scores = (q_BGRQDK.gather(-2, at)[..., None, :] @ picked.mT)[..., 0, :]
+    scores = (q_BGRQDK.gather(-2, at)[..., None, :] * picked).sum(-1)
     tokens, landmark = scores[..., :-1], scores[..., -1]
     tokens = tokens + (landmark - tokens.logsumexp(-1))[..., None]
     tokens = torch.where(is_any[..., None], tokens, -torch.inf).flatten(-2).transpose(2, 3)
@@ -257,9 +259,9 @@ def _retrieved(q, k, v, clock, scale, chosen_BQHC, rotation, turn_key):
     own_weights, weights = weights.split([size - 1, count * (size - 1)], dim=-1)
     own_BGQNV = v[rows_B[:, None], block_BQ][:, :, :-1].permute(0, 3, 1, 2, 4).to(dtype)
     values = v_BGMNV[index[0], index[1], chosen][..., :-1, :].flatten(-3, -2).to(dtype)
-    y_BGQRV = own_weights @ own_BGQNV
-    y_BGQRV = y_BGQRV + (weights[..., None, :] @ values.transpose(2, 3))[..., 0, :]
-    return y_BGQRV.transpose(1, 2).flatten(2, 3).to(v.dtype)
+    y_BGQRV = own_weights @ own_BGQNV.contiguous()
+    y_BGRQV = (weights.transpose(2, 3).contiguous()[..., None, :] @ values)[..., 0, :]
+    return (y_BGQRV.transpose(1, 2) + y_BGRQV.permute(0, 3, 1, 2, 4)).flatten(2, 3).to(v.dtype)
 
 
 def _flat(rotation):
