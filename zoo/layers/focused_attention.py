@@ -50,7 +50,7 @@ class FocusedAttention(SegmentAttention):
         cross_batch_range, cross_batch_stepping: how to train, not part of a model: see
             `train_across_batch` of zoo/layers/cross_batch.py.
         index: what finds the keys of a decoding step in the place of exact search; how to run, not
-            part of a model: see zoo/memory_index.py.
+            part of a model: see zoo/kernels/faiss_backend.py.
     """
 
     cross_batch_range = None
