@@ -14,16 +14,29 @@ MAY_BE_NOT_RUN = ("no GPU",)
 MAY_BE_NOT_RUN += ("full attention: the state grows with the tokens",)
 
 
+# Windows that are walked through one after the other are twice as wide in the points that take
+# longest: the 67 tokens compiled are two of them and a rest still, and 131 are four.
+WIDE = 32
+
+
+def fields_of(name, variant, point):
+    if name != "block_recurrent" or point not in (8, 9):
+        return {}
+    window = variants_of(name)[variant]["sliding_window"]
+    return {"sliding_window": WIDE - window % 2}
+
+
 @functools.cache
-def subject_of(name, variant):
-    return zoo_subject(name, variant)
+def subject_of(name, variant, **fields):
+    return zoo_subject(name, variant, **fields)
 
 
 @pytest.mark.usefixtures("scripts_are_forked")
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_contract(name, variant, point):
-    report = run(subject_of(name, variant), [point], num_tokens=20_000)
+    subject = subject_of(name, variant, **fields_of(name, variant, point))
+    report = run(subject, [point], num_tokens=20_000)
     assert report.verdict(point) == "passed", "\n" + report.table()
     # A model of the zoo can be asked everything.
     left_out = [check for check in report.checks if check.verdict == NOT_RUN]

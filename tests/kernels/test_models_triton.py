@@ -13,8 +13,9 @@ WITHOUT_KERNELS = ("sliding_window", "infini", "block_recurrent")
 NAMES = [name for name in zoo.MODELS if name not in WITHOUT_KERNELS]
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 # Lengths of the documents in a row: of one token, and the row beyond a chunk of 64 tokens. The
-# kernels of RWKV-4 walk token by token, in tiles of 32: a document beyond one.
-DOCUMENTS = {"rwkv4": (1, 33, 6)}
+# kernels of RWKV-4 walk token by token, in tiles of 32, the delta rule's have chunks of 16: a
+# document beyond one, and for these beyond two.
+DOCUMENTS = dict.fromkeys(("rwkv4", "rwkv7", "gated_deltanet"), (1, 33, 6))
 
 
 @pytest.fixture
