@@ -9,7 +9,8 @@ import zoo
 from zoo.kernels.launch_triton import recording
 
 # Attention to windows and segments, and matrix products: nothing of it is a kernel of ours.
-WITHOUT_KERNELS = ("sliding_window", "infini", "block_recurrent")
+WITHOUT_KERNELS = ("sliding_window", "infini", "block_recurrent", "long_llama", "rmt", "landmark")
+WITHOUT_KERNELS += ("transformer_xl",)
 NAMES = [name for name in zoo.MODELS if name not in WITHOUT_KERNELS]
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 # Lengths of the documents in a row: of one token, and the row beyond a chunk of 64 tokens. The

@@ -5,7 +5,6 @@ import json
 import signal
 import time
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -27,12 +26,12 @@ def wait_for_line(path, count, process):
         time.sleep(0.005)
 
 
-def kill_all(process):
-    """SIGKILL to a launcher and the processes it started, all at once."""
-    family = [process, *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.kill()
-    process.communicate()
+def kill_all(ranks):
+    """SIGKILL to the processes of a run, all at once."""
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.communicate()
 
 
 @pytest.mark.slow
@@ -40,8 +39,8 @@ def kill_all(process):
 def test_killed_and_resumed_is_bit_identical(workshop, processes):
     whole = workshop.run("--name", "whole", processes=processes)
     assert whole.returncode == 0, whole.stderr
-    killed = workshop.start("--name", "cut", processes=processes)
-    wait_for_line(workshop.folder / "cut" / "metrics.jsonl", 50, killed)
+    killed = workshop.start_ranks("--name", "cut", processes=processes)
+    wait_for_line(workshop.folder / "cut" / "metrics.jsonl", 50, killed[0])
     kill_all(killed)
     seen = workshop.curve("cut")[-1]["step"]
     assert seen < 120, "the run was over before it was killed"
