@@ -18,7 +18,8 @@ from zoo.kernels.wkv4_export import wkv4_exported
 # Each export takes seconds. These show what the others do too, and run with FAST=1.
 QUICK = {("retnet", "torchscale"), ("rwkv4", "default"), ("sliding_window", "default")}
 VARIANTS = [(name, variant) for name, x in zoo.MODELS.items() for variant in x.config.variants]
-FEEDBACK = ("block_recurrent", "feedback")
+# The stack runs once per window or segment.
+FEEDBACK = [("block_recurrent", "feedback"), *(x for x in VARIANTS if x[0] == "rmt")]
 ANY = {0: Dim("B", min=1, max=1024), 1: Dim("T", min=2, max=1 << 20)}
 # Windows and segments are 16 tokens long, the chunks of the recurrences 32 and 64, blocks 128.
 SHAPES = [(1, 2), (3, 16), (2, 17), (1, 130)]
@@ -61,7 +62,7 @@ def check(program, model, shapes=SHAPES):
     [
         pytest.param(*x, marks=() if x in QUICK else pytest.mark.slow)
         for x in VARIANTS
-        if x != FEEDBACK
+        if x not in FEEDBACK
     ],
 )
 @torch.no_grad()
@@ -76,9 +77,10 @@ def test_one_program_for_any_batch_and_length(name, variant):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "variant"), FEEDBACK)
 @torch.no_grad()
-def test_feedback_has_any_batch_and_one_length():
-    model = build(*FEEDBACK)
+def test_feedback_has_any_batch_and_one_length(name, variant):
+    model = build(name, variant)
     check(program_of(model, {0: ANY[0]}), model, [(1, 20), (3, 20)])
     with pytest.raises(ValueError, match="got a number of tokens that varies"):
         program_of(model)

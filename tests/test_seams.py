@@ -102,7 +102,7 @@ def test_attention_implementations_are_set_or_refused(architecture):
     model, ids = build(architecture, **fields), ids_of(1, 9)
     with torch.no_grad():
         expected = model(ids).logits
-        if architecture.name not in ("lightning", "sliding_window"):
+        if architecture.name not in ("lightning", "sliding_window", "rmt"):
             with pytest.raises(ValueError, match="does not support an attention implementation"):
                 model.set_attn_implementation("sdpa")
             return
@@ -216,7 +216,8 @@ def test_weights_that_are_missing_begin_as_the_paper_says(name, variant):
     for key, value in fresh.state_dict().items():
         found = loaded.state_dict()[key]
         assert found.isfinite().all(), key
-        if value.std(correction=0) == 0:  # a constant; the order of random numbers is transformers'
+        is_constant = value.numel() > 1 and value.std(correction=0) == 0
+        if is_constant:  # the order of random numbers is transformers'
             assert torch.equal(found, value), key
         elif value.numel() > 200:
             torch.testing.assert_close(found.std(), value.std(), rtol=0.4, atol=0)

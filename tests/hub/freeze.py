@@ -31,6 +31,7 @@ FIELDS = {
     "gated_deltanet": {"head_dim": 4, "value_head_dim": 4, "intermediate_size": 16},
     "lightning": {"softmax_layers": [1], "sliding_window": 4},
     "infini": {"segment_length": 4},
+    "rmt": {"segment_length": 4, "num_memory_tokens": 2},
     "sliding_window": {"sliding_window": 4, "num_sink_tokens": 1},
     "block_recurrent": {
         "head_dim": 4,

@@ -597,7 +597,7 @@ def make_source(format, folder):
         (folder / "params.json").write_text(json.dumps(CONSOLIDATED))
         save_file(random_weights(consolidated_shapes()), folder / "consolidated.safetensors")
     else:
-        golden = GOLDENS / {**GOLDEN_OF, "hf-rwkv": "rwkv4-hf"}[format]
+        golden = GOLDENS / {**GOLDEN_OF, "hf-rwkv": "rwkv4-hf"}.get(format, format)
         for name in ("config.json", "model.safetensors"):
             shutil.copyfile(golden / name, folder / name)
     return folder

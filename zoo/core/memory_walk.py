@@ -115,10 +115,10 @@ class MemoryWalk:
         for layer, state in zip(self.layers, self.states):
             for name in layer.memory_names:
                 if name == MEMORY:
-                    first_N = self.memory(len(start_N), dtype)
+                    first_N = self.memory(start_N.shape[0], dtype)
                 else:
                     shape = layer.state_specs()[name].shape
-                    first_N = x_BTD.new_zeros(len(start_N), *shape, dtype=dtype)
+                    first_N = x_BTD.new_zeros(start_N.shape[0], *shape, dtype=dtype)
                 if not is_fresh:
                     x_N = getattr(state, name)
                     is_old = (start_N > 0).view(-1, *[1] * (x_N.ndim - 1))
@@ -134,7 +134,7 @@ class MemoryWalk:
         """What the tokens of memory of a frame are, [N, m, D]."""
         if self.leave is None:
             name = self.layers[0].memory_names[0]
-            return self.memory(len(getattr(self.states[0], name)), dtype)
+            return self.memory(getattr(self.states[0], name).shape[0], dtype)
         return getattr(self.states[0], MEMORY).to(dtype)
 
     def run_frame(self, frame, x_BTD, is_kept, keeps_all=False):
@@ -172,7 +172,7 @@ class MemoryWalk:
         is_full_B = is_border_B & (sequence.clock[:, 0] > 0)
         before, nothing = [state.copy() for state in self.states], slice(0, 0)
         if any(before[0].tensors()[name] is not None for name in self.frame_names(0)):
-            own = rows_of_frame(len(is_full_B), sizes.slots, sizes.num_writes, device)
+            own = rows_of_frame(is_full_B.shape[0], sizes.slots, sizes.num_writes, device)
             self.run_frame(Frame(nothing, own, nothing, written=slice(None)), x_BTD, False)
             for layer, old, new in zip(self.layers, before, self.states):
                 for name in layer.memory_names:
@@ -180,7 +180,7 @@ class MemoryWalk:
         if sizes.num_reads == 0:
             return
         before = [state.copy() for state in self.states]
-        own = rows_of_frame(len(is_full_B), 0, sizes.num_reads, device)
+        own = rows_of_frame(is_full_B.shape[0], 0, sizes.num_reads, device)
         frame = Frame(nothing, own, nothing, num_reads=sizes.num_reads, is_anew=True)
         self.run_frame(frame, x_BTD, True)
         for number, (old, new) in enumerate(zip(before, self.states)):

@@ -158,7 +158,7 @@ class AssociativeBlock(FrameBlock):
         if written is not None:
             memory = [state.association_BKD, state.normalizer_BK]
             own = memory if writers is None else [x_N[writers] for x_N in memory]
-            h_NMD = x_BTD[:, written].flatten(0, 1).unflatten(0, (len(own[0]), -1))
+            h_NMD = x_BTD[:, written].flatten(0, 1).unflatten(0, (own[0].shape[0], -1))
             for name, x_N, new_N in zip(self.memory_specs, memory, self.memory.write(h_NMD, *own)):
                 new_N = new_N if writers is None else x_N.index_copy(0, writers, new_N)
                 setattr(state, name, new_N)

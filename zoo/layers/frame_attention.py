@@ -48,11 +48,11 @@ class FrameAttention(SoftmaxAttention):
 
     def run_step(self, q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state):
         """One token per row: writes its slot, and looks at all that are filled."""
-        place_B = sequence.clock[:, 0].expand(len(q_BTHK))
+        place_B = sequence.clock[:, 0].expand(q_BTHK.shape[0])
         for (name, spec), x_BTHK in zip(self.state_specs().items(), (k_BTHK, v_BTHV)):
             held_BSHK = getattr(state, name)
             if held_BSHK is None:
-                held_BSHK = x_BTHK.new_zeros(len(place_B), *spec.shape, dtype=spec.dtype)
+                held_BSHK = x_BTHK.new_zeros(place_B.shape[0], *spec.shape, dtype=spec.dtype)
             new_BHK, may_overwrite = x_BTHK[:, 0], state.may_overwrite
             written = write_slot(held_BSHK, new_BHK, place_B, sequence.keep, may_overwrite)
             setattr(state, name, written)

@@ -249,8 +249,9 @@ class RmtModel(RmtPreTrainedModel, ZooModel):
 
     @capture_outputs
     def _run_blocks(self, x_BTD, sequence, cache, inputs, **kwargs):
-        self._check_checkpointing()
         leave = self.norm if self.config.memory == "tokens" else None
+        if leave is None:  # gradients go from segment to segment through states
+            self._check_checkpointing()
         walk = MemoryWalk(self.layers, self.memory, self.enter, leave, frame_sizes(self.config))
         if torch.is_grad_enabled():
             # Training on several devices waits for a gradient of every parameter, and a text that
