@@ -39,6 +39,8 @@ def _windowed(q, k, v, window=None, *, delay=0, sinks=None, query_bias=None, **o
     keys = mean_visible(length, None if window is None else window + delay) - delay
     if sinks is not None:
         keys = mean_visible(length, window, sinks.k.shape[1])
+    if query_bias is not None and not q.is_meta:
+        keys = _not_hidden(length, window, query_bias, q.device)
     total = batch * length * heads * keys * 2 * (size + v.shape[-1])
     if query_bias is None:
         return total
@@ -46,6 +48,15 @@ def _windowed(q, k, v, window=None, *, delay=0, sinks=None, query_bias=None, **o
     with FlopCounterMode(display=False) as of_a_pair:
         query_bias(place, place[None])
     return total + batch * length * keys * of_a_pair.get_total_flops()
+
+
+def _not_hidden(length, window, query_bias, device):
+    """Keys of a window that a query sees on average, where a bias may hide some of them."""
+    tokens = torch.arange(length, device=device)
+    distance = tokens[:, None] - tokens
+    is_seen = (distance >= 0) & (distance < (window or length))
+    bias = query_bias(tokens, distance.clamp(min=0)).flatten(0, 1)
+    return (is_seen & (bias > -torch.inf).any(0)).sum().item() / length
 
 
 def _extended(parts, v, window=None, **options):

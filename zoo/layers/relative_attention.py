@@ -98,7 +98,7 @@ class RelativeAttention(nn.Module):
         """Of its matrices, and for each visible key of two products with it and one with its value.
 
         The vectors of distances are made once for a text, and so is the value of a zero vector
-        that a norm makes something of.
+        that a norm makes something of; zeros before a text are left out.
         """
         config = self.config
         if config.same_length:

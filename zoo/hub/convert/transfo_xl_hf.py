@@ -10,7 +10,6 @@ from ...models.transformer_xl import TransformerXLConfig
 from . import transformer_xl_names as names
 from .format import Format, refuse_other
 
-SEGMENT_LENGTH = 128  # tokens at a time in the config of the published model
 DEFAULTS = {
     "n_layer": 18,
     "n_head": 16,
@@ -49,13 +48,7 @@ def read_config(fields, weights):
         values["tie_projs"] = None
     elif values["tie_projs"] is None:
         values["tie_projs"] = [False] + [bool(shares)] * len(values["cutoffs"])
-    if values["segment_length"] is None:
-        values["segment_length"] = SEGMENT_LENGTH
-        if not values["same_length"]:
-            raise ValueError(
-                "config.json has same_length = false and no tgt_len: what a token sees depends on "
-                "how many a segment has; add tgt_len."
-            )
+    names.fill_segment_length(fields, values)
     return TransformerXLConfig(
         **values,
         vocab_size=fields.take("vocab_size", 267735),

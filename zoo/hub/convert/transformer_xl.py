@@ -21,6 +21,7 @@ DEFAULTS = {
     "same_length": False,
     "pre_lnorm": False,
     "tie_projs": None,
+    "tgt_len": None,
 }
 FIXED = {"zero_memory": False, "untie_r": False, "layer_norm_epsilon": 1e-5}
 
@@ -37,6 +38,7 @@ def read_config(fields, weights):
     for name, ours in names.NAMES.items():
         arguments = (DEFAULTS[name],) if name in DEFAULTS else ()
         values[ours] = fields.take(name, *arguments)
+    names.fill_segment_length(fields, values)
     is_tied, width = fields.take("tie_weight", True), values["hidden_size"]
     clusters = len(values["cutoffs"] or []) + 1
     has_projections = values["div_val"] > 1 or values["d_embed"] not in (None, width)

@@ -6,6 +6,7 @@ from ...layers.adaptive_models import is_adaptive
 from ...layers.relative_scores import sinusoids
 from .format import split_tensor
 
+SEGMENT_LENGTH = 128  # tokens at a time in the config of the published model
 # Their field -> ours.
 NAMES = {
     "n_layer": "num_hidden_layers",
@@ -51,6 +52,21 @@ def refuse_other_models(fields):
     fields.drop("dropout in training alone", "dropout", "dropatt")
     fields.drop("how weights began", "init", "init_range", "proj_init_std")
     fields.drop("how a text was cut for a run", "segments")
+
+
+def fill_segment_length(fields, values):
+    """Sets our segment_length, where it is None, to a number that changes no logit.
+
+    Raises:
+        ValueError: every number would change them.
+    """
+    if values["segment_length"] is None:
+        values["segment_length"] = SEGMENT_LENGTH
+        if not values["same_length"]:
+            raise ValueError(
+                f"{fields.file} has same_length = false and no tgt_len: what a token sees depends "
+                "on how many a segment has; add tgt_len."
+            )
 
 
 def layer_names(config, before):
