@@ -674,7 +674,7 @@ REFUSED_MELIAD = [
     (MELIAD, drop(f"{KVQ}/keys_layer/kernel"), f"have no {KVQ}/keys_layer/kernel; they are flax's"),
     (MELIAD, drop("embed/embedding"), "have no embed/embedding, which this format needs"),
     (MELIAD, drop(f"{CELL}/post_attn_mlp/gate_bias"), "a gate of .* is one of .*have 0 of them"),
-    (MELIAD, add("transformer0/external_memory_bias", torch.zeros(2)), "nothing uses .*external"),
+    (MELIAD, add("transformer0/external_memory_bias", torch.zeros(2)), "has no database_size"),
     (MELIAD, cut("transformer1/tbase/ffn/hidden0/kernel", ..., slice(5)), r"\[5, 16\] in the file"),
     (
         MELIAD,

@@ -1,5 +1,8 @@
 """The Memorizing Transformer against its authors' numbers, and against its definition."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from goldens import golden_folder, golden_tensors
@@ -52,3 +55,39 @@ def test_loss_and_gradients_of_the_third_call(load):
         for key, gradient in official.items():
             assert worst(found[key].grad, gradient, relative=True) < bound, key
     weights.finish()
+
+
+FACTORY = "@memory_factory.memory_on_tpu_factory"
+REFUSED = [
+    ({"database_size": None}, "database_size = None, which is not of the right type"),
+    ({"database_size": 128}, "database_size = 64; our model computes 128"),
+    ({"database_size": 60}, "memory_size is a multiple of memory_neighbors, got 60 and 8"),
+    ({"memory_num_neighbors": 4}, "memory_num_neighbors = 8; our model computes 4"),
+    ({"segment_length": 16}, "SEGMENT_LENGTH = 32; our model computes 16"),
+    ({"memory_layer_indices": [-1]}, r"memory_layer_indices = \[-1\], by the weights .*\[2\]"),
+    (("(-2,)", "(-1,)"), r"memory_layer_indices = \(3,\); our model computes \(2,\)"),
+    (("for_memory_layers = True", "for_memory_layers = False"), "for_memory_layers = False"),
+    ((f"= {FACTORY}", "= @memory_factory.memory_on_borg_factory"), "memory_on_borg_factory"),
+    (
+        ("  database_size = 64\n", "  database_size = 64\n  cross_batch_memory = True\n"),
+        "cross_batch_memory = True; our model computes False",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_another_memory_is_refused_in_one_line(change, message, tmp_path):
+    """Sizes that the run did not have, and kinds of memory that are another model."""
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(golden_folder(NAME) / "model.safetensors", source)
+    config = json.loads((golden_folder(NAME) / "config.json").read_text())
+    if isinstance(change, dict):
+        config |= change
+    else:
+        assert change[0] in config["gin"]
+        config["gin"] = config["gin"].replace(*change)
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as error:
+        convert("meliad", source, tmp_path / "ours")
+    assert "\n" not in str(error.value) and not (tmp_path / "ours").exists()
