@@ -362,6 +362,8 @@ WITH_MEMORY = SMALL_MEMORY | {"memory_layers": [1]}
         *((variant, {}) for variant in BlockRecurrentConfig.variants),
         ("memorizing", SMALL_MEMORY),
         ("memorizing", SMALL_MEMORY | {"memory_layers": [0, 1]}),
+        # Columns in which nothing lies yet.
+        ("memorizing", SMALL_MEMORY | {"memory_segment_length": 3, "memory_neighbors": 6}),
         ("memorizing-exact", SMALL_MEMORY),
         ("memorizing-exact", SMALL_MEMORY | {"memory_neighbors": 12}),
         ("lstm-dual", WITH_MEMORY),

@@ -51,11 +51,13 @@ class WindowAttention(nn.Module):
         self.v_proj = nn.Linear(width, size, bias=False)
         self.scale = nn.Parameter(torch.empty(self.num_heads))
         # With a memory a layer has no positions, in its window neither.
-        position_type = (
-            None if layer_idx in config.memory_layers else config.position_embedding_type
+        has_memory, position_type = (
+            layer_idx in config.memory_layers,
+            config.position_embedding_type,
         )
-        self.has_table, self.has_alibi = position_type == "t5", position_type == "alibi"
-        self.memory = None if position_type else ExternalMemory(config)
+        self.has_table = position_type == "t5" and not has_memory
+        self.has_alibi = position_type == "alibi" and not has_memory
+        self.memory = ExternalMemory(config) if has_memory else None
         if self.has_table:
             self.relative_bias = nn.Parameter(torch.empty(self.num_heads, config.num_buckets))
             sizes = self.window, config.num_buckets, config.max_distance
