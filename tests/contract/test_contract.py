@@ -20,9 +20,15 @@ WIDE = 32
 
 
 def fields_of(name, variant, point):
-    window = variants_of(name)[variant].get("sliding_window", WIDE)
-    is_walked = name == "block_recurrent" and window < WIDE
-    return {"sliding_window": 2 * window} if is_walked and point in (8, 9) else {}
+    walked = {"block_recurrent": "sliding_window", "rmt": "segment_length"}.get(name, "")
+    fields = variants_of(name)[variant]
+    window = fields.get(walked, WIDE)
+    if window >= WIDE or point not in (8, 9):
+        return {}
+    return {
+        walked: 2 * window,
+        **({"num_positions": 2 * WIDE} if "num_positions" in fields else {}),
+    }
 
 
 @functools.cache
@@ -50,6 +56,7 @@ LESS_WORK = {
     "block_recurrent": {"sliding_window": 128},
     "gated_deltanet": {"num_attention_heads": 1},
     "rwkv7": {"num_attention_heads": 1},
+    "rmt": {"segment_length": 512},
 }
 
 

@@ -57,7 +57,7 @@ from ..layers.norms import rms_or_layer_norm
 from ..layers.positions import RotaryPositions, check_rope_parameters
 from ..layers.softmax_attention import SoftmaxPreTrainedModel, check_key_value_heads, fill_heads
 
-# Field -> (what it is about, its value there, its value elsewhere).
+# Fields about memory "associative" alone, and their defaults.
 ASSOCIATIVE_FIELDS = {"dpfp_order": 3, "memory_correction": True}
 _SMALL = {"segment_length": 16, "num_memory_tokens": 3, "num_key_value_heads": 2}
 
