@@ -12,6 +12,7 @@ from ..core.choice import Choice
 from ..core.flops import linear_flops
 from ..core.state import StateSpec, dtype_of
 from ..core.window import Spans, document_spans, first_positions, gather_tokens, row_spans
+from ..kernels.export_scan import without_autocast
 from .landmark_softmax import attend_to_all, attend_to_retrieved
 from .landmark_stream import stream_length
 from .positions import rotate
@@ -105,6 +106,11 @@ class LandmarkAttention(nn.Module):
         if self.config.retrieved_blocks is None:
             k_BSGK = rotate(k_BSGK, *(x[: k_BSGK.shape[1]] for x in key_rotation))
         k, v = (self.blocks_of(x) for x in (k_BSGK, v_BSGV))
+        with without_autocast(q):
+            return self.attend_to_blocks(q, k, v, clock_BQ, key_rotation, first, rows)
+
+    def attend_to_blocks(self, q, k, v, clock_BQ, key_rotation, first, rows):
+        """`attend` with keys and values by block."""
         if self.config.retrieved_blocks is None:
             return attend_to_all(q, k, v, clock_BQ, self.scale, first)
         rows = torch.arange(q.shape[0], device=q.device) if rows is None else rows
