@@ -165,3 +165,12 @@ def test_crossbatch(case):
     found = torch.autograd.grad((o * golden["do_BTHK"]).sum(), leaves)
     for name, gradient in zip("qkv", found, strict=True):
         assert worst(gradient, golden[f"{case}_d{name}"]) < 1e-9, name
+
+
+def test_participants():
+    """Two documents of four windows: the more, the later; all; and of one window each."""
+    rank, four, one = torch.arange(8) % 4, torch.full((8,), 4), torch.ones(8, dtype=torch.long)
+    assert participants(rank, four, 3).tolist() == [1, 2, 3, 4, 1, 3, 4, 4]
+    assert participants(rank, four, 1).tolist() == [1, 2, 2, 2, 1, 2, 2, 2]
+    assert participants(rank, four, 3, stepping=False).tolist() == [1, 2, 3, 4, 4, 4, 4, 4]
+    assert participants(0 * rank, one, 2).tolist() == [1, 2, 3, 3, 3, 3, 3, 3]
