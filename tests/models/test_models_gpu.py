@@ -20,7 +20,7 @@ SIZES = {
 }
 # No kernel of ours, which know no float64: what a GPU computes can be compared to the last digits,
 # and must be where one of a million activations at a kink of relu changes a gradient by 1e-3.
-WITHOUT_KERNELS = ("sliding_window", "infini", "block_recurrent", "rmt")
+WITHOUT_KERNELS = ("sliding_window", "infini", "block_recurrent", "long_llama", "rmt")
 VARIANTS = [(name, variant) for name, x in zoo.MODELS.items() for variant in x.config.variants]
 TOKENS = 300
 
