@@ -254,8 +254,7 @@ class RmtModel(RmtPreTrainedModel, ZooModel):
             self._check_checkpointing()
         walk = MemoryWalk(self.layers, self.memory, self.enter, leave, frame_sizes(self.config))
         if torch.is_grad_enabled():
-            # Training on several devices waits for a gradient of every parameter, and a text that
-            # goes on from a state does not ask for one of these.
+            # Processes that train together wait for each; a text after a state needs none of these.
             x_BTD = x_BTD + 0 * self.memory(1, x_BTD.dtype).sum()
         is_recorded = kwargs.get("output_hidden_states") or self.config.output_hidden_states
         for y_BTD in walk.run(x_BTD, sequence, cache, inputs, keeps_all=is_recorded):
