@@ -19,8 +19,8 @@ depend on the tokens behind), and the last segment, full or not, is never writte
 padding included; here both follow from the definition.
 
 A step of decoding costs one token; the one that begins a segment 2 m + 1, of rows that do so alone.
-Compiled, a step cannot look at clocks, and pays for that at every token: `generate` without
-compiling is the faster where m is large.
+Compiled, a step is one graph that cannot look at clocks (point 8 of the contract asks for a whole
+one), and runs the 2 m + 1 at every token.
 
 `memory="associative"` is ARMT (Rodkin et al. 2024, https://arxiv.org/abs/2407.04841): every layer
 has a memory of its own, which m learned tokens behind the segment write, and nothing is in front;
