@@ -122,22 +122,24 @@ def recall(study, trial, way):
 
 @torch.inference_mode()
 def recall_by_segment(study, trial, way):
-    """The share of answers of which all digits are right, by segments from key to question.
+    """The share of answers of which all digits are right, and that of digits, by segments back.
 
     Returns:
-        "by_segment": tokens of the documents -> distance -> share.
+        "by_segment" and "digits_by_segment": tokens of the documents -> segments from the key's to
+        the question's -> share.
     """
     models, task = Models(study, trial, way), load(trial.recipe.task)
     at_once = max(study.lengths[-1], trial.recipe.batch_size * task.length)
-    found = {}
+    answers, digits = {}, {}
     for length in study.lengths:
-        found[str(length)] = shares = {}
+        answers[str(length)], digits[str(length)] = {}, {}
         for back in study.segments_back(length):
             settings = {"segments": length // study.segment_length, "back": back}
             of = models.of(length), task, ["extrapolation"], settings
             right_BN = right(*of, study.examples, at_once // length)
-            shares[str(back)] = right_BN.all(-1).double().mean().item()
-    return {"by_segment": found}
+            answers[str(length)][str(back)] = right_BN.all(-1).double().mean().item()
+            digits[str(length)][str(back)] = right_BN.double().mean().item()
+    return {"by_segment": answers, "digits_by_segment": digits}
 
 
 def right(model, task, whose, settings, examples, size):

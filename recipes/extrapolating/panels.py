@@ -78,21 +78,22 @@ def segments_figure(results):
 
         def fill(axes):
             for name, style in group:
-                found = list(curves(ways[name], "by_segment", length).values())
+                found = list(curves(ways[name], "digits_by_segment", length).values())
                 if found:
                     draw_seeds(axes, name, style, found, markers=True)
             axes.set(xlabel=x_title, ylabel=y_title, ylim=(-0.03, 1.03))
+            axes.axhline(GUESS, color=INK, lw=0.8, ls=":")
             axes.set_xticks(range(0, last + 1, max(1, (last + 1) // 8)))
 
         title = ": ".join(filter(None, (title, documents(study, length))))
         return Panel(title, fill, str(length))
 
-    if not any(way.get("by_segment") for way in ways.values()):
+    if not any(way.get("digits_by_segment") for way in ways.values()):
         return None
     panels = [
         panel(title, group, length)
         for title, group in dealt(results)
-        if any(ways[name]["by_segment"] for name, _ in group[1:] or group)
+        if any(ways[name]["digits_by_segment"] for name, _ in group[1:] or group)
         for length in study["lengths"]
     ]
     return Figure(file, "", "", panels)

@@ -215,7 +215,8 @@ class Study:
         of_way = {"fields": by_length, "attention": way.attention}
         if task == self.text:
             return {**of_way, "places": self.places, "first": self.first}
-        return {**of_way, "distances": self.distances, "examples": self.examples}
+        recalled = {**of_way, "distances": self.distances, "examples": self.examples}
+        return recalled | ({"of": ["answers", "digits"]} if self.segment_length else {})
 
 
 def read_study(path, overrides=()):

@@ -7,7 +7,11 @@ from pretraining.building import REPOSITORY
 from pretraining.reporting import environment, write_json
 
 RESULTS = "results.json"
-MEASURES = "in_context", "by_distance", "by_segment"
+OVERVIEW = (
+    "Share of answers with all digits right and, in brackets, of digits, means over seeds and "
+    "distances. Columns: segments of a document: segments from the key's to the question's"
+)
+MEASURES = "in_context", "by_distance", "by_segment", "digits_by_segment"
 
 
 def collect(study, readings, corpus):
@@ -103,9 +107,7 @@ def markdown(results):
         lines += ["", "Share of digits that are right, by tokens from key to question"]
         lines += ["", *_table(results, "by_distance", heads, 2)]
     if size:
-        lines += ["Share of answers with all digits right, means over seeds and distances, by the"]
-        lines[-1] += " segments of the documents and those from the key's to the question's"
-        lines += ["", *overview(results)]
+        lines += ["", OVERVIEW, "", *overview(results)]
     for length in study["lengths"] if size else []:
         heads = [str(n) for n in study["distances"] if n < length // size]
         what = f"Share of answers with all digits right, in {documents(study, length)}"
@@ -141,14 +143,18 @@ def overview(results):
         heads.append(f"{length // study['segment_length']}: {back}")
     lines = ["| | " + " | ".join(heads) + " | seeds |", "|---|" + "---:|" * (len(heads) + 1)]
     for name, way in results["ways"].items():
-        means = []
-        for length, distances in columns:
-            found = cells(way, "by_segment", length=length)
-            shares = [found[n].mean for n in distances if n in found]
-            means.append(f"{sum(shares) / len(shares):.2f}" if shares else "")
-        if any(means):
-            lines.append(f"| {name} | {' | '.join(means)} | {len(way['by_segment'])} |")
+        if way["by_segment"]:
+            shown = [
+                f"{_mean(way, 'by_segment', *column)} ({_mean(way, 'digits_by_segment', *column)})"
+                for column in columns
+            ]
+            lines.append(f"| {name} | {' | '.join(shown)} | {len(way['by_segment'])} |")
     return lines
+
+
+def _mean(way, measure, length, distances):
+    found = cells(way, measure, length=length)
+    return f"{sum(found[n].mean for n in distances) / len(distances):.2f}"
 
 
 def documents(study, length):
