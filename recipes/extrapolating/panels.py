@@ -15,7 +15,7 @@ DRAWN = {
 }
 BY_SEGMENT = (
     "segments",
-    "answers with all digits right",
+    "share of digits that are right",
     "segments from the key's to the question's",
 )
 
