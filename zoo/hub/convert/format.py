@@ -355,5 +355,27 @@ def llama_names(config):
             yield f"model.layers.{layer}.{ours}.weight", f"model.layers.{layer}.{theirs}.weight"
 
 
+def read_llama(weights, config, names=llama_names, changes=None):
+    """`read_by_name` of a model with a Llama's tensors, or those and more.
+
+    Args:
+        weights: theirs.
+        config: ours.
+        names: of a config, pairs of our name and theirs.
+        changes: as there; None: none.
+    """
+    for layer in range(config.num_hidden_layers):
+        # Older transformers stored what follows from the config.
+        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+        if name in weights.tensors:
+            weights.take(name)
+    return read_by_name(weights, config, names(config), changes or {})
+
+
+def write_llama(weights, config):
+    """`write_by_name` of a Llama's tensors."""
+    return write_by_name(weights, config, llama_names(config), {})
+
+
 def _is_left_out(ours, config):
     return ours == "lm_head.weight" and config.tie_word_embeddings

@@ -10,10 +10,9 @@ from .format import (
     TRANSFORMERS,
     Format,
     check_transformers_activation,
-    llama_names,
-    read_by_name,
+    read_llama,
     refuse_beyond,
-    write_by_name,
+    write_llama,
 )
 
 
@@ -105,16 +104,6 @@ WRITTEN = (
 )
 
 
-def read_weights(weights, config):
-    """Pairs of our name and transformers' tensor."""
-    return read_by_name(weights, config, llama_names(config), {})
-
-
-def write_weights(weights, config):
-    """Pairs of transformers' name and our tensor."""
-    return write_by_name(weights, config, llama_names(config), {})
-
-
 FORMAT = Format(
     name="hf-mistral",
     title="transformers' MistralForCausalLM (mistralai/Mistral-7B-*, zephyr-7b); both ways",
@@ -122,8 +111,8 @@ FORMAT = Format(
     expects="model_type 'mistral'",
     library=TRANSFORMERS,
     read_config=read_config,
-    read_weights=read_weights,
+    read_weights=read_llama,
     architecture="sliding_window",
     write_config=write_config,
-    write_weights=write_weights,
+    write_weights=write_llama,
 )

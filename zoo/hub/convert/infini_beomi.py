@@ -7,7 +7,7 @@ grouped queries read the memory of another group's head, and gradients stop at t
 """
 
 from ...models.infini import InfiniConfig
-from .format import Format, llama_names, read_by_name
+from .format import Format, llama_names, read_llama
 
 SEGMENT_LENGTH = 2048  # the default of its Gemma; its Llama has no field for it
 
@@ -76,12 +76,7 @@ def read_config(fields, weights):
 
 def read_weights(weights, config):
     """Pairs of our name and theirs."""
-    for layer in range(config.num_hidden_layers):
-        # Older transformers stored what follows from the config.
-        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
-        if name in weights.tensors:
-            weights.take(name)
-    return read_by_name(weights, config, tensor_names(config), {"gate": lambda x: x.flatten()})
+    return read_llama(weights, config, tensor_names, {"gate": lambda x: x.flatten()})
 
 
 def tensor_names(config):

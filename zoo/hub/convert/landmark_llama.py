@@ -17,11 +17,10 @@ from ..lazy import value_of
 from .format import (
     Format,
     check_transformers_activation,
-    llama_names,
-    read_by_name,
+    read_llama,
     refuse_beyond,
     refuse_other,
-    write_by_name,
+    write_llama,
 )
 
 THETA = 10000.0  # whatever its config says
@@ -139,21 +138,6 @@ def write_config(config):
     return values, notes
 
 
-def read_weights(weights, config):
-    """Pairs of our name and their tensor."""
-    for layer in range(config.num_hidden_layers):
-        # Older transformers stored what follows from the config.
-        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
-        if name in weights.tensors:
-            weights.take(name)
-    return read_by_name(weights, config, llama_names(config), {})
-
-
-def write_weights(weights, config):
-    """Pairs of their name and our tensor."""
-    return write_by_name(weights, config, llama_names(config), {})
-
-
 FORMAT = Format(
     name="landmark-llama",
     title="landmark attention on LLaMA, its authors' LlamaForCausalLM; both ways",
@@ -161,9 +145,9 @@ FORMAT = Format(
     expects="model_type 'llama_with_landmark', or mem_freq and mem_id",
     find_weights=find_weights,
     read_config=read_config,
-    read_weights=read_weights,
+    read_weights=read_llama,
     architecture="landmark",
     write_config=write_config,
-    write_weights=write_weights,
+    write_weights=write_llama,
     left_out=("retrieved_blocks",),
 )

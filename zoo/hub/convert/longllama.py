@@ -10,11 +10,10 @@ from ...models.long_llama import LongLlamaConfig
 from .format import (
     Format,
     check_transformers_activation,
-    llama_names,
-    read_by_name,
+    read_llama,
     refuse_beyond,
     refuse_other,
-    write_by_name,
+    write_llama,
 )
 
 MODEL_TYPE = "longllama"
@@ -79,16 +78,6 @@ def read_config(fields, weights):
     )
 
 
-def read_weights(weights, config):
-    """Pairs of our name and theirs."""
-    for layer in range(config.num_hidden_layers):
-        # Older transformers stored what follows from the config.
-        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
-        if name in weights.tensors:
-            weights.take(name)
-    return read_by_name(weights, config, llama_names(config), {})
-
-
 # Our fields that are theirs by another name, or of no effect.
 OTHERWISE = ("num_key_value_heads", "head_dim", "segment_length", "memory_layers")
 OTHERWISE += ("rope_parameters", "max_position_embeddings")
@@ -136,19 +125,14 @@ def write_config(config):
     return values, notes
 
 
-def write_weights(weights, config):
-    """Pairs of their name and our tensor."""
-    return write_by_name(weights, config, llama_names(config), {})
-
-
 FORMAT = Format(
     name="longllama",
     title="LongLLaMA (syzymon/long_llama_3b, long_llama_code_7b and others); both ways",
     recognizes=is_one,
     expects="model_type 'longllama'",
     read_config=read_config,
-    read_weights=read_weights,
+    read_weights=read_llama,
     architecture="long_llama",
     write_config=write_config,
-    write_weights=write_weights,
+    write_weights=write_llama,
 )
