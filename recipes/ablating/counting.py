@@ -19,6 +19,8 @@ from zoo.kernels.extended_attention import extended_attention
 from zoo.kernels.linear_recurrence import linear_recurrence
 from zoo.kernels.windowed_attention import windowed_attention
 from zoo.kernels.wkv4 import wkv4
+from zoo.layers.external_memory import ExternalMemory
+from zoo.layers.focused_pass import FocusedPass
 from zoo.layers.landmark_softmax import attend_to_all, attend_to_retrieved
 
 
@@ -92,6 +94,24 @@ def _to_retrieved(q, k, v, clock, scale, count, *rest, **options):
     return _to_all(q, k, v, count=count)
 
 
+def _focused(own, q, *rest):
+    """Of a whole text: scores of all keys that are seen, and the values of those in the softmax."""
+    batch, length, heads, size = q.shape
+    slot, segment = torch.arange(length) % own.length, torch.arange(length) // own.length
+    far = own.length * segment.clamp(max=length if own.windows is None else own.windows)
+    pairs = 2 * (slot + 1) + far + far.clamp(max=length if own.top_k is None else own.top_k)
+    return batch * heads * int(pairs.sum()) * 2 * size
+
+
+def _recalled(own, tokens, *rest):
+    """Of a whole text: scores of all that is remembered, and attention to the chosen."""
+    batch, length, heads, size = tokens[0].shape
+    remembered = (torch.arange(length) // own.segment * own.segment).clamp(max=own.size)
+    pairs = int(remembered.sum()) + length * 2 * own.neighbors
+    return batch * heads * pairs * 2 * size
+
+
+METHODS = {(FocusedPass, "attend"): _focused, (ExternalMemory, "recall_pass"): _recalled}
 FORMULAS = {
     attend_to_all: _to_all,
     attend_to_retrieved: _to_retrieved,
@@ -126,14 +146,17 @@ def counted_flops(model, length):
     with contextlib.ExitStack() as patches, counter:
         for operator, formula in FORMULAS.items():
             _patch(patches, operator, formula, counter, corrected)
+        for (owner, name), formula in METHODS.items():
+            counting = _counting(getattr(owner, name), formula, counter, corrected)
+            patches.enter_context(mock.patch.object(owner, name, counting))
         ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
         model(ids, use_cache=True)  # without one, a last state is not computed
     model.train(training)
     return (counter.get_total_flops() + corrected[0]) / length
 
 
-def _patch(patches, operator, formula, counter, corrected):
-    """Puts an operator that counts by its formula in the place of one, wherever it was imported."""
+def _counting(operator, formula, counter, corrected):
+    """An operator, or a method, that counts by its formula."""
 
     def counting(*arguments, **options):
         before = counter.get_total_flops()
@@ -143,7 +166,12 @@ def _patch(patches, operator, formula, counter, corrected):
         corrected[0] += wanted - seen
         return result
 
-    name = operator.__name__
+    return counting
+
+
+def _patch(patches, operator, formula, counter, corrected):
+    """Puts an operator that counts by its formula in the place of one, wherever it was imported."""
+    counting, name = _counting(operator, formula, counter, corrected), operator.__name__
     ours = [module for title, module in sys.modules.items() if title.startswith("zoo.")]
     for module in ours:
         if vars(module).get(name) is operator:
