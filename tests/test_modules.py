@@ -66,8 +66,10 @@ def test_weights_are_brought_where_they_are_used(name, variant, tmp_path):
     model, device = build(name, variant), torch.device("cpu")
     offloaded = cpu_offload(copy.deepcopy(model), device, offload_buffers=True)
     assert {p.device.type for p in offloaded.parameters()} == {"meta"}
-    assert_same(model, offloaded)
-    assert_same(model, disk_offload(copy.deepcopy(model), str(tmp_path), device))
+    # Whose steps put matrices that they find in place elsewhere in a product: another rounding.
+    exact = name != "transformer_xl"
+    assert_same(model, offloaded, exact)
+    assert_same(model, disk_offload(copy.deepcopy(model), str(tmp_path), device), exact)
 
 
 @every_variant

@@ -135,7 +135,8 @@ class WindowAttention(nn.Module):
         y_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, sequence, state)
         if self.memory is not None:
             tokens = unit_BTHK, q_BTHK, k_BTHK, v_BTHV
-            y_BTHV = self.memory(y_BTHV, *tokens, sequence, state, dtype_of(self.k_proj))
+            spec_dtype = dtype_of(self.k_proj)
+            y_BTHV, state = self.memory(y_BTHV, *tokens, sequence, state, spec_dtype)
         if self.reads_states:
             q_BTHK = unit_heads(self.state_q_proj(x_BTD), self.num_heads)
             q_BTHK = scaled(q_BTHK, self.state_scale, dtype)

@@ -89,7 +89,7 @@ class ExternalMemory(nn.Module):
         return self.heads * self.head_dim * (2 * searched + 4 * self.neighbors)
 
     def forward(self, y_BTHV, q_BTHK, scaled_BTHK, k_BTHK, v_BTHV, sequence, state, dtype):
-        """What queries saw of their window and what they recall, mixed, [B, T, H, V].
+        """What queries saw of their window and what they recall, mixed: ([B, T, H, V], state).
 
         Args:
             y_BTHV: what they saw of their window.
@@ -116,7 +116,9 @@ class ExternalMemory(nn.Module):
                 setattr(state, name, ring_after(x_BTHK, held_BMHK, spec, sequence, may_overwrite))
         dtype = recalled_BTHV.dtype
         g_H1 = self.gate.to(dtype).sigmoid()[:, None]
-        return ((1 - g_H1) * y_BTHV.to(dtype) + g_H1 * recalled_BTHV).to(y_BTHV.dtype)
+        mixed_BTHV = (1 - g_H1) * y_BTHV.to(dtype) + g_H1 * recalled_BTHV
+        # As a result, as of a mixer: whoever moves weights hands a module copies of its arguments.
+        return mixed_BTHV.to(y_BTHV.dtype), state
 
     def recall_step(self, q_B1HK, scaled_B1HK, sequence, state):
         """One token per row, from the state as it is."""

@@ -133,7 +133,7 @@ class RelativeAttention(nn.Module):
         else:
             y_BTHV = self.attend(x_BTD, sequence, state, given)
         if torch.is_tensor(nothing_D):
-            y_BTHV = y_BTHV + self.in_heads(self.v_proj(nothing_D))
+            y_BTHV = y_BTHV + self.in_heads(self.v_proj(nothing_D[None]))
         return self.out_proj(y_BTHV.flatten(2)), state
 
     def in_heads(self, x_BTD):

@@ -40,7 +40,8 @@ class TransformerXLBlock(ZooBlock):
         if config.pre_lnorm:
             inputs["norm"] = self.mixer_norm
             if config.zero_memory:
-                inputs["nothing_D"] = self.mixer_norm.bias
+                # Its bias, which is in place only while the norm itself is called.
+                inputs["nothing_D"] = self.mixer_norm(x_BTD.new_zeros(x_BTD.shape[-1]))
         y_BTD, state = self.mixer(x_BTD, sequence, state.copy(), **inputs)
         x_BTD = x_BTD + y_BTD
         if config.pre_lnorm:
