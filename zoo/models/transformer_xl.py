@@ -100,7 +100,7 @@ class TransformerXLConfig(ZooConfig):
             "untie_r": False,
         },
         "adaptive": _SMALL
-        | {"zero_memory": True, "clamp_len": 9, "cutoffs": [2, 45], "div_val": 2},
+        | {"zero_memory": True, "clamp_len": 9, "cutoffs": [12, 45], "div_val": 2},
     }
 
     head_dim: int | None = None
