@@ -14,6 +14,8 @@ MAY_BE_NOT_RUN = ("no GPU",)
 MAY_BE_NOT_RUN += ("full attention: the state grows with the tokens",)
 # Points 2 and 3 in float32.
 MAY_BE_NOT_RUN += ("it chooses some of many",)
+# Point 6, of an adaptive softmax: its tables are several, and no vocabulary is resized.
+MAY_BE_NOT_RUN += ("it has no output embeddings",)
 
 
 # Windows that are walked through one after the other are twice as wide in the points that take
