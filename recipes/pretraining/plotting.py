@@ -196,6 +196,8 @@ def plot_by_position(path, result):
 def plot_reference(path, records):
     """Draws the runs of each demo in a panel of its own: every seed, and what was held out.
 
+    Demos differ in the tokens of a step, so the panels share an axis of tokens.
+
     Args:
         path: the PNG.
         records: demo -> what reference.py wrote of it.
@@ -210,20 +212,25 @@ def plot_reference(path, records):
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (name, record) in zip(panels, records.items()):
-        ends = []
+        ends, recipe = [], record["recipe"]
+        per_step = recipe["batch_size"] * recipe["sequence_length"]
         for number, curve in enumerate(record["curves"]):
-            loss = curve["loss"]
-            bits = [value / math.log(2) for value in loss]
-            axes.plot(range(1, len(bits) + 1), bits, color=f"C{number}", lw=0.5, alpha=0.6)
+            bits = [value / math.log(2) for value in curve["loss"]]
+            tokens = [step * per_step for step in range(1, len(bits) + 1)]
+            axes.plot(tokens, bits, color=f"C{number}", lw=0.5, alpha=0.6)
             steps, values = zip(*curve["held_out_bits_per_byte"].items())
-            axes.plot([int(s) for s in steps], values, color=f"C{number}", marker="o", ms=4, lw=1)
+            tokens = [int(step) * per_step for step in steps]
+            axes.plot(tokens, values, color=f"C{number}", marker="o", ms=4, lw=1)
             ends.append(values[-1])
         axes.set_title(f"{name}: {min(ends):.3f} to {max(ends):.3f}", fontsize=10)
         axes.set_ylim(1.4, 5)
+        axes.xaxis.set_major_formatter(lambda value, _: _si(value))
         axes.grid(alpha=0.3)
-    figure.supxlabel("steps of 2,048 bytes")
     for axes in panels[len(records) :]:
         axes.set_visible(False)
+    for axes in panels[max(0, len(records) - columns) : len(records)]:  # none has one below it
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel("training tokens")
     figure.supylabel("bits")
     figure.suptitle(
         "Three seeds: bits per token of each step, and per byte of held-out text (dots; the last "

@@ -11,6 +11,7 @@ import reference
 from pretraining.building import REPOSITORY
 from pretraining.checkpointing import Checkpoint
 from pretraining.continuing import changes_history
+from pretraining.plotting import plot_reference
 from pretraining.recipe import read_recipe
 from pretraining.training import Run
 
@@ -63,3 +64,21 @@ def test_a_band_holds_what_is_like_it_and_nothing_else():
     assert inside > 0.99
     learnt_nothing = np.full(20, 5.0)
     assert not ((low < learnt_nothing) & (learnt_nothing < high)).all()
+
+
+def test_the_figure_is_over_the_tokens_that_the_recipe_reads(tmp_path, monkeypatch):
+    """Steps of one demo are of fewer tokens than those of another, whatever its curriculum."""
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, *words, **how: figures.append(self)
+    )
+    names = ["retnet_demo", "rmt_demo"]
+    plot_reference(tmp_path / "reference.png", {name: recorded(name)[0] for name in names})
+    assert figures[0].get_supxlabel() == "training tokens"
+    for name, axes in zip(names, figures[0].axes, strict=True):
+        recipe = read_recipe(REPOSITORY / f"recipes/configs/{name}.toml")
+        each = recipe.steps // 4
+        steps = [range(1, recipe.steps + 1), range(each, recipe.steps + 1, each)]
+        for n, line in enumerate(axes.lines):
+            assert line.get_xdata().tolist() == [recipe.tokens_until(s) for s in steps[n % 2]]
+        assert len(axes.lines) == 6
