@@ -12,6 +12,7 @@ layers.
 
 import difflib
 import fnmatch
+import functools
 import itertools
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -39,6 +40,7 @@ from .flops import linear_flops
 from .generation import StateGeneration
 from .joining import join_states
 from .length_limit import LengthLimit, unlimited_is_none
+from .parallel import check_slice, open_slice
 from .replay import replay
 from .sequence import Sequence, restarting_positions
 from .state import (
@@ -54,6 +56,7 @@ from .state import (
     state_size,
     take_apart,
 )
+from .turns import run_in_turn, run_stack_in_turn
 from .versions import FORMAT_VERSION, current_fields, renamed_weights
 
 LOSS_IGNORES = -100
@@ -465,6 +468,11 @@ class ZooBlock(GradientCheckpointingLayer):
         """The norm before mixer and MLP."""
         return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    @property
+    def exchanges(self):
+        """As of `ZooModel`."""
+        return getattr(self.mixer, "exchanges", False)
+
     def state_specs(self):
         """The `StateSpec`s of the block's state by name."""
         return self.mixer.state_specs()
@@ -491,10 +499,17 @@ class ZooModel(ZooPreTrainedModel):
             instead of all activations, and backward runs each of these segments again
             (zoo/core/replay.py): the same gradients in the memory of one segment. How to run, not
             part of the model: set it on the instance.
+        sequence_parallel: if set, a group of processes (torch.distributed), of which each is given
+            a slice of every row, in order, and all make the pass together (zoo/core/parallel.py).
+            A block with `exchanges` then brings what its mixer needs of the slices before; the
+            others take turns. How to run, too.
     """
 
     block_class: type[nn.Module]
     replay_segment_length: int | None = None
+    sequence_parallel: object | None = None
+    # Whether it runs its blocks several times in a pass: processes take turns as a whole.
+    walks_segments: ClassVar[bool] = False
     # What of `_run_blocks`' output is of tokens, [B, T, ...], beside hidden_states.
     token_outputs: ClassVar[tuple[str, ...]] = ("last_hidden_state",)
 
@@ -610,22 +625,34 @@ class ZooModel(ZooPreTrainedModel):
         if cache is not None:
             inputs, num_pending = _with_pending(inputs, cache.layers[0])
             self._check_checkpointing()
-        sequence = Sequence.open(
+        arguments = (
             tuple(inputs.embeds_BTD.shape[:2]),
             inputs.embeds_BTD.device,
             inputs.attention_mask,
             inputs.position_ids,
-            cu_seq_lens_q,
-            seq_idx,
-            None if cache is None else cache.layers[0].clock,
-            None if cache is None else cache.layers[0].position_shift,
         )
+        if self.sequence_parallel is not None:
+            self._check_checkpointing()
+            check_slice(inputs, cache, cu_seq_lens_q, seq_idx)
+            sequence = open_slice(self.sequence_parallel, *arguments)
+        else:
+            sequence = Sequence.open(
+                *arguments,
+                cu_seq_lens_q,
+                seq_idx,
+                None if cache is None else cache.layers[0].clock,
+                None if cache is None else cache.layers[0].position_shift,
+            )
         if cache is not None and sequence.starts_anew(cache.layers[0].clock is not None):
             cache.layers[0].is_one_document = False
         x_BTD = self.embed(inputs.embeds_BTD, sequence)
-        output = self._run_blocks(
-            sequence.pack(x_BTD), sequence, cache, inputs, return_dict=True, **kwargs
+        run = functools.partial(
+            self._run_blocks, sequence.pack(x_BTD), sequence, inputs=inputs, return_dict=True
         )
+        if sequence.ranks is None:
+            output = run(cache=cache, **kwargs)
+        else:
+            output = self._run_slice(functools.partial(run, **kwargs), sequence, cache)
         for name in self.token_outputs:
             if name in output:
                 output[name] = _unpack(sequence, output[name], num_pending)
@@ -638,9 +665,26 @@ class ZooModel(ZooPreTrainedModel):
             output["hidden_states"] = (first, *rest)
         return output
 
+    def _run_slice(self, run, sequence, cache):
+        """Runs the blocks together with the processes that have the other slices."""
+        if self.walks_segments:
+            output = run_stack_in_turn(self, run, sequence, cache)
+        else:
+            # Processes may differ in what a layer saves last, and one that stops there would leave
+            # out exchanges that others make.
+            with set_checkpoint_early_stop(False):
+                output = run(cache=cache)
+        output["last_hidden_state"] = sequence.ranks.close(output.last_hidden_state)
+        return output
+
     def _run_with_replay(self, inputs, cache, cu_seq_lens_q=None, seq_idx=None, **kwargs):
         """The same in segments, whose activations exist one at a time."""
         self._check_checkpointing()
+        if self.sequence_parallel is not None:
+            raise ValueError(
+                "replay_segment_length cuts a text in time and sequence_parallel over processes, "
+                "got both; set one of them to None, and use gradient checkpointing with the other."
+            )
         if kwargs.get("output_hidden_states") or self.config.output_hidden_states:
             raise ValueError(
                 "segment replay keeps no hidden states, got output_hidden_states; set "
@@ -689,6 +733,12 @@ class ZooModel(ZooPreTrainedModel):
                 state = State(dict.fromkeys(specs), is_kept=False)
             else:
                 state = cache.layers[index].read(sequence, specs)
+            if sequence.ranks is not None and not layer.exchanges:
+                held = (new_cache(self.config) if cache is None else cache).layers[index]
+                x_BTD, state, *carried = run_in_turn(
+                    layer, x_BTD, sequence, held, cache is not None, carried, mixer_inputs
+                )
+                continue
             x_BTD, state, *carried = layer(x_BTD, sequence, state, *carried, **mixer_inputs)
             if cache is not None:
                 cache.layers[index].write(sequence, specs, state, inputs if index == 0 else None)
@@ -919,6 +969,11 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
             loss (scalar, nats per token), logits [B, T, vocab_size], past_key_values.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        if self.model.sequence_parallel is not None and labels is not None and shift_labels is None:
+            raise ValueError(
+                "with sequence_parallel, labels are shifted before a text is cut, got labels "
+                "without shift_labels; zoo.core.parallel.split_batch makes them."
+            )
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -28,6 +28,7 @@ class _Batch(NamedTuple):
     clock_before: torch.Tensor
     has_state: bool
     shift_before: torch.Tensor | None = None
+    position_before: torch.Tensor | None = None
 
     def is_packed(self):
         """Whether there is padding, or a row may hold several documents."""
@@ -36,6 +37,12 @@ class _Batch(NamedTuple):
         if self.attention_mask is not None and not bool(self.attention_mask.all()):
             return True
         return self.position_ids is not None and bool((self.position_ids.diff() <= 0).any())
+
+    def goes_on(self, position, row=slice(None)):
+        """Whether a row whose first token has this position goes on with what came before."""
+        if self.position_before is None:
+            return position != 0
+        return position > self.position_before[row]
 
 
 @dataclass
@@ -56,6 +63,8 @@ class Sequence:
         keep: [B] bool, which rows take part in this single step; None if all do.
         clock_after: [B or 1], the clock of the next token of each row.
         shift_after: [B], how far that token's position is from its clock; None: they are the same.
+        ranks: the `Ranks` of a pass that several processes make, each over a slice; None: one does.
+        is_empty: whether there is no token: one that is none stands in the packed stream.
     """
 
     shape: tuple[int, int]
@@ -69,6 +78,8 @@ class Sequence:
     last_document: torch.Tensor | None = None
     keep: torch.Tensor | None = None
     shift_after: torch.Tensor | None = None
+    ranks: object | None = None
+    is_empty: bool = False
 
     @classmethod
     def open(
@@ -81,6 +92,8 @@ class Sequence:
         seq_idx=None,
         clock_before=None,
         shift_before=None,
+        position_before=None,
+        is_slice=False,
     ):
         """Reads the arguments of a Hugging Face forward pass.
 
@@ -94,6 +107,9 @@ class Sequence:
             clock_before: [B], tokens of its document each row's state has seen; None: no state.
             shift_before: [B], what is added to clocks for the positions of tokens that go on from
                 the state, where there are no position_ids; None: nothing.
+            position_before: [B], of each row's last token before these, after which a row goes on
+                if its position grows; None: if it is not 0.
+            is_slice: whether a single token is one of many columns, and not a step.
 
         Raises:
             ValueError: shapes that do not fit; no tokens.
@@ -120,8 +136,9 @@ class Sequence:
         if not has_state:
             clock_before = torch.zeros(1, dtype=torch.long, device=device)
         arguments = attention_mask, position_ids, cu_seq_lens_q, seq_idx
-        batch = _Batch(shape, device, *arguments, clock_before, has_state, shift_before)
-        if time == 1 and cu_seq_lens_q is None:
+        before = clock_before, has_state, shift_before, position_before
+        batch = _Batch(shape, device, *arguments, *before)
+        if time == 1 and cu_seq_lens_q is None and not is_slice:
             return cls._single_step(batch)
         if torch.compiler.is_exporting():
             _check_exportable(batch)
@@ -129,11 +146,34 @@ class Sequence:
         return cls._packed(batch) if batch.is_packed() else cls._dense(batch)
 
     @classmethod
+    def without_tokens(cls, shape, device, clock_before):
+        """A slice that is padding in every row, [B] tokens after its rows began.
+
+        A layer wants a token. It gets one that is of no row, and whose output is not looked at.
+        """
+        batch = shape[0]
+        if clock_before is None:
+            clock_before = torch.zeros(batch, dtype=torch.long, device=device)
+        zero = clock_before.new_zeros(1)
+        return cls(
+            shape,
+            zero[None],
+            zero[None],
+            clock_before,
+            cu_seqlens=torch.arange(2, device=device),
+            token_index=zero,
+            row_of_document=zero,
+            continues=zero > 0,
+            last_document=torch.full((batch,), -1, device=device),
+            is_empty=True,
+        )
+
+    @classmethod
     def _dense(cls, batch):
         shape, position_ids, clock_before = batch.shape, batch.position_ids, batch.clock_before
         continues, shift = None, batch.shift_before
         if batch.has_state and position_ids is not None:
-            continues = _unless_all(position_ids[:, 0] != 0)
+            continues = _unless_all(batch.goes_on(position_ids[:, 0]))
             if continues is not None:
                 clock_before = torch.where(continues, clock_before, 0)
                 shift = None if shift is None else torch.where(continues, shift, 0)
@@ -205,7 +245,7 @@ class Sequence:
         row_of_document = row[start]
         continues = is_first[start] & has_state
         if has_state and position_ids is not None:
-            continues = continues & (positions[start] != 0)
+            continues = continues & batch.goes_on(positions[start], row_of_document)
 
         before = torch.where(continues, clock_before[row_of_document], 0)
         document = is_start.cumsum(0) - 1
@@ -261,6 +301,8 @@ class Sequence:
         """Puts the padding back, as zeros: the inverse of `pack`."""
         if self.token_index is None:
             return x_BTD
+        if self.is_empty:
+            x_BTD = x_BTD * 0
         batch, time = self.shape
         x_TD = x_BTD.new_zeros(batch * time, *x_BTD.shape[2:])
         return x_TD.index_copy(0, self.token_index, x_BTD[0]).unflatten(0, (batch, time))

@@ -216,6 +216,7 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel, ZooModel):
     def __init__(self, config):
         if config.feedback:
             self.block_class = WindowBlock
+        self.walks_segments = config.feedback
         super().__init__(config)
         self.joined = Joined()
 

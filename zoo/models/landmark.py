@@ -203,6 +203,7 @@ class LandmarkModel(LandmarkPreTrainedModel, ZooModel):
     block_class = LandmarkBlock
     build_norm = staticmethod(rms_or_layer_norm)
     token_outputs = ("last_hidden_state", "own_states", "ends_block")
+    walks_segments = True
 
     def __init__(self, config):
         super().__init__(config)

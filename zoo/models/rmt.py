@@ -219,6 +219,7 @@ class RmtModel(RmtPreTrainedModel, ZooModel):
     """The decoder."""
 
     build_norm = staticmethod(rms_or_layer_norm)
+    walks_segments = True
 
     def __init__(self, config):
         is_associative = config.memory == "associative"

@@ -124,6 +124,8 @@ class Mixer(nn.Module):
     """A time mix or channel mix: something with a token shift and its state."""
 
     shift_name: str
+    # Whether it brings what it needs of the slices before (zoo/core/parallel.py) by itself.
+    exchanges = False
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -244,6 +246,11 @@ class RwkvBlock(GradientCheckpointingLayer):
         self.mixer = self.mixer_class(config, layer_idx)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = self.mlp_class(config, layer_idx)
+
+    @property
+    def exchanges(self):
+        """As of `ZooModel`."""
+        return self.mixer.exchanges and self.mlp.exchanges
 
     def state_specs(self):
         """The `StateSpec`s of both mixes by name."""

@@ -1,0 +1,225 @@
+"""What processes that hold one sequence together tell each other, and its gradients.
+
+Process r holds a slice of every row, the ones before it what comes before. All of them make the
+same exchanges in the same order, and backward makes them in the reverse order: each takes a token
+from the one before, a scalar that is always 0, and leaves one for the next, so that autograd can
+neither leave one out, because somebody had no use for what came, nor change their order. The last
+token is added to the output (`Exchanges.close`).
+"""
+
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+
+# What this process has sent, in bytes, and how often: "all_gather" counts its own part once,
+# "send" each message. For whoever measures.
+TRAFFIC = Counter()
+
+# Its name up to PyTorch 2.12, and since.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# Up to so many processes everyone tells everyone; beyond, in log2 steps.
+LARGEST_GATHER = 8
+
+
+class Exchanges:
+    """The exchanges of one forward pass of one process.
+
+    Args:
+        group: the processes, in the order of the text.
+        device: where what they exchange lies.
+
+    Attributes:
+        rank, size: this process' place in the group, and how many there are.
+    """
+
+    def __init__(self, group, device):
+        self.group, self.device = group, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.token = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+        self.under_way = []  # messages on their way out: they need their memory until they are out
+        self.kept = {}
+
+    def make(self, function, *arguments):
+        """Makes an exchange: one of this module's autograd functions."""
+        *results, self.token = function.apply(self.token, self, *arguments)
+        return results
+
+    def make_once(self, name, function, *arguments):
+        """The same, but a layer that is run again in backward gets what it got the first time."""
+        if name not in self.kept:
+            self.kept[name] = self.make(function, *arguments)
+        return self.kept[name]
+
+    def close(self, x_BTD):
+        """The output, after all exchanges; backward begins with the last one."""
+        return x_BTD + self.token.to(x_BTD.device, x_BTD.dtype)
+
+    def send(self, x, to):
+        """Sends a tensor without waiting until it is there."""
+        self.under_way = [(work, y) for work, y in self.under_way if not work.is_completed()]
+        x = x.detach().contiguous()
+        TRAFFIC["send"] += x.nbytes
+        TRAFFIC["messages"] += 1
+        self.under_way.append((dist.isend(x, group_dst=to, group=self.group), x))
+
+    def receive(self, x, source):
+        """Waits for a tensor, which is written into `x`."""
+        dist.recv(x, group_src=source, group=self.group)
+        return x
+
+    def all_gather(self, x):
+        """Everyone's tensor, a list: all have one shape."""
+        x = x.detach().contiguous()
+        TRAFFIC["all_gather"] += x.nbytes
+        TRAFFIC["messages"] += 1
+        every = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(every, x, group=self.group)
+        return every
+
+    def shift(self, tensors, step):
+        """What the process `step` places before has; zeros if there is none."""
+        to, source = self.rank + step, self.rank - step
+        if 0 <= to < self.size:
+            self.send(as_bytes(tensors), to)
+        if not 0 <= source < self.size:
+            return [torch.zeros_like(x) for x in tensors]
+        return from_bytes(self.receive(as_bytes(tensors).clone(), source), tensors)
+
+    def from_left(self, *tensors):
+        """What the process before this one has of these, zeros on the first.
+
+        Args:
+            tensors: of one shape and dtype on all processes.
+        """
+        return self.make(_FromLeft, *tensors)
+
+    def gathered(self, x):
+        """What every process has, [R, ...]; its gradient is the sum of what they do with it."""
+        return self.make(_Gather, x)[0]
+
+    def affine(self, a, u, name=None):
+        """What has come of a state when it arrives at this process: S -> A S + U in each.
+
+        Args:
+            a: of this slice, as `u` but for sizes of 1; [..., K, K] is a matrix if `u` is
+                [..., K, V], which a size of 1 is not.
+            u: [..., K, V], what comes of nothing.
+            name: if given, backward keeps the result for a layer that is run again.
+
+        Returns:
+            What comes out of the process before this one; zeros on the first.
+        """
+        if name is None:
+            return self.make(_Affine, a, u)[0]
+        return self.make_once(name, _Affine, a, u)[0]
+
+
+def as_bytes(tensors):
+    """Tensors as one, of bytes."""
+    return torch.cat([x.detach().contiguous().flatten().view(torch.uint8) for x in tensors])
+
+
+def from_bytes(flat, like):
+    """The inverse, with the shapes and dtypes of other tensors."""
+    pieces = flat.split([x.nbytes for x in like])
+    return [piece.clone().view(x.dtype).view(x.shape) for piece, x in zip(pieces, like)]
+
+
+class _FromLeft(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token, exchanges, *tensors):
+        ctx.exchanges, ctx.like = exchanges, [torch.empty_like(x, device="meta") for x in tensors]
+        ctx.device = tensors[0].device
+        return *exchanges.shift(tensors, 1), token.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        *grads, grad_token = grads
+        grads = [
+            torch.zeros_like(x, device=ctx.device) if grad is None else grad
+            for x, grad in zip(ctx.like, grads)
+        ]
+        return grad_token, None, *ctx.exchanges.shift(grads, -1)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token, exchanges, x):
+        ctx.exchanges = exchanges
+        return torch.stack(exchanges.all_gather(x)), token.clone()
+
+    @staticmethod
+    def backward(ctx, grad, grad_token):
+        exchanges = ctx.exchanges
+        TRAFFIC["reduce_scatter"] += grad.nbytes
+        TRAFFIC["messages"] += 1
+        own = torch.empty_like(grad[0]).flatten()
+        _reduce_scatter(own, grad.contiguous().flatten(), group=exchanges.group)
+        return grad_token, None, own.view(grad.shape[1:])
+
+
+class _Affine(torch.autograd.Function):
+    # What backward needs is kept as it is and not by `save_for_backward`: a checkpoint counts what
+    # is saved, and a layer that is run again does not come here a second time.
+    @staticmethod
+    def forward(ctx, token, exchanges, a, u):
+        if exchanges.size <= LARGEST_GATHER:
+            ctx.all_a = exchanges.all_gather(a)
+            all_u = exchanges.all_gather(u)
+            entering = torch.zeros_like(u)
+            for rank in range(exchanges.rank):
+                entering = _apply(ctx.all_a[rank], entering) + all_u[rank]
+        else:
+            ctx.all_a = None
+            entering = _scan(exchanges, a.detach(), u.detach(), 1)
+        ctx.exchanges, ctx.a, ctx.entering = exchanges, a.detach(), entering
+        return entering.clone(), token.clone()
+
+    @staticmethod
+    def backward(ctx, grad, grad_token):
+        exchanges, a, entering = ctx.exchanges, ctx.a, ctx.entering
+        if ctx.all_a is None:
+            grad_u = _scan(exchanges, _transposed(a, entering), grad, -1)
+        else:
+            every, grad_u = exchanges.all_gather(grad), torch.zeros_like(grad)
+            for rank in reversed(range(exchanges.rank + 1, exchanges.size)):
+                a_right = _transposed(ctx.all_a[rank], entering)
+                grad_u = _apply(a_right, grad_u) + every[rank]
+        if _is_matrix(a, entering):
+            grad_a = grad_u @ entering.mT
+        else:
+            grad_a = (grad_u * entering).sum_to_size(a.shape)
+        return grad_token, None, grad_a, grad_u
+
+
+def _is_matrix(a, u):
+    return a.shape[-1] == a.shape[-2] == u.shape[-2] and a.shape[-1] > 1
+
+
+def _apply(a, u):
+    return a @ u if a.shape[-1] == a.shape[-2] == u.shape[-2] > 1 else a * u
+
+
+def _transposed(a, u):
+    return a.mT if _is_matrix(a, u) else a
+
+
+def _scan(exchanges, a, u, direction):
+    """What everyone before has come to, in log2 steps (Hillis and Steele 1986); zeros at the end.
+
+    Args:
+        exchanges: `Exchanges`.
+        a, u: of this process.
+        direction: 1 from left to right, -1 from right to left.
+    """
+    place = exchanges.rank if direction == 1 else exchanges.size - 1 - exchanges.rank
+    step = 1
+    while step < exchanges.size:
+        before_a, before_u = exchanges.shift([a, u], direction * step)
+        if place >= step:
+            u = _apply(a, before_u) + u
+            a = a @ before_a if _is_matrix(a, u) else a * before_a
+        step *= 2
+    return exchanges.shift([u], direction)[0]

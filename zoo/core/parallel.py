@@ -1,0 +1,295 @@
+"""Sequence parallelism: several processes make one pass, each over a slice of every row.
+
+Process r of R holds the columns after those of process r - 1, of any lengths (`split_batch`). The
+door (`open_slice`) tells each how many tokens of its document each row has seen before its slice:
+one small all-gather. From there on a pass over a slice is a pass that goes on from a state, which
+the process before has, or will have: a mixer either computes what its slice does to any state, and
+all of them exchange that (`exchanges = True`), or the processes take turns (`Turns`), for what is
+not linear in its state.
+"""
+
+import torch
+import torch.distributed as dist
+
+from .exchange import TRAFFIC, Exchanges
+from .sequence import Sequence, restarting_positions
+
+# More tokens than any text has.
+MANY = 1 << 40
+NOT_SCORED = -100
+
+
+class Ranks(Exchanges):
+    """How this process' slice of each row lies between the others'; as `sequence.ranks`.
+
+    Args:
+        group: the processes, in the order of the text.
+        device: where the tokens are.
+
+    Attributes:
+        tokens_RB: how many tokens each process has of each row.
+        start_RB: whether a document starts in them.
+        own_RB: how many of them belong to the row's last document there.
+        clock_RB: how many tokens of that document come before its slice.
+        all_have_tokens: whether everyone has a token of every row.
+    """
+
+    def __init__(self, group, tokens_RB, start_RB, own_RB, clock_RB, device):
+        super().__init__(group, device)
+        self.tokens_RB, self.start_RB, self.own_RB = tokens_RB, start_RB, own_RB
+        self.clock_RB = clock_RB
+        self.all_have_tokens = bool((tokens_RB > 0).all())
+
+    def take(self, sequence):
+        """Remembers which documents of the slice go on from the left, and which reach its end."""
+        batch, device = sequence.shape[0], sequence.clock.device
+        self.cu_seqlens = sequence.cu_seqlens
+        if sequence.cu_seqlens is None:
+            self.row_N = self.last_B = torch.arange(batch, device=device)
+            self.length_N = torch.full((batch,), sequence.shape[1], device=device)
+            goes_on_N = sequence.continues
+            if goes_on_N is None:
+                goes_on_N = torch.ones(batch, dtype=torch.bool, device=device)
+        else:
+            self.row_N, self.last_B = sequence.row_of_document, sequence.last_document
+            self.length_N, goes_on_N = sequence.cu_seqlens.diff(), sequence.continues
+        self.continues_N = goes_on_N & (self.rank > 0)
+        self.has_tokens_B = self.last_B >= 0
+        self.passes_B = ~self.start_RB[self.rank].to(device)
+
+    def outgoing(self, final_N):
+        """Of each row what its last document comes to, [B, ...]; 0 for a row without tokens."""
+        x_B = final_N[self.last_B.clamp(min=0)]
+        return torch.where(_like(self.has_tokens_B, x_B), x_B, 0)
+
+    def entering(self, state_B, fill=0):
+        """Of each document what it goes on from, [N, ...]; `fill` for one that starts here."""
+        x_N = state_B[self.row_N]
+        return torch.where(_like(self.continues_N, x_N), x_N, fill)
+
+    def transition(self, a_N, is_matrix=False):
+        """What a slice leaves of the state that enters each row, [B, ...].
+
+        Args:
+            a_N: what each document leaves of it: factors, or matrices [N, ..., K, K].
+            is_matrix: which of them.
+        """
+        a_B = a_N[self.last_B.clamp(min=0)]
+        if is_matrix:
+            nothing = torch.eye(a_B.shape[-1], dtype=a_B.dtype, device=a_B.device)
+        else:
+            nothing = torch.ones((), dtype=a_B.dtype, device=a_B.device)
+        a_B = torch.where(_like(self.passes_B, a_B), a_B, 0)
+        return torch.where(_like(self.has_tokens_B, a_B), a_B, nothing)
+
+    def sums(self, x_BT):
+        """Sums over the tokens of each document: [B, T, ...] to [N, ...]."""
+        if self.cu_seqlens is None:
+            return x_BT.sum(1)
+        document_T = torch.repeat_interleave(
+            torch.arange(len(self.length_N), device=x_BT.device), self.length_N
+        )
+        zeros_N = x_BT.new_zeros(len(self.length_N), *x_BT.shape[2:])
+        return zeros_N.index_add(0, document_T, x_BT[0])
+
+    def last_of_left(self, x_NX):
+        """Of each document the last token before this slice, zeros where it starts; [N, ...].
+
+        Args:
+            x_NX: of each document of this slice its last token.
+        """
+        own_B = self.outgoing(x_NX)
+        if self.all_have_tokens:
+            (left_B,) = self.from_left(own_B)
+        else:
+            every_RB, left_B = self.gathered(own_B), torch.zeros_like(own_B)
+            for rank in range(self.rank):
+                has_B = self.tokens_RB[rank].to(own_B.device) > 0
+                left_B = torch.where(_like(has_B, left_B), every_RB[rank], left_B)
+        return self.entering(left_B)
+
+    @property
+    def is_first(self):
+        return self.rank == 0
+
+    @property
+    def is_last(self):
+        return self.rank == self.size - 1
+
+
+def _like(condition_N, x_N):
+    return condition_N.view(-1, *[1] * (x_N.ndim - 1))
+
+
+def check_slice(inputs, cache, cu_seq_lens_q, seq_idx):
+    """Raises a ValueError for what a pass over slices does not take.
+
+    Args:
+        inputs: the `Inputs` of the pass.
+        cache: that it was given, or None.
+        cu_seq_lens_q, seq_idx: as of `Sequence.open`.
+    """
+    if cu_seq_lens_q is not None or seq_idx is not None:
+        raise ValueError(
+            "with sequence_parallel, documents are told apart by position_ids that restart, "
+            "got cu_seq_lens_q or seq_idx; zoo.core.parallel.split_batch makes them of these."
+        )
+    mask = inputs.attention_mask
+    if mask is not None and mask.shape != inputs.embeds_BTD.shape[:2]:
+        raise ValueError(
+            "with sequence_parallel, expected attention_mask [B, T] of this slice, "
+            f"{list(inputs.embeds_BTD.shape[:2])}, got {list(mask.shape)}; "
+            "zoo.core.parallel.split_batch cuts it."
+        )
+    first = None if cache is None else cache.layers[0]
+    if first is not None and (first.tensors or first.record_past or first.pending_length):
+        raise ValueError(
+            "a pass with sequence_parallel begins its texts, got a cache that has a state or "
+            "records it; set sequence_parallel to None to go on from it, on the last process."
+        )
+
+
+def open_slice(group, shape, device, attention_mask=None, position_ids=None):
+    """The door: a slice of every row, as a `Sequence` with the `Ranks` that it is one of.
+
+    Args:
+        group: the processes, in the order of the text.
+        shape: (B, T) of this slice; B is the same for all, T need not be.
+        device: where the tokens are.
+        attention_mask: [B, T], 0 where there is padding, also everywhere; None: no padding.
+        position_ids: [B or 1, T]; a position that does not grow starts a new document, also from
+            one slice to the next. For all processes or for none.
+
+    Raises:
+        ValueError: shapes that do not fit; positions that some have and others have not.
+    """
+    row = _row_of_door(shape, device, attention_mask, position_ids)
+    every_RXB = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every_RXB, row, group=group)
+    TRAFFIC["door"] += row.nbytes
+    tokens_RB, start_RB, own_RB, first_RB, last_RB, has_positions_RB = torch.stack(every_RXB, 1)
+    if has_positions_RB.unique().numel() > 1:
+        raise ValueError(
+            "expected position_ids of all processes or of none, got them of "
+            f"{int(has_positions_RB[:, 0].sum())} of {len(every_RXB)}; pass them everywhere."
+        )
+    has_RB, start_RB = tokens_RB > 0, start_RB > 0
+    clock_B, before_B = torch.zeros_like(tokens_RB[0]), torch.full_like(tokens_RB[0], -1)
+    clocks, befores, starts = [], [], []
+    for rank in range(len(every_RXB)):
+        clocks.append(clock_B)
+        befores.append(before_B)
+        starts.append(start_RB[rank] | (has_RB[rank] & (first_RB[rank] <= before_B)))
+        if position_ids is None:
+            starts[rank] = start_RB[rank]
+        clock_B = torch.where(starts[rank], own_RB[rank], clock_B + own_RB[rank])
+        before_B = torch.where(has_RB[rank], last_RB[rank], before_B)
+    ranks = Ranks(group, tokens_RB, torch.stack(starts), own_RB, torch.stack(clocks), device)
+    clock_B = None if ranks.is_first else ranks.clock_RB[ranks.rank]
+    if not has_RB[ranks.rank].any():
+        sequence = Sequence.without_tokens(shape, device, clock_B)
+    else:
+        before_B = None if position_ids is None else befores[ranks.rank]
+        sequence = Sequence.open(
+            shape,
+            device,
+            attention_mask,
+            position_ids,
+            clock_before=clock_B,
+            is_slice=True,
+            position_before=before_B,
+        )
+    sequence.ranks = ranks
+    ranks.take(sequence)
+    return sequence
+
+
+def _row_of_door(shape, device, attention_mask, position_ids):
+    """What the others have to know of this slice, [6, B] int64; see `open_slice`."""
+    batch, has_positions = shape[0], position_ids is not None
+    zeros_B = torch.zeros(batch, dtype=torch.int64, device=device)
+    columns = [zeros_B, zeros_B, zeros_B, zeros_B, zeros_B, zeros_B + has_positions]
+    if attention_mask is not None and not bool((attention_mask[:, -shape[1] :] != 0).any()):
+        return torch.stack(columns)
+    # As if all of it went on from texts longer than any: what has not restarted is as long still.
+    sequence = Sequence.open(
+        shape,
+        device,
+        attention_mask,
+        position_ids,
+        clock_before=zeros_B + MANY,
+        is_slice=True,
+        position_before=zeros_B - 1,
+    )
+    after_B = sequence.clock_after.expand(batch)
+    columns[1] = (after_B < MANY).long()
+    columns[2] = torch.where(after_B < MANY, after_B, after_B - MANY)
+    if sequence.cu_seqlens is None:
+        columns[0] = zeros_B + shape[1]
+        ends = [sequence.positions[:, column].expand(batch) for column in (0, -1)]
+    else:
+        row_N, length_N = sequence.row_of_document, sequence.cu_seqlens.diff()
+        columns[0] = zeros_B.index_add(0, row_N, length_N)
+        after_B, last = columns[0].cumsum(0), int(columns[0].sum()) - 1
+        ends = [
+            sequence.positions[0, index_B.clamp(0, last)]  # a row without tokens says nothing
+            for index_B in (after_B - columns[0], after_B - 1)
+        ]
+    columns[3:5] = ends
+    return torch.stack(columns)
+
+
+def split_batch(batch, rank, size, bounds=None):
+    """One process' slice of a batch, and what it has to know of its neighbours'.
+
+    Labels are shifted before they are cut: the last token of a slice is scored on the first of the
+    next one. Boundaries of documents become positions that restart.
+
+    Args:
+        batch: input_ids or inputs_embeds, and attention_mask, position_ids, seq_idx,
+            cu_seq_lens_q, labels or shift_labels as a causal language model takes them.
+        rank, size: the process, and how many there are.
+        bounds: [size + 1] columns where slices begin and end; None: as equal as they can be.
+
+    Returns:
+        The arguments of this process: tensors are contiguous, `labels` are `shift_labels` now.
+
+    Raises:
+        ValueError: fewer columns than processes; bounds that do not fit; an unknown argument.
+    """
+    batch = dict(batch)
+    ids = batch.get("input_ids")
+    tokens = ids if ids is not None else batch["inputs_embeds"]
+    time = tokens.shape[1]
+    if bounds is None:
+        bounds = [time * number // size for number in range(size + 1)]
+    grows = all(a < b for a, b in zip(bounds, bounds[1:]))
+    if not grows or len(bounds) != size + 1 or bounds[0] != 0 or bounds[-1] != time:
+        raise ValueError(
+            f"expected bounds of {size} slices that grow from 0 to the {time} columns of the "
+            f"batch, at least one column each, got {list(bounds)}; use fewer processes for a text "
+            "this short, or other bounds."
+        )
+    cu_seqlens, seq_idx = batch.pop("cu_seq_lens_q", None), batch.pop("seq_idx", None)
+    if cu_seqlens is not None or seq_idx is not None:
+        batch["position_ids"] = restarting_positions(
+            tuple(tokens.shape[:2]),
+            batch.get("attention_mask"),
+            batch.get("position_ids"),
+            cu_seqlens,
+            seq_idx,
+            None,
+        )
+    labels = batch.pop("labels", None)
+    if labels is not None and batch.get("shift_labels") is None:
+        batch["shift_labels"] = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NOT_SCORED)
+    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "shift_labels")
+    for name, x in batch.items():
+        if name not in names:
+            raise ValueError(
+                f"split_batch knows {', '.join(names)}, seq_idx, cu_seq_lens_q and labels, got "
+                f"{name!r}; leave it out."
+            )
+        if x is not None:
+            batch[name] = x[:, -time:][:, bounds[rank] : bounds[rank + 1]].contiguous()
+    return batch
