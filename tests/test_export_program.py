@@ -19,7 +19,8 @@ from zoo.kernels.wkv4_export import wkv4_exported
 QUICK = {("retnet", "torchscale"), ("rwkv4", "default"), ("sliding_window", "default")}
 VARIANTS = [(name, variant) for name, x in zoo.MODELS.items() for variant in x.config.variants]
 # The stack runs once per window or segment.
-FEEDBACK = [("block_recurrent", "feedback"), *(x for x in VARIANTS if x[0] == "rmt")]
+FEEDBACK = [("block_recurrent", "feedback"), ("transformer_xl", "memory-tokens")]
+FEEDBACK += [x for x in VARIANTS if x[0] == "rmt"]
 ANY = {0: Dim("B", min=1, max=1024), 1: Dim("T", min=2, max=1 << 20)}
 # Windows and segments are 16 tokens long, the chunks of the recurrences 32 and 64, blocks 128.
 SHAPES = [(1, 2), (3, 16), (2, 17), (1, 130)]

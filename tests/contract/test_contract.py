@@ -26,6 +26,8 @@ WIDE = 32
 def fields_of(name, variant, point):
     walked = {"block_recurrent": "sliding_window", "rmt": "segment_length"}.get(name, "")
     fields = variants_of(name)[variant]
+    if "num_memory_tokens" in fields:
+        walked = "segment_length"
     window = fields.get(walked, WIDE)
     if window >= WIDE or point not in (8, 9):
         return {}

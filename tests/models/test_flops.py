@@ -182,6 +182,23 @@ def transformer_xl(mixer):
     return mixer.num_heads * attention(visible, mixer.head_dim) * 3 // 2
 
 
+def frames_and_past(mixer):
+    """The same of segments with memory around them, where it sees itself in both directions."""
+    config, length = mixer.config, mixer.config.segment_length
+    number, total, past = config.num_memory_tokens, 0, 0
+    for start in range(0, LENGTH, length):
+        of_text = min(length, LENGTH - start)
+        width = number + of_text + number * (start + length < LENGTH)
+        visible = torch.ones(width, past + width, dtype=torch.bool).tril(past)
+        if not config.read_memory_from_cache:
+            visible[:number, :past] = visible[number + of_text :, :past] = False
+        visible[:number, past : past + number] = True
+        visible[number + of_text :, past:] = True
+        total += mixer.num_heads * attention(visible, mixer.head_dim) * 3 // 2
+        past = min(config.mem_len, past + width)
+    return total
+
+
 def longnet(mixer):
     config, total, index = mixer.config, 0, torch.arange(LENGTH)
     for branch in branches_of(config.segment_lengths, config.dilation_rates):
@@ -224,6 +241,7 @@ CORE = {
     "WindowAttention": block_recurrent,
     "DilatedAttention": longnet,
     "RelativeAttention": transformer_xl,
+    "RelativeFrameAttention": frames_and_past,
     "LandmarkAttention": landmark,
 }
 

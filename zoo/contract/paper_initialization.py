@@ -465,6 +465,8 @@ def transformer_xl(config):
     }
     if not config.tie_word_embeddings:
         table["lm_head.*weight"] = (0.0, std, "normal")
+    if config.num_memory_tokens:  # of variance 1, as what the last norm leaves of them
+        table["model.memory.vectors"] = (0.0, 1.0, "normal")
     if config.cutoffs:
         table["lm_head.clusters.weight"] = (0.0, std, "normal")
     if config.div_val > 1 or config.d_embed != config.hidden_size:

@@ -67,6 +67,7 @@ class Frame(NamedTuple):
         written: where the tokens that write are, as `text`; None: there are none.
         writers: [N'], the documents that write; None: all.
         is_anew: whether no document has older tokens of the same frame.
+        number: which frame of its document it is, from 0: of all rows, or [N].
     """
 
     places: slice | torch.Tensor
@@ -77,6 +78,7 @@ class Frame(NamedTuple):
     written: slice | torch.Tensor | None = None
     writers: torch.Tensor | None = None
     is_anew: bool = False
+    number: int | torch.Tensor = 0
 
     def tokens(self, x_BTD, vectors_NMD):
         """Its tokens, of the pass's and the memory that every document reads and writes with."""
@@ -157,7 +159,7 @@ def step_frame(sequence, sizes):
     place_BT = sizes.place(sequence.clock)
     after_B = place_BT[:, 0] + 1
     own = replace(sequence, positions=place_BT, clock=place_BT, clock_after=after_B)
-    return Frame(slice(None), own, slice(None))
+    return Frame(slice(None), own, slice(None), number=sequence.clock[:, 0] // sizes.length)
 
 
 def rows_of_frame(batch, begin, count, device):
@@ -181,7 +183,8 @@ def _frames_of_rows(sequence, sizes, start):
     if start > 0 and start % length == 0:
         own = rows_of_frame(batch, sizes.slots, num_writes, device)
         none = slice(0, 0)
-        frames.append(Frame(none, own, none, written=slice(None)))
+        number = start // length - 1
+        frames.append(Frame(none, own, none, written=slice(None), number=number))
     done = 0
     while done < time:
         slot = (start + done) % length
@@ -198,6 +201,7 @@ def _frames_of_rows(sequence, sizes, start):
                 num_reads=reads,
                 written=slice(reads + count, None) if writes else None,
                 is_anew=slot == 0,
+                number=(start + done) // length,
             )
         )
         done += count
@@ -209,16 +213,17 @@ def _frames_of_stream(sequence, sizes):
     length, num_reads, num_writes = sizes
     clock_T, device, places_T = sequence.clock.flatten(), sequence.clock.device, None
     spans = document_spans(sequence)
-    count_N = spans.after - spans.start
+    start_N, count_N = spans.start, spans.after - spans.start
     if sequence.cu_seqlens is None:
         clock_T = sequence.clock.expand(sequence.shape).flatten()
         if sequence.keep is not None:
+            start_N = torch.where(sequence.keep, start_N, sequence.clock_after)
             count_N = count_N * sequence.keep
             places_T = sequence.keep.nonzero()[:, 0]  # of a single step
             clock_T = clock_T[places_T]
     if places_T is None:
         places_T = torch.arange(len(clock_T), device=device)
-    start_N, after_N = spans.start, spans.start + count_N
+    after_N = start_N + count_N
     documents_N = torch.arange(len(count_N), device=device)
     document_T = documents_N.repeat_interleave(count_N)
     first_N, last_N = start_N // length, (after_N - 1) // length
@@ -275,6 +280,7 @@ def _frames_of_stream(sequence, sizes):
                 source=source,
                 written=written if len(writers) else None,
                 writers=writers,
+                number=(done_N - 1).clamp(min=0) // length,
             )
         )
     return frames

@@ -5,9 +5,12 @@ where it says `has_memory`. Of its state, tensors named in `memory_names` are a 
 from segment to segment; the others are about the frame that is not finished.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .memory_frames import (
     Frame,
@@ -30,15 +33,16 @@ class MemoryTokens(nn.Module):
 
     Args:
         config: with num_memory_tokens, hidden_size and initializer_range.
+        std: of the vectors at the start; None: as wide as embeddings.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, std=None):
         super().__init__()
-        self.std = config.initializer_range
+        self.std = config.initializer_range if std is None else std
         self.vectors = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
 
     def init_weights_of_paper(self):
-        """As wide as embeddings."""
+        """No two are the same."""
         init.normal_(self.vectors, std=self.std)
 
     def forward(self, count, dtype):
@@ -56,11 +60,13 @@ class MemoryWalk:
         leave: what makes memory of the last layer's output; None: the layers keep it themselves,
             and every segment is written with the same vectors.
         sizes: `FrameSizes`.
+        counts_on: whether clocks go on from frame to frame, for layers that look at earlier ones;
+            else each begins at 0.
     """
 
-    def __init__(self, layers, memory, enter, leave, sizes):
+    def __init__(self, layers, memory, enter, leave, sizes, counts_on=False):
         self.layers, self.memory, self.enter, self.leave = layers, memory, enter, leave
-        self.sizes = sizes
+        self.sizes, self.counts_on = sizes, counts_on
 
     def run(self, x_BTD, sequence, cache, inputs, keeps_all=False):
         """Runs it, and brings the cache up to date.
@@ -85,7 +91,7 @@ class MemoryWalk:
         is_one_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None
         if is_one_step and torch.compiler.is_compiling():
             self.begin(sequence, x_BTD, is_fresh)
-            self.border_of_rows(sequence, x_BTD)
+            self.border_of_rows(sequence, x_BTD, is_fresh)
             frames = [step_frame(sequence, self.sizes)]
         else:
             frames = memory_frames(sequence, self.sizes, is_fresh)
@@ -117,8 +123,9 @@ class MemoryWalk:
                 if name == MEMORY:
                     first_N = self.memory(start_N.shape[0], dtype)
                 else:
-                    shape = layer.state_specs()[name].shape
-                    first_N = x_BTD.new_zeros(start_N.shape[0], *shape, dtype=dtype)
+                    spec = layer.state_specs()[name]
+                    shape = start_N.shape[0], *spec.shape
+                    first_N = x_BTD.new_zeros(shape, dtype=spec.dtype or dtype)
                 if not is_fresh:
                     x_N = getattr(state, name)
                     is_old = (start_N > 0).view(-1, *[1] * (x_N.ndim - 1))
@@ -144,7 +151,8 @@ class MemoryWalk:
 
     def run_layers(self, h_BTD, frame, is_kept, keeps_all=False):
         """The same of tokens that are put together already."""
-        h_BTD, arguments = self.enter(h_BTD, frame.own)
+        own = numbered(frame, self.sizes.width) if self.counts_on else frame.own
+        h_BTD, arguments = self.enter(h_BTD, own)
         pieces, states = [], self.states
         if self.leave is None:
             arguments |= {"written": frame.written, "writers": frame.writers}
@@ -154,14 +162,14 @@ class MemoryWalk:
             if frame.is_anew:
                 for name in self.frame_names(number):
                     setattr(state, name, None)
-            h_BTD, states[number] = layer(h_BTD, frame.own, state, **arguments)
+            h_BTD, states[number] = layer(h_BTD, own, state, **arguments)
             pieces.append(h_BTD)
         if frame.written is not None and self.leave is not None:
             written_NMD = self.leave(frame.of_writers(h_BTD, self.sizes.num_writes))
             setattr(states[0], MEMORY, frame.put(getattr(states[0], MEMORY), written_NMD))
         return pieces if keeps_all else pieces[-1:]
 
-    def border_of_rows(self, sequence, x_BTD):
+    def border_of_rows(self, sequence, x_BTD, is_fresh):
         """What comes before the first token of a segment, for a step whose clocks nobody may see.
 
         Of a compiled step: it runs the tokens of memory of all rows, and keeps what rows at a
@@ -170,10 +178,13 @@ class MemoryWalk:
         sizes, device = self.sizes, x_BTD.device
         is_border_B = at_border(sequence, sizes).expand(x_BTD.shape[0])
         is_full_B = is_border_B & (sequence.clock[:, 0] > 0)
+        number_B = sequence.clock[:, 0] // sizes.length
         before, nothing = [state.copy() for state in self.states], slice(0, 0)
-        if any(before[0].tensors()[name] is not None for name in self.frame_names(0)):
+        if not is_fresh:
             own = rows_of_frame(is_full_B.shape[0], sizes.slots, sizes.num_writes, device)
-            self.run_frame(Frame(nothing, own, nothing, written=slice(None)), x_BTD, False)
+            done_B = (number_B - 1).clamp(min=0)
+            frame = Frame(nothing, own, nothing, written=slice(None), number=done_B)
+            self.run_frame(frame, x_BTD, False)
             for layer, old, new in zip(self.layers, before, self.states):
                 for name in layer.memory_names:
                     select(name, is_full_B, new, old)
@@ -181,11 +192,46 @@ class MemoryWalk:
             return
         before = [state.copy() for state in self.states]
         own = rows_of_frame(is_full_B.shape[0], 0, sizes.num_reads, device)
-        frame = Frame(nothing, own, nothing, num_reads=sizes.num_reads, is_anew=True)
+        frame = Frame(
+            nothing, own, nothing, num_reads=sizes.num_reads, is_anew=True, number=number_B
+        )
         self.run_frame(frame, x_BTD, True)
-        for number, (old, new) in enumerate(zip(before, self.states)):
-            for name in self.frame_names(number):
+        for layer, old, new in zip(self.layers, before, self.states):
+            for name in layer.state_specs():
                 select(name, is_border_B, new, old)
+
+
+def numbered(frame, width):
+    """The `Sequence` of a `Frame` whose clocks count tokens of all frames of their documents.
+
+    Args:
+        frame: the frame.
+        width: tokens of each.
+    """
+    own, begin_N = frame.own, frame.number * width
+    if own.cu_seqlens is not None:
+        lengths_N = own.cu_seqlens.diff()
+        begin_BT = begin_N[own.row_of_document].repeat_interleave(lengths_N)[None]
+    else:
+        begin_BT = begin_N[:, None] if torch.is_tensor(begin_N) else begin_N
+    return replace(own, clock=own.clock + begin_BT, clock_after=own.clock_after + begin_N)
+
+
+def walked(model, walk, x_BTD, sequence, cache, inputs, **kwargs):
+    """What `_run_blocks` of a model with `memory`, `joined` and `norm` returns of a `MemoryWalk`.
+
+    Args:
+        model: a `ZooModel`.
+        walk: over its layers.
+        x_BTD, sequence, cache, inputs, kwargs: as of its `_run_blocks`.
+    """
+    if torch.is_grad_enabled():
+        # Processes that train together wait for each; a text after a state needs none of these.
+        x_BTD = x_BTD + 0 * model.memory(1, x_BTD.dtype).sum()
+    is_recorded = kwargs.get("output_hidden_states") or model.config.output_hidden_states
+    for y_BTD in walk.run(x_BTD, sequence, cache, inputs, keeps_all=is_recorded):
+        x_BTD = model.joined(x_BTD, y_BTD)
+    return BaseModelOutputWithPast(last_hidden_state=model.norm(x_BTD))
 
 
 def select(name, is_new_B, new, old):

@@ -160,7 +160,7 @@ class RelativeAttention(nn.Module):
         held_BW1D = state.inputs_BW1D
         if held_BW1D is None:
             return
-        spans, length = row_spans(sequence), self.config.segment_length
+        spans, length = row_spans(sequence), self.config.frame_width
         begin_B = (spans.after - 1) // length * length
         is_old_BW = ring_positions(spans.start, self.window) < begin_B[:, None]
         state.inputs_BW1D = torch.where(is_old_BW[..., None, None], held_BW1D.detach(), held_BW1D)

@@ -23,10 +23,9 @@ class NoisyLayerNorm(nn.LayerNorm):
         init.normal_(self.weight, mean=1.0, std=self.std)
 
 
-class TransformerXLBlock(ZooBlock):
+class RelativeBlock(ZooBlock):
     """Attention and MLP, each with its residual sum and its norm."""
 
-    mixer_class = RelativeAttention
     build_norm = staticmethod(NoisyLayerNorm)
 
     @staticmethod
@@ -48,3 +47,9 @@ class TransformerXLBlock(ZooBlock):
             return x_BTD + self.mlp(self.mlp_norm(x_BTD)), state
         x_BTD = self.mixer_norm(x_BTD)
         return self.mlp_norm(x_BTD + self.mlp(x_BTD)), state
+
+
+class TransformerXLBlock(RelativeBlock):
+    """The block without tokens of memory."""
+
+    mixer_class = RelativeAttention

@@ -30,7 +30,7 @@ out.
 Around the attention is Llama's block, or GPT-2's by the fields `SlidingWindowConfig` has for it and
 `position_embedding_type="learned"`. The authors' weights around GPT-2 load through `zoo convert
 rmt-hf-gpt2` and `armt-hf-gpt2`. The first code of the paper, in Transformer-XL's block, where
-tokens of memory see each other in both directions, is another model.
+tokens of memory see each other in both directions, is an option of zoo/models/transformer_xl.py.
 """
 
 from typing import ClassVar, Literal
@@ -39,7 +39,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..core.base import ZooConfig, ZooForCausalLM, ZooModel, check_activation, check_head_dim
@@ -48,7 +47,7 @@ from ..core.heads import (
     ZooForSequenceClassification,
     ZooForTokenClassification,
 )
-from ..core.memory_walk import MemoryTokens, MemoryWalk
+from ..core.memory_walk import MemoryTokens, MemoryWalk, walked
 from ..core.segment_passes import Joined
 from ..core.state import SlidingStateLayer
 from ..layers.associative_memory import AssociativeBlock
@@ -254,13 +253,7 @@ class RmtModel(RmtPreTrainedModel, ZooModel):
         if leave is None:  # gradients go from segment to segment through states
             self._check_checkpointing()
         walk = MemoryWalk(self.layers, self.memory, self.enter, leave, frame_sizes(self.config))
-        if torch.is_grad_enabled():
-            # Processes that train together wait for each; a text after a state needs none of these.
-            x_BTD = x_BTD + 0 * self.memory(1, x_BTD.dtype).sum()
-        is_recorded = kwargs.get("output_hidden_states") or self.config.output_hidden_states
-        for y_BTD in walk.run(x_BTD, sequence, cache, inputs, keeps_all=is_recorded):
-            x_BTD = self.joined(x_BTD, y_BTD)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD))
+        return walked(self, walk, x_BTD, sequence, cache, inputs, **kwargs)
 
 
 class RmtForCausalLM(RmtPreTrainedModel, ZooForCausalLM, GenerationMixin):

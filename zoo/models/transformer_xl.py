@@ -25,9 +25,12 @@ code, from which all published weights come, and transformers began so; their Py
 with nothing. A zero vector has a zero key and value, but a place: it adds exp((q + t) . r_d /
 sqrt(K)) to the denominator.
 
+`num_memory_tokens` makes the Recurrent Memory Transformer of that paper's own experiments (Bulatov
+et al. 2022, https://arxiv.org/abs/2207.06881) of it: zoo/layers/relative_frames.py.
+
 The cache holds each layer's inputs, as the authors' does: half of what keys and values would be.
 `BlockRecurrentConfig(num_states=0)` is another model, meliad's baseline "Slide". Weights load
-through `zoo convert transformer-xl` and `transfo-xl-hf`.
+through `zoo convert transformer-xl`, `transfo-xl-hf` and `rmt-lmrmt`.
 """
 
 import functools
@@ -37,6 +40,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..core.base import Constant, ZooConfig, check_head_dim
 from ..core.heads import (
@@ -44,6 +48,8 @@ from ..core.heads import (
     ZooForSequenceClassification,
     ZooForTokenClassification,
 )
+from ..core.memory_walk import MemoryTokens, walked
+from ..core.segment_passes import Joined
 from ..core.state import SlidingStateLayer
 from ..layers.adaptive_models import (
     AdaptiveForCausalLM,
@@ -53,6 +59,12 @@ from ..layers.adaptive_models import (
     fill_clusters,
 )
 from ..layers.relative_attention import QueryBiases
+from ..layers.relative_frames import (
+    TransformerXLFrameBlock,
+    check_memory_tokens,
+    frame_walk,
+    reach_in_frame,
+)
 from ..layers.relative_scores import sinusoids
 from ..layers.transformer_xl_block import TransformerXLBlock
 
@@ -73,6 +85,9 @@ class TransformerXLConfig(ZooConfig):
             and in both where gradients stop.
         clamp_len: distances from this on count as this; 0 or less: none do.
         zero_memory: whether zero vectors lie before a text.
+        num_memory_tokens: m, of the Recurrent Memory Transformer; 0: it is none.
+        read_memory_from_cache: whether tokens of memory, too, see the mem_len tokens before a
+            segment.
         untie_r: whether each layer has its own u and t.
         pre_lnorm: norms before mixer and MLP instead of after the sums.
         d_embed: width of the first cluster's words; None: hidden_size.
@@ -101,6 +116,8 @@ class TransformerXLConfig(ZooConfig):
         },
         "adaptive": _SMALL
         | {"zero_memory": True, "clamp_len": 9, "cutoffs": [12, 45], "div_val": 2},
+        "memory-tokens": {"mem_len": 10, "segment_length": 16, "same_length": False}
+        | {"num_memory_tokens": 3, "read_memory_from_cache": True},
     }
 
     head_dim: int | None = None
@@ -109,6 +126,8 @@ class TransformerXLConfig(ZooConfig):
     segment_length: int = 512
     clamp_len: int = -1
     zero_memory: bool = False
+    num_memory_tokens: int = 0
+    read_memory_from_cache: bool = False
     untie_r: bool = True
     pre_lnorm: bool = False
     d_embed: int | None = None
@@ -144,12 +163,18 @@ class TransformerXLConfig(ZooConfig):
             )
         if self.segment_length < 1:
             raise ValueError(f"segment_length is at least 1 token, got {self.segment_length}.")
+        check_memory_tokens(self)
         check_clusters(self)
+
+    @property
+    def frame_width(self):
+        """Tokens of a segment, those of memory included."""
+        return self.segment_length + 2 * self.num_memory_tokens
 
     @property
     def num_slots(self):
         """How many tokens a token sees at most, its own included."""
-        return self.mem_len + (0 if self.same_length else self.segment_length)
+        return self.mem_len + (0 if self.same_length else self.frame_width)
 
     @property
     def num_distances(self):
@@ -167,15 +192,21 @@ class TransformerXLConfig(ZooConfig):
         """The largest distance that tokens at these clocks see."""
         if self.same_length:
             return self.mem_len - 1
-        return clock % self.segment_length + self.mem_len
+        return reach_in_frame(self, clock)
 
 
 class TransformerXLPreTrainedModel(AdaptivePreTrainedModel):
     """The config and layers for transformers."""
 
     config: TransformerXLConfig
-    _no_split_modules = ["TransformerXLBlock"]
-    _can_record_outputs = {"hidden_states": TransformerXLBlock}
+    _no_split_modules = ["TransformerXLBlock", "TransformerXLFrameBlock"]
+    # transformers keeps this by class, so it has to hold with tokens of memory and without.
+    _can_record_outputs = {
+        "hidden_states": [
+            OutputRecorder(TransformerXLBlock, index=0),
+            OutputRecorder(Joined, index=0),
+        ]
+    }
 
 
 class TransformerXLModel(TransformerXLPreTrainedModel, AdaptiveModel):
@@ -184,7 +215,12 @@ class TransformerXLModel(TransformerXLPreTrainedModel, AdaptiveModel):
     block_class = TransformerXLBlock
 
     def __init__(self, config):
+        if config.num_memory_tokens:
+            self.block_class = TransformerXLFrameBlock
         super().__init__(config)
+        self.joined, self.memory = Joined(), None
+        if config.num_memory_tokens:  # of the variance that norms leave of them
+            self.memory = MemoryTokens(config, std=1.0)
         count = functools.partial(sinusoids, config.hidden_size, config.num_distances)
         self.sinusoids = Constant(count)
         self.query_biases = None if config.untie_r else QueryBiases(config)
@@ -205,6 +241,17 @@ class TransformerXLModel(TransformerXLPreTrainedModel, AdaptiveModel):
             inputs["biases"] = self.query_biases()
         return inputs
 
+    def _run_blocks(self, *args, **kwargs):
+        run = self._run_frames if self.memory is not None else super()._run_blocks
+        return run(*args, **kwargs)
+
+    @capture_outputs
+    def _run_frames(self, x_BTD, sequence, cache, inputs, **kwargs):
+        """The stack segment by segment, with tokens of memory around each."""
+        if not all(layer.mixer.detaches_memory for layer in self.layers):
+            self._check_checkpointing()  # gradients go from segment to segment through states
+        return walked(self, frame_walk(self), x_BTD, sequence, cache, inputs, **kwargs)
+
 
 class TransformerXLForCausalLM(TransformerXLPreTrainedModel, AdaptiveForCausalLM, GenerationMixin):
     """Transformer-XL as a language model."""
@@ -213,6 +260,8 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, AdaptiveForCausalLM
 
     def visible_tokens(self, length):
         """Of so many tokens, those the last one's logits depend on, [length] bool."""
+        if self.config.num_memory_tokens:  # all of them, through memory
+            return torch.ones(length, dtype=torch.bool)
         begin = length - 1
         for _ in range(self.config.num_hidden_layers):
             begin = max(begin - self.config.reach(begin), 0)

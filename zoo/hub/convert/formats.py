@@ -23,6 +23,7 @@ from . import (
     meliad,
     mistral_consolidated,
     rmt_hf_gpt2,
+    rmt_lmrmt,
     rwkv6_hf,
     rwkv_pth,
     torchscale_longnet,
@@ -60,6 +61,7 @@ _FILES = (
     transfo_xl_hf,
     transformer_xl,
     rmt_hf_gpt2,
+    rmt_lmrmt,
     armt_hf_gpt2,
 )
 FORMATS = {file.FORMAT.name: file.FORMAT for file in _FILES}

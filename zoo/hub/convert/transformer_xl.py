@@ -23,7 +23,12 @@ DEFAULTS = {
     "tie_projs": None,
     "tgt_len": None,
 }
-FIXED = {"zero_memory": False, "untie_r": False, "layer_norm_epsilon": 1e-5}
+FIXED = {
+    "zero_memory": False,
+    "num_memory_tokens": 0,  # rmt-lmrmt has some
+    "untie_r": False,
+    "layer_norm_epsilon": 1e-5,
+}
 
 
 def is_one(config, names):
