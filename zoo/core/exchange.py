@@ -16,9 +16,6 @@ import torch.distributed as dist
 # "send" each message. For whoever measures.
 TRAFFIC = Counter()
 
-# Its name up to PyTorch 2.12, and since.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 # Up to so many processes everyone tells everyone; beyond, in log2 steps.
 LARGEST_GATHER = 8
 
@@ -156,7 +153,9 @@ class _Gather(torch.autograd.Function):
         TRAFFIC["reduce_scatter"] += grad.nbytes
         TRAFFIC["messages"] += 1
         own = torch.empty_like(grad[0]).flatten()
-        _reduce_scatter(own, grad.contiguous().flatten(), group=exchanges.group)
+        # Its name since PyTorch 2.13, and before.
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(own, grad.contiguous().flatten(), group=exchanges.group)
         return grad_token, None, own.view(grad.shape[1:])
 
 
