@@ -173,6 +173,11 @@ def _log_ticks(axis):
     axis.set_ticks(ticks, [short(tick) for tick in ticks])
 
 
+def _ticks_width(axes):
+    """Characters of the longest number beside the vertical axis."""
+    return max((len(label.get_text()) for label in axes.get_yticklabels()), default=0)
+
+
 def _fill(panels, all_axes, columns=1, rows=1):
     """Draws panels: limits are shared, and there is room for the longest label."""
     from matplotlib.ticker import FixedLocator
@@ -185,19 +190,21 @@ def _fill(panels, all_axes, columns=1, rows=1):
     limits = [(panel.shares, axes.get_xlim(), axes.get_ylim()) for panel, axes in shown]
     names = [_name(line) for _, axes in shown for line in axes.lines if _name(line)]
     room = min(0.45, 0.04 + 0.0165 * max(map(len, names), default=0))
-    for n, (panel, axes) in enumerate(shown):
+    for panel, axes in shown:
         xs, ys = zip(*[(x, y) for shares, x, y in limits if shares == panel.shares])
         axes.set_xlim(min(low for low, _ in xs), max(high for _, high in xs))
         axes.set_ylim(min(low for low, _ in ys), max(high for _, high in ys))
-        # Constrained layout would measure every text for the same.
-        row, column = n // columns % rows, n % columns
-        left, bottom = (column + LEFT) / columns, (rows - 1 - row + BOTTOM) / rows
-        axes.set_position([left, bottom, (1 - LEFT - room) / columns, (TOP - BOTTOM) / rows])
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() == "log":
                 axes.minorticks_off()
                 if not isinstance(axis.get_major_locator(), FixedLocator):
                     _log_ticks(axis)
+    # Constrained layout would measure every text for the same.
+    begin = LEFT + 0.013 * max(0, max(map(_ticks_width, all_axes)) - 4)
+    for n, axes in enumerate(all_axes):
+        row, column = n // columns % rows, n % columns
+        left, bottom = (column + begin) / columns, (rows - 1 - row + BOTTOM) / rows
+        axes.set_position([left, bottom, (1 - begin - room) / columns, (TOP - BOTTOM) / rows])
         label_ends(axes)
 
 

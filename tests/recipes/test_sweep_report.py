@@ -10,7 +10,7 @@ from conftest import ROOT
 from made_results import MODELS, made_results
 
 from ablating import panels, report, tables
-from ablating.figures import groups, in_page, label_ends, svgs
+from ablating.figures import Figure, Panel, groups, in_page, label_ends, save_png, svgs
 from ablating.statistics import interval
 from ablating.summary import last_figures, summarise
 
@@ -181,6 +181,27 @@ def test_labels_do_not_lie_on_one_another():
     heights = sorted(text.get_position()[1] for text in axes.texts)
     assert min(b - a for a, b in zip(heights, heights[1:])) >= 0.0849
     assert heights[0] >= 0 and heights[-1] <= 1
+
+
+@pytest.mark.parametrize("low", [1e-4, 0.1])
+def test_long_numbers_leave_room_for_the_axis_title(tmp_path, monkeypatch, low):
+    """In the first column a title left of 0.0001 is still within the image."""
+    canvases = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, *words, **how: canvases.append(self)
+    )
+
+    def fill(axes):
+        axes.plot([1, 2], [low, 1], gid="mean a_model")
+        axes.set(yscale="log", ylabel="training loss (nats per token)")
+
+    save_png(Figure("", "", "", [Panel(f"panel {n}", fill, "all") for n in range(4)]), tmp_path)
+    canvas = canvases[0]
+    canvas.draw_without_rendering()
+    for axes in canvas.axes:
+        left = axes.yaxis.label.get_window_extent().x0
+        before = [text for other in canvas.axes if other.bbox.x1 < left for text in other.texts]
+        assert left > max((text.get_window_extent().x1 for text in before), default=0)
 
 
 def test_the_same_results_draw_the_same_bytes():
