@@ -670,6 +670,7 @@ class ZooModel(ZooPreTrainedModel):
         if self.walks_segments:
             output = run_stack_in_turn(self, run, sequence, cache)
         else:
+            sequence.ranks.keeps = self.gradient_checkpointing and self.training
             # Processes may differ in what a layer saves last, and one that stops there would leave
             # out exchanges that others make.
             with set_checkpoint_early_stop(False):

@@ -16,12 +16,24 @@ import torch.distributed as dist
 # "send" each message. For whoever measures.
 TRAFFIC = Counter()
 
+# Messages on their way out, with their group and memory: a pass may be over before they are out.
+UNDER_WAY = []
+
 # Up to so many processes everyone tells everyone; beyond, in log2 steps.
 LARGEST_GATHER = 8
 
 
-class Exchanges:
-    """The exchanges of one forward pass of one process.
+def settle(group):
+    """Forgets the messages of passes that everyone in a group has finished."""
+    for _, work, _ in (message for message in UNDER_WAY if message[0] is group):
+        work.wait()
+    UNDER_WAY[:] = [message for message in UNDER_WAY if message[0] is not group]
+
+
+class Wire:
+    """How a process sends to the others, and receives; what autograd functions of a pass hold.
+
+    They may not hold the `Exchanges`, which hold what came of them: a circle that nothing frees.
 
     Args:
         group: the processes, in the order of the text.
@@ -34,32 +46,13 @@ class Exchanges:
     def __init__(self, group, device):
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.token = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
-        self.under_way = []  # messages on their way out: they need their memory until they are out
-        self.kept = {}
-
-    def make(self, function, *arguments):
-        """Makes an exchange: one of this module's autograd functions."""
-        *results, self.token = function.apply(self.token, self, *arguments)
-        return results
-
-    def make_once(self, name, function, *arguments):
-        """The same, but a layer that is run again in backward gets what it got the first time."""
-        if name not in self.kept:
-            self.kept[name] = self.make(function, *arguments)
-        return self.kept[name]
-
-    def close(self, x_BTD):
-        """The output, after all exchanges; backward begins with the last one."""
-        return x_BTD + self.token.to(x_BTD.device, x_BTD.dtype)
 
     def send(self, x, to):
         """Sends a tensor without waiting until it is there."""
-        self.under_way = [(work, y) for work, y in self.under_way if not work.is_completed()]
         x = x.detach().contiguous()
         TRAFFIC["send"] += x.nbytes
         TRAFFIC["messages"] += 1
-        self.under_way.append((dist.isend(x, group_dst=to, group=self.group), x))
+        UNDER_WAY.append((self.group, dist.isend(x, group_dst=to, group=self.group), x))
 
     def receive(self, x, source):
         """Waits for a tensor, which is written into `x`."""
@@ -75,6 +68,16 @@ class Exchanges:
         dist.all_gather(every, x, group=self.group)
         return every
 
+    def reduce_scatter(self, x_RX):
+        """The sum of what all have for this process; its share of [R, ...]."""
+        # Its name since PyTorch 2.13, and before.
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        TRAFFIC["reduce_scatter"] += x_RX.nbytes
+        TRAFFIC["messages"] += 1
+        own = torch.empty_like(x_RX[0]).flatten()
+        scatter(own, x_RX.contiguous().flatten(), group=self.group)
+        return own.view(x_RX.shape[1:])
+
     def shift(self, tensors, step):
         """What the process `step` places before has; zeros if there is none."""
         to, source = self.rank + step, self.rank - step
@@ -83,6 +86,54 @@ class Exchanges:
         if not 0 <= source < self.size:
             return [torch.zeros_like(x) for x in tensors]
         return from_bytes(self.receive(as_bytes(tensors).clone(), source), tensors)
+
+
+class Exchanges:
+    """The exchanges of one forward pass of one process.
+
+    Args:
+        group, device: as of `Wire`.
+
+    Attributes:
+        wire: the `Wire`.
+        rank, size: as of it.
+        keeps: whether layers are run again in backward, and then get what they got the first time.
+    """
+
+    def __init__(self, group, device):
+        self.wire = Wire(group, device)
+        self.rank, self.size = self.wire.rank, self.wire.size
+        self.token = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+        self.keeps, self.kept = False, {}
+
+    def make(self, function, *arguments):
+        """Makes an exchange.
+
+        Args:
+            function: an autograd function of (token, `Wire`, *arguments), whose last result is the
+                next token.
+            arguments: others.
+        """
+        *results, self.token = function.apply(self.token, self.wire, *arguments)
+        return results
+
+    def make_once(self, name, function, *arguments):
+        """The same, but a layer that is run again in backward gets what it got the first time.
+
+        Args:
+            name: of the exchange, one of its kind in the whole pass.
+            function, arguments: as of `make`; it may save nothing by `save_for_backward`, which a
+                checkpoint would count.
+        """
+        if not self.keeps:
+            return self.make(function, *arguments)
+        if name not in self.kept:
+            self.kept[name] = self.make(function, *arguments)
+        return self.kept[name]
+
+    def close(self, x_BTD):
+        """The output, after all exchanges; backward begins with the last one."""
+        return x_BTD + self.token.to(x_BTD.device, x_BTD.dtype)
 
     def from_left(self, *tensors):
         """What the process before this one has of these, zeros on the first.
@@ -103,7 +154,7 @@ class Exchanges:
             a: of this slice, as `u` but for sizes of 1; [..., K, K] is a matrix if `u` is
                 [..., K, V], which a size of 1 is not.
             u: [..., K, V], what comes of nothing.
-            name: if given, backward keeps the result for a layer that is run again.
+            name: as of `make_once`; None: a layer that is run again makes the exchange again.
 
         Returns:
             What comes out of the process before this one; zeros on the first.
@@ -126,10 +177,10 @@ def from_bytes(flat, like):
 
 class _FromLeft(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token, exchanges, *tensors):
-        ctx.exchanges, ctx.like = exchanges, [torch.empty_like(x, device="meta") for x in tensors]
+    def forward(ctx, token, wire, *tensors):
+        ctx.wire, ctx.like = wire, [torch.empty_like(x, device="meta") for x in tensors]
         ctx.device = tensors[0].device
-        return *exchanges.shift(tensors, 1), token.clone()
+        return *wire.shift(tensors, 1), token.clone()
 
     @staticmethod
     def backward(ctx, *grads):
@@ -138,52 +189,45 @@ class _FromLeft(torch.autograd.Function):
             torch.zeros_like(x, device=ctx.device) if grad is None else grad
             for x, grad in zip(ctx.like, grads)
         ]
-        return grad_token, None, *ctx.exchanges.shift(grads, -1)
+        return grad_token, None, *ctx.wire.shift(grads, -1)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token, exchanges, x):
-        ctx.exchanges = exchanges
-        return torch.stack(exchanges.all_gather(x)), token.clone()
+    def forward(ctx, token, wire, x):
+        ctx.wire = wire
+        return torch.stack(wire.all_gather(x)), token.clone()
 
     @staticmethod
     def backward(ctx, grad, grad_token):
-        exchanges = ctx.exchanges
-        TRAFFIC["reduce_scatter"] += grad.nbytes
-        TRAFFIC["messages"] += 1
-        own = torch.empty_like(grad[0]).flatten()
-        # Its name since PyTorch 2.13, and before.
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        scatter(own, grad.contiguous().flatten(), group=exchanges.group)
-        return grad_token, None, own.view(grad.shape[1:])
+        return grad_token, None, ctx.wire.reduce_scatter(grad)
 
 
 class _Affine(torch.autograd.Function):
     # What backward needs is kept as it is and not by `save_for_backward`: a checkpoint counts what
     # is saved, and a layer that is run again does not come here a second time.
     @staticmethod
-    def forward(ctx, token, exchanges, a, u):
-        if exchanges.size <= LARGEST_GATHER:
-            ctx.all_a = exchanges.all_gather(a)
-            all_u = exchanges.all_gather(u)
+    def forward(ctx, token, wire, a, u):
+        if wire.size <= LARGEST_GATHER:
+            ctx.all_a = wire.all_gather(a)
+            all_u = wire.all_gather(u)
             entering = torch.zeros_like(u)
-            for rank in range(exchanges.rank):
+            for rank in range(wire.rank):
                 entering = _apply(ctx.all_a[rank], entering) + all_u[rank]
         else:
             ctx.all_a = None
-            entering = _scan(exchanges, a.detach(), u.detach(), 1)
-        ctx.exchanges, ctx.a, ctx.entering = exchanges, a.detach(), entering
+            entering = _scan(wire, a.detach(), u.detach(), 1)
+        ctx.wire, ctx.a, ctx.entering = wire, a.detach(), entering
         return entering.clone(), token.clone()
 
     @staticmethod
     def backward(ctx, grad, grad_token):
-        exchanges, a, entering = ctx.exchanges, ctx.a, ctx.entering
+        wire, a, entering = ctx.wire, ctx.a, ctx.entering
         if ctx.all_a is None:
-            grad_u = _scan(exchanges, _transposed(a, entering), grad, -1)
+            grad_u = _scan(wire, _transposed(a, entering), grad, -1)
         else:
-            every, grad_u = exchanges.all_gather(grad), torch.zeros_like(grad)
-            for rank in reversed(range(exchanges.rank + 1, exchanges.size)):
+            every, grad_u = wire.all_gather(grad), torch.zeros_like(grad)
+            for rank in reversed(range(wire.rank + 1, wire.size)):
                 a_right = _transposed(ctx.all_a[rank], entering)
                 grad_u = _apply(a_right, grad_u) + every[rank]
         if _is_matrix(a, entering):
@@ -205,20 +249,20 @@ def _transposed(a, u):
     return a.mT if _is_matrix(a, u) else a
 
 
-def _scan(exchanges, a, u, direction):
+def _scan(wire, a, u, direction):
     """What everyone before has come to, in log2 steps (Hillis and Steele 1986); zeros at the end.
 
     Args:
-        exchanges: `Exchanges`.
+        wire: the `Wire`.
         a, u: of this process.
         direction: 1 from left to right, -1 from right to left.
     """
-    place = exchanges.rank if direction == 1 else exchanges.size - 1 - exchanges.rank
+    place = wire.rank if direction == 1 else wire.size - 1 - wire.rank
     step = 1
-    while step < exchanges.size:
-        before_a, before_u = exchanges.shift([a, u], direction * step)
+    while step < wire.size:
+        before_a, before_u = wire.shift([a, u], direction * step)
         if place >= step:
             u = _apply(a, before_u) + u
             a = a @ before_a if _is_matrix(a, u) else a * before_a
         step *= 2
-    return exchanges.shift([u], direction)[0]
+    return wire.shift([u], direction)[0]

@@ -11,7 +11,7 @@ not linear in its state.
 import torch
 import torch.distributed as dist
 
-from .exchange import TRAFFIC, Exchanges
+from .exchange import TRAFFIC, Exchanges, settle
 from .sequence import Sequence, restarting_positions
 
 # More tokens than any text has.
@@ -167,6 +167,7 @@ def open_slice(group, shape, device, attention_mask=None, position_ids=None):
     every_RXB = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every_RXB, row, group=group)
     TRAFFIC["door"] += row.nbytes
+    settle(group)  # who is at this door has received all that was sent before it
     tokens_RB, start_RB, own_RB, first_RB, last_RB, has_positions_RB = torch.stack(every_RXB, 1)
     if has_positions_RB.unique().numel() > 1:
         raise ValueError(

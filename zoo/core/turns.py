@@ -120,34 +120,34 @@ def run_stack_in_turn(model, run, sequence, cache):
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token, ranks, *tensors):
-        ctx.ranks, ctx.like = ranks, [torch.empty_like(x, device="meta") for x in tensors]
+    def forward(ctx, token, wire, *tensors):
+        ctx.wire, ctx.like = wire, [torch.empty_like(x, device="meta") for x in tensors]
         ctx.device = token.device
         header = _header(tensors).to(token.device)
-        ranks.send(torch.tensor([len(header)], device=token.device), ranks.rank + 1)
-        ranks.send(header, ranks.rank + 1)
-        ranks.send(as_bytes(tensors), ranks.rank + 1)
+        wire.send(torch.tensor([len(header)], device=token.device), wire.rank + 1)
+        wire.send(header, wire.rank + 1)
+        wire.send(as_bytes(tensors), wire.rank + 1)
         return (token.clone(),)
 
     @staticmethod
     def backward(ctx, grad_token):
         floats = [x for x in ctx.like if x.is_floating_point()]
         flat = torch.empty(_num_bytes(floats), dtype=torch.uint8, device=ctx.device)
-        pieces = iter(from_bytes(ctx.ranks.receive(flat, ctx.ranks.rank + 1), floats))
+        pieces = iter(from_bytes(ctx.wire.receive(flat, ctx.wire.rank + 1), floats))
         grads = [next(pieces) if x.is_floating_point() else None for x in ctx.like]
         return grad_token, None, *grads
 
 
 class _Receive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token, ranks):
-        source, device = ranks.rank - 1, token.device
-        size = ranks.receive(torch.empty(1, dtype=torch.int64, device=device), source)
+    def forward(ctx, token, wire):
+        source, device = wire.rank - 1, token.device
+        size = wire.receive(torch.empty(1, dtype=torch.int64, device=device), source)
         header = torch.empty(int(size), dtype=torch.int64, device=device)
-        like = _described(ranks.receive(header, source).tolist())
+        like = _described(wire.receive(header, source).tolist())
         flat = torch.empty(_num_bytes(like), dtype=torch.uint8, device=device)
-        tensors = from_bytes(ranks.receive(flat, source), like)
-        ctx.ranks, ctx.like, ctx.device = ranks, like, device
+        tensors = from_bytes(wire.receive(flat, source), like)
+        ctx.wire, ctx.like, ctx.device = wire, like, device
         ctx.mark_non_differentiable(*(x for x in tensors if not x.is_floating_point()))
         return *tensors, token.clone()
 
@@ -159,7 +159,7 @@ class _Receive(torch.autograd.Function):
             for x, grad in zip(ctx.like, grads)
             if x.is_floating_point()
         ]
-        ctx.ranks.send(as_bytes(grads), ctx.ranks.rank - 1)
+        ctx.wire.send(as_bytes(grads), ctx.wire.rank - 1)
         return grad_token, None
 
 
