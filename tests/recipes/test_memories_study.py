@@ -1,4 +1,4 @@
-"""What is said of the study of memories is what it measured."""
+"""What is said of the studies of memories is what they measured."""
 
 import json
 import re
@@ -10,15 +10,24 @@ from extrapolating.readings import trials_of
 from extrapolating.study import read_study
 from extrapolating.summary import markdown, overview
 
-FOLDER = ROOT / "recipes/results/memories"
-RESULTS = json.loads((FOLDER / "results.json").read_text())
 README = (ROOT / "README.md").read_text()
+# Study -> the heading of the README's section with its table.
+HEADINGS = {
+    "memories": "### All memories, one study",
+}
+FOLDERS = {name: ROOT / "recipes/results" / name for name in HEADINGS}
+RESULTS = {name: json.loads((at / "results.json").read_text()) for name, at in FOLDERS.items()}
+studies = pytest.mark.parametrize("name", HEADINGS)
 
 
-def rows(text, names):
+def section(heading):
+    """What the README says under a heading, up to the next one."""
+    return re.split(r"^#+ ", README.split(f"{heading}\n")[1], flags=re.MULTILINE)[0]
+
+
+def rows(text, results):
     """The lines of tables of so many columns as the overview has, by their first cell."""
-    columns = overview(RESULTS)[0].count("|")
-    found = {}
+    columns, names, found = overview(results)[0].count("|"), results["ways"], {}
     for line in text.splitlines():
         name = re.match(r"\| `?(\w+)`? \|", line)
         if name and name[1] in names and line.count("|") == columns:
@@ -26,33 +35,50 @@ def rows(text, names):
     return found
 
 
-def test_tables_are_of_the_results():
-    assert (FOLDER / "tables.md").read_text() == markdown(RESULTS)
-    assert (FOLDER / "figures/segments.png").stat().st_size < 10**6
+@studies
+def test_tables_are_of_the_results(name):
+    assert (FOLDERS[name] / "tables.md").read_text() == markdown(RESULTS[name])
+    assert (FOLDERS[name] / "figures/segments.png").stat().st_size < 10**6
 
 
-def test_the_readme_has_the_table_of_the_results():
-    head, _, *lines = overview(RESULTS)
-    assert head in README
-    assert list(rows(README, RESULTS["ways"]).values()) == lines
+@studies
+def test_the_readme_has_the_table_of_the_results(name):
+    head, _, *lines = overview(RESULTS[name])
+    text = section(HEADINGS[name])
+    assert head in text
+    assert list(rows(text, RESULTS[name]).values()) == lines
 
 
 @pytest.mark.parametrize("card", sorted((ROOT / "hub_cards").glob("*.md")), ids=lambda p: p.stem)
 def test_cards_have_rows_of_the_results(card):
-    expected = rows("\n".join(overview(RESULTS)), RESULTS["ways"])
-    for name, row in rows(card.read_text(), RESULTS["ways"]).items():
-        assert row == expected[name]
+    expected = {line for results in RESULTS.values() for line in overview(results)}
+    for results in RESULTS.values():
+        assert set(rows(card.read_text(), results).values()) <= expected
 
 
-def test_the_configs_are_those_of_the_results(monkeypatch):
+@studies
+def test_all_was_measured_on_one_commit(name):
+    """The trials and their reading, of a clean tree, one like the other."""
+    results = RESULTS[name]
+    sweep = json.loads((ROOT / f"recipes/results/ablations/{name}/results.json").read_text())
+    assert results["missing"] == [] and not results["git_changed"]
+    assert {trial["status"] for trial in sweep["trials"]} == {"done"}
+    assert {trial["git_commit"] for trial in sweep["trials"]} == {results["git_commit"]}
+    assert {trial["cpu_threads"] for trial in sweep["trials"]} == {1}
+    versions = [trial["versions"] for trial in sweep["trials"]]
+    assert all(found == results["versions"] for found in versions)
+
+
+@studies
+def test_the_configs_are_those_of_the_results(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    study = read_study("recipes/configs/memories.toml")
-    assert {
-        key: RESULTS["study"][key] for key in ("lengths", "seeds", "distances", "examples")
-    } == {key: getattr(study, key) for key in ("lengths", "seeds", "distances", "examples")}
+    results, study = RESULTS[name], read_study(f"recipes/configs/{name}.toml")
+    keys = "lengths seeds distances examples".split()
+    assert {key: results["study"][key] for key in keys} == {k: getattr(study, k) for k in keys}
     trials = trials_of(study)
+    assert results["ways"].keys() == study.ways.keys()
     for name, way in study.ways.items():
-        found = RESULTS["ways"][name]
+        found = results["ways"][name]
         assert (found["model"], found["fields"]) == (way.model, way.fields)
         for seed, trial in found["trials"].get("passkey", {}).items():
             assert trial == trials["passkey", way.model, int(seed)].hash, name
@@ -64,5 +90,11 @@ def test_the_configs_are_those_of_the_results(monkeypatch):
     sizes = {table[key] for table in fields for key in keys if key in table} - {"none"}
     assert sizes == {segment}
     assert sweep.models["memorizing"]["fields"]["memory_size"] == study.lengths[0]
-    schedules = [m["context_schedule"] for m in sweep.models.values() if "context_schedule" in m]
-    assert len(schedules) == 2 and all(s[-1][1] == study.lengths[0] for s in schedules)
+
+
+def test_rmt_alone_begins_with_short_documents():
+    sweep = read_study("recipes/configs/memories.toml").plan_of
+    schedules = {name: m.get("context_schedule") for name, m in sweep.models.items()}
+    schedules = {name: found for name, found in schedules.items() if found}
+    assert sorted(schedules) == ["rmt", "rmt_associative"]
+    assert all(found[-1][1] == 128 for found in schedules.values())
