@@ -56,7 +56,7 @@ from .state import (
     state_size,
     take_apart,
 )
-from .turns import run_in_turn, run_stack_in_turn
+from .turns import run_in_turn, run_stack_in_turn, run_together
 from .versions import FORMAT_VERSION, current_fields, renamed_weights
 
 LOSS_IGNORES = -100
@@ -740,7 +740,11 @@ class ZooModel(ZooPreTrainedModel):
                     layer, x_BTD, sequence, held, cache is not None, carried, mixer_inputs
                 )
                 continue
-            x_BTD, state, *carried = layer(x_BTD, sequence, state, *carried, **mixer_inputs)
+            if sequence.ranks is not None:
+                own = x_BTD, sequence, state, carried, mixer_inputs
+                x_BTD, state, *carried = run_together(layer, *own)
+            else:
+                x_BTD, state, *carried = layer(x_BTD, sequence, state, *carried, **mixer_inputs)
             if cache is not None:
                 cache.layers[index].write(sequence, specs, state, inputs if index == 0 else None)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD))

@@ -52,7 +52,8 @@ def _arrived(held, sequence, specs, is_kept):
     ranks = sequence.ranks
     if not ranks.is_first:
         held.tensors = dict(zip(specs, ranks.make(_Receive)))
-    state = held.read(sequence, specs)
+    with _kept():
+        state = held.read(sequence, specs)
     state.is_kept, state.may_overwrite = is_kept, False
     return state
 
@@ -74,12 +75,50 @@ def run_in_turn(layer, x_BTD, sequence, held, is_kept, carried, inputs):
     """
     ranks, specs = sequence.ranks, layer.state_specs()
     state = Turns(held, sequence, specs, is_kept or not ranks.is_last)
-    x_BTD, state, *carried = layer(x_BTD, sequence, state, *carried, **inputs)
-    if state.is_kept:
-        held.write(sequence, specs, state, None)
-    if not ranks.is_last:
-        ranks.make(_Send, *held.tensors.values())
-    return x_BTD, state, *carried
+
+    def pass_on(state):
+        if state.is_kept:
+            with _kept():
+                held.write(sequence, specs, state, None)
+        if not ranks.is_last:
+            ranks.make(_Send, *held.tensors.values())
+
+    return run_together(layer, x_BTD, sequence, state, carried, inputs, pass_on)
+
+
+def _kept():
+    """What is saved for backward in this context stays: a checkpoint does not make it again."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+def run_together(layer, x_BTD, sequence, state, carried, inputs, pass_on=None):
+    """Calls a layer such that backward begins it before it makes any of its exchanges.
+
+    Under FSDP all processes bring a layer's weights together where its backward begins, and who
+    makes an exchange before that waits for one that waits for it.
+
+    Args:
+        layer, x_BTD, sequence, carried, inputs: as of `run_in_turn`.
+        state: of the layer.
+        pass_on: (the state after the slice), which makes the last exchange.
+
+    Returns:
+        What the layer returns.
+    """
+
+    def tie(module, arguments, output):
+        x_BTD, state, *carried = output
+        if pass_on is not None:
+            pass_on(state)
+        return _Tie.apply(x_BTD, sequence.ranks.token), state, *carried
+
+    # Inside of the call, before FSDP's own hook looks at what comes out. A checkpoint that runs the
+    # layer again does so without.
+    handle = layer.register_forward_hook(tie, prepend=True)
+    try:
+        return layer(x_BTD, sequence, state, *carried, **inputs)
+    finally:
+        handle.remove()
 
 
 def run_stack_in_turn(model, run, sequence, cache):
@@ -116,6 +155,17 @@ def run_stack_in_turn(model, run, sequence, cache):
     if not ranks.is_last:
         ranks.make(_Send, *(x for layer in cache.layers for x in layer.tensors.values()))
     return output
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BTD, token):
+        ctx.token = token.new_zeros(())
+        return x_BTD.view_as(x_BTD)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, ctx.token
 
 
 class _Send(torch.autograd.Function):
