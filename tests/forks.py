@@ -27,12 +27,13 @@ class Forks:
             threads may hang, so none of them may start one.
         path: folders to find them in.
         env: environment of the imports.
+        options: of Python.
     """
 
-    def __init__(self, modules, path=(), env=()):
+    def __init__(self, modules, path=(), env=(), options=()):
         environment = {**os.environ, **dict(env), "PYTHONPATH": os.pathsep.join(map(str, path))}
         self._server = subprocess.Popen(
-            [sys.executable, __file__, *modules],
+            [sys.executable, *options, __file__, *modules],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

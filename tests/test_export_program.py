@@ -26,6 +26,13 @@ ANY = {0: Dim("B", min=1, max=1024), 1: Dim("T", min=2, max=1 << 20)}
 SHAPES = [(1, 2), (3, 16), (2, 17), (1, 130)]
 
 
+@pytest.fixture(autouse=True)
+def without_a_cache_of_fake_results():
+    """Shapes that vary hardly ever meet again: filling the cache takes as long as tracing does."""
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        yield
+
+
 def build(name, variant=None):
     """A tiny model, of one layer where all are alike and its variant does not say how many."""
     architecture = zoo.MODELS[name]

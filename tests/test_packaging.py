@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 pytestmark = pytest.mark.slow
 
@@ -19,10 +20,14 @@ LIBRARIES = sysconfig.get_paths()["purelib"]
 # this very checkout out of the way: without it a wheel that lacks a file would find it here.
 IMPORT_ALL = """
 import importlib, json, site, sys
-for folder in json.loads(sys.argv[1]):
+assert "zoo" not in sys.modules
+sys.path[:1], sites = json.loads(sys.argv[1])
+for folder in sites:
     site.addsitedir(folder)
 print(json.dumps({name: importlib.import_module(name).__file__ for name in sys.argv[2:]}))
 """
+# What zoo imports of others, once for all of them.
+IMPORTED = ["torch", "transformers.modeling_utils", "transformers.generation.utils"]
 
 
 def run(*command, cwd, **environment):
@@ -92,39 +97,53 @@ def module_names(clone):
     return sorted(name for name in names if not name.endswith("__main__"))
 
 
-def assert_imports(clone, home, cwd, path=(), site=()):
-    """Import all of zoo in a fresh Python in `cwd`; every module must come from `home`."""
+@pytest.fixture(scope="module")
+def forks():
+    """Forks of a Python that has torch and transformers, and finds nothing else by itself."""
+    forks = Forks(IMPORTED, path=[LIBRARIES], env={"OMP_NUM_THREADS": "1"}, options=["-S"])
+    yield forks
+    forks.close()
+
+
+def assert_imports(forks, clone, home, cwd, path=(), site=()):
+    """Import all of zoo in a fork in `cwd`; every module must come from `home`."""
     names = module_names(clone)
     assert any(name.startswith("zoo.kernels.") for name in names)
-    python_path = os.pathsep.join(map(str, [*path, LIBRARIES]))
-    command = [sys.executable, "-S", "-c", IMPORT_ALL, json.dumps(list(map(str, site))), *names]
-    found = json.loads(run(*command, cwd=cwd, PYTHONPATH=python_path))
+    script = cwd / "import_all.py"
+    script.write_text(IMPORT_ALL)
+    # As `python -c` has it: the working folder, then PYTHONPATH.
+    paths = [list(map(str, x)) for x in ((cwd, *path), site)]
+    fork = forks.start(script, json.dumps(paths), *names, cwd=cwd)
+    output, errors = fork.communicate()
+    script.unlink()
+    assert fork.returncode == 0, errors
+    found = json.loads(output)
     assert set(found) == set(names)
     home = home.resolve()
     elsewhere = {n: f for n, f in found.items() if not Path(f).resolve().is_relative_to(home)}
     assert elsewhere == {}
 
 
-def test_clone(clone):
-    # Not installed: -c puts the working folder on the path.
-    assert_imports(clone, home=clone, cwd=clone)
+def test_clone(forks, clone):
+    # Not installed: the working folder is on the path.
+    assert_imports(forks, clone, home=clone, cwd=clone)
 
 
-def test_editable(clone, tmp_path):
+def test_editable(forks, clone, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     pip_install(target, "-e", clone)
     # On the path too, before the libraries: this checkout's own finder has the same name.
-    assert_imports(clone, home=clone, cwd=tmp_path, path=[target], site=[target])
+    assert_imports(forks, clone, home=clone, cwd=tmp_path, path=[target], site=[target])
 
 
 @pytest.mark.parametrize("kind", ["wheel", "wheel_of_sdist"])
-def test_wheel(clone, kind, request, tmp_path):
+def test_wheel(forks, clone, kind, request, tmp_path):
     built = request.getfixturevalue(kind)
     target = tmp_path / "target"
     target.mkdir()
     pip_install(target, built)
-    assert_imports(clone, home=target, cwd=tmp_path, path=[target])
+    assert_imports(forks, clone, home=target, cwd=tmp_path, path=[target])
     script = (target / "bin" / "zoo").read_text()
     assert "from zoo.cli import main" in script
 

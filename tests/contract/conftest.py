@@ -5,8 +5,15 @@ import subprocess
 import pytest
 from forks import Forks
 
-# What the contract's script imports before it loads an exported folder.
-IMPORTED = ["torch", "safetensors.torch", "transformers.models.auto.modeling_auto"]
+# What the contract's script imports before it loads an exported folder, and what transformers does
+# as soon as a folder's code asks for a PreTrainedModel.
+IMPORTED = [
+    "torch",
+    "safetensors.torch",
+    "transformers.models.auto.modeling_auto",
+    "transformers.modeling_utils",
+    "transformers.generation.utils",
+]
 
 
 @pytest.fixture(scope="session")

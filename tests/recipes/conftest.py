@@ -117,11 +117,11 @@ class Workshop:
         output, errors = process.communicate(timeout=240)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
-    def start_ranks(self, *arguments, processes=1, config=None, env=()):
+    def start_ranks(self, *arguments, processes=1, config=None, env=(), apart=False):
         """Starts processes that have imported everything, as torchrun would start them.
 
         With a `config` of recipes/accelerate, accelerate takes the CPUs for GPUs. `env` is more of
-        what a launcher sets.
+        what a launcher sets. `apart`, each has an output_dir of its own, named by its rank.
         """
         command, launch, ranks = self._command(arguments), {}, []
         if processes > 1:
@@ -136,7 +136,8 @@ class Workshop:
             own |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             of_rank = launch | {name: str(value) for name, value in own.items()} if launch else {}
             forks = self._forks(deepspeed="ACCELERATE_USE_DEEPSPEED" in of_rank)
-            ranks.append(forks.start(*command, cwd=self.folder, env=of_rank))
+            words = ["--output_dir", self.folder / str(rank)] if apart else []
+            ranks.append(forks.start(*command, *words, cwd=self.folder, env=of_rank))
         return ranks
 
     def run(self, *arguments, **options):
