@@ -308,6 +308,54 @@ def test_generates_over_borders():
         assert torch.equal(together[row, begin:], alone[0])
 
 
+@torch.no_grad()
+def test_a_full_segment_is_written_by_the_next_token():
+    """So that a text of whole segments pays for no memory that nobody reads."""
+    model, ids, counts = build(SETTINGS["cache, read by memory"]), ids_of(2, 7), []
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, y: counts.append(y.shape[1])
+    )
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    first = cache.layers[0].tensors["memory_BMD"].clone()
+    assert counts == [3 + 5] and torch.equal(first[0], model.model.memory.vectors)
+    model(ids[:, 5:6], past_key_values=cache)
+    assert counts[1:] == [3, 3 + 1]
+    assert (cache.layers[0].tensors["memory_BMD"] - first).abs().min() > 0
+    model(ids[:, 6:], past_key_values=cache)
+    assert counts[3:] == [1]
+    states = model(ids, output_hidden_states=True).hidden_states
+    assert [tuple(x.shape) for x in states] == [(2, 7, 20)] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 3])
+@torch.no_grad()
+def test_a_compiled_step_goes_over_borders(number):
+    """Of rows that are at different places, and one of them does not take part."""
+    fields = {"num_memory_tokens": number, "num_hidden_layers": 1}
+    fields = SETTINGS["cache of two segments"] | fields
+    model, ids, mask = build(fields), ids_of(3, 18), torch.ones(3, 18, dtype=torch.long)
+    mask[0, :2] = mask[1, 7:10] = 0
+    caches = [
+        model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
+        for _ in range(2)
+    ]
+    torch._dynamo.reset()
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    for column in range(6, 18):
+        inputs = {"input_ids": ids[:, column : column + 1]}
+        inputs["attention_mask"] = mask[:, column : column + 1]
+        found, expected = (
+            f(**inputs, past_key_values=cache).logits
+            for f, cache in zip((step, model), caches, strict=True)
+        )
+        taking_part = mask[:, column].bool()
+        assert worst(found[taking_part], expected[taking_part]) < 1e-12, column
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        for name, x in ours.tensors.items():
+            assert worst(x, theirs.tensors[name]) < 1e-12, name
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -91,7 +91,12 @@ class MemoryWalk:
         is_one_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None
         if is_one_step and torch.compiler.is_compiling():
             self.begin(sequence, x_BTD, is_fresh)
+            flags = [state.may_overwrite for state in self.states]
+            for state in self.states:  # some rows take back what they had
+                state.may_overwrite = False
             self.border_of_rows(sequence, x_BTD, is_fresh)
+            for state, may_overwrite in zip(self.states, flags):
+                state.may_overwrite = may_overwrite
             frames = [step_frame(sequence, self.sizes)]
         else:
             frames = memory_frames(sequence, self.sizes, is_fresh)
