@@ -634,7 +634,7 @@ class ZooModel(ZooPreTrainedModel):
         if self.sequence_parallel is not None:
             self._check_checkpointing()
             check_slice(inputs, cache, cu_seq_lens_q, seq_idx)
-            sequence = open_slice(self.sequence_parallel, *arguments)
+            sequence = open_slice(self.sequence_parallel, *arguments, is_kept=cache is not None)
         else:
             sequence = Sequence.open(
                 *arguments,

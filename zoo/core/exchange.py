@@ -104,7 +104,7 @@ class Exchanges:
         self.wire = Wire(group, device)
         self.rank, self.size = self.wire.rank, self.wire.size
         self.token = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
-        self.keeps, self.kept = False, {}
+        self.keeps, self.kept, self.is_closed = False, {}, False
 
     def make(self, function, *arguments):
         """Makes an exchange.
@@ -114,7 +114,9 @@ class Exchanges:
                 next token.
             arguments: others.
         """
-        *results, self.token = function.apply(self.token, self.wire, *arguments)
+        *results, token = function.apply(self.token, self.wire, *arguments)
+        if not self.is_closed:
+            self.token = token
         return results
 
     def make_once(self, name, function, *arguments):
@@ -133,7 +135,10 @@ class Exchanges:
 
     def close(self, x_BTD):
         """The output, after all exchanges; backward begins with the last one."""
-        return x_BTD + self.token.to(x_BTD.device, x_BTD.dtype)
+        token, self.is_closed = self.token, True
+        # A layer that is run again in backward starts from here: it is no part of a later one.
+        self.token = torch.zeros_like(token, requires_grad=token.requires_grad)
+        return x_BTD + token.to(x_BTD.device, x_BTD.dtype)
 
     def from_left(self, *tensors):
         """What the process before this one has of these, zeros on the first.

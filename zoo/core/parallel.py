@@ -32,12 +32,13 @@ class Ranks(Exchanges):
         own_RB: how many of them belong to the row's last document there.
         clock_RB: how many tokens of that document come before its slice.
         all_have_tokens: whether everyone has a token of every row.
+        anyone_keeps: whether any of them keeps the state after its slice.
     """
 
-    def __init__(self, group, tokens_RB, start_RB, own_RB, clock_RB, device):
+    def __init__(self, group, tokens_RB, start_RB, own_RB, clock_RB, device, anyone_keeps=False):
         super().__init__(group, device)
         self.tokens_RB, self.start_RB, self.own_RB = tokens_RB, start_RB, own_RB
-        self.clock_RB = clock_RB
+        self.clock_RB, self.anyone_keeps = clock_RB, anyone_keeps
         self.all_have_tokens = bool((tokens_RB > 0).all())
 
     def take(self, sequence):
@@ -149,7 +150,7 @@ def check_slice(inputs, cache, cu_seq_lens_q, seq_idx):
         )
 
 
-def open_slice(group, shape, device, attention_mask=None, position_ids=None):
+def open_slice(group, shape, device, attention_mask=None, position_ids=None, is_kept=False):
     """The door: a slice of every row, as a `Sequence` with the `Ranks` that it is one of.
 
     Args:
@@ -159,16 +160,19 @@ def open_slice(group, shape, device, attention_mask=None, position_ids=None):
         attention_mask: [B, T], 0 where there is padding, also everywhere; None: no padding.
         position_ids: [B or 1, T]; a position that does not grow starts a new document, also from
             one slice to the next. For all processes or for none.
+        is_kept: whether this process keeps the state after its slice.
 
     Raises:
         ValueError: shapes that do not fit; positions that some have and others have not.
     """
     row = _row_of_door(shape, device, attention_mask, position_ids)
+    row = torch.cat([row, torch.full_like(row[:1], is_kept)])
     every_RXB = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every_RXB, row, group=group)
     TRAFFIC["door"] += row.nbytes
     settle(group)  # who is at this door has received all that was sent before it
-    tokens_RB, start_RB, own_RB, first_RB, last_RB, has_positions_RB = torch.stack(every_RXB, 1)
+    every_XRB = torch.stack(every_RXB, 1)
+    tokens_RB, start_RB, own_RB, first_RB, last_RB, has_positions_RB, is_kept_RB = every_XRB
     if has_positions_RB.unique().numel() > 1:
         raise ValueError(
             "expected position_ids of all processes or of none, got them of "
@@ -185,7 +189,8 @@ def open_slice(group, shape, device, attention_mask=None, position_ids=None):
             starts[rank] = start_RB[rank]
         clock_B = torch.where(starts[rank], own_RB[rank], clock_B + own_RB[rank])
         before_B = torch.where(has_RB[rank], last_RB[rank], before_B)
-    ranks = Ranks(group, tokens_RB, torch.stack(starts), own_RB, torch.stack(clocks), device)
+    told = tokens_RB, torch.stack(starts), own_RB, torch.stack(clocks)
+    ranks = Ranks(group, *told, device, anyone_keeps=bool(is_kept_RB.any()))
     clock_B = None if ranks.is_first else ranks.clock_RB[ranks.rank]
     if not has_RB[ranks.rank].any():
         sequence = Sequence.without_tokens(shape, device, clock_B)

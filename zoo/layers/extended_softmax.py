@@ -110,6 +110,9 @@ class ExtendedAttention(SoftmaxAttention):
 
     def run_pass(self, queries, keys, v_BTHV, reaches, sequence, state):
         """Any number of tokens, dense or packed, after what the state holds."""
+        if sequence.ranks is not None:
+            new = {"keys_BWHK": keys[-1], "values_BWHV": v_BTHV, "near_keys_BWHK": keys[0]}
+            self.bring(new, sequence, state)
         documents, past = {"cu_seqlens": sequence.cu_seqlens}, None
         all_keys, values_BSHV = keys, v_BTHV
         if state.keys_BWHK is not None:

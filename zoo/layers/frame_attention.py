@@ -35,6 +35,8 @@ class FrameAttention(SoftmaxAttention):
         bias: in the linear layers.
     """
 
+    exchanges = False
+
     def __init__(self, config, layer_idx, bias=False):
         super().__init__(config, layer_idx, bias=bias)
         self.sizes = frame_sizes(config)

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core.base import Constant, ZooPreTrainedModel
 from ..core.flops import linear_flops, mean_visible, product_flops
+from ..core.halo import first_before, last_before
 from ..core.state import GrowingStateLayer, SlidingStateLayer, StateSpec, dtype_of
 from ..core.window import (
     Past,
@@ -210,6 +211,7 @@ class SoftmaxAttention(nn.Module):
 
     is_causal = True
     shift_groups = None
+    exchanges = True
 
     def __init__(
         self,
@@ -283,7 +285,7 @@ class SoftmaxAttention(nn.Module):
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD)
         q_BTHK, k_BTHK, as_sinks = self.turn(q_BTHK, k_BTHK, rotation, sink_rotation)
         is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
-        run = self.run_step if is_step else self.run_pass
+        run = self.run_step if is_step and sequence.ranks is None else self.run_pass
         if self.training and self.shift_groups is not None:
             run = self.run_groups
         y_BTHV = run(q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state)
@@ -348,6 +350,11 @@ class SoftmaxAttention(nn.Module):
 
     def run_pass(self, q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state):
         """Any number of tokens, dense or packed, after what the state holds."""
+        if sequence.ranks is not None:
+            new = {"keys_BWHK": k_BTHK, "values_BWHV": v_BTHV}
+            if self.num_sinks:
+                new |= {"sink_keys_BSHK": as_sinks[1], "sink_values_BSHV": v_BTHV}
+            self.bring(new, sequence, state)
         documents, sinks = {"cu_seqlens": sequence.cu_seqlens}, None
         if self.num_sinks:
             sinks = self.sinks_of_documents(*as_sinks, v_BTHV, sequence, state)
@@ -369,12 +376,30 @@ class SoftmaxAttention(nn.Module):
             self.keep(k_BTHK, v_BTHV, sequence, state, as_sinks)
         return y_BTHV if past is None else past.drop(y_BTHV)
 
+    def bring(self, new, sequence, state):
+        """A slice: what a state would hold of the slices before.
+
+        Args:
+            new: of this slice's tokens what the state holds, by name.
+            sequence: the slice.
+            state: an empty one, which has it afterwards.
+        """
+        groups = {}
+        for name, spec in self.state_specs().items():
+            brings = first_before if name.startswith("sink") else last_before
+            groups.setdefault((brings, spec.shape[0]), []).append(name)
+        for (brings, size), names in groups.items():
+            tensors = brings([new[name] for name in names], sequence, size)
+            for name, x_BSHK in zip(names, tensors or ()):
+                setattr(state, name, x_BSHK)
+
     def run_groups(self, q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state):
         """`run_pass` where training is in groups."""
-        if state.keys_BWHK is not None:
+        if state.keys_BWHK is not None or sequence.ranks is not None:
+            before = "a state of tokens before these" if sequence.ranks is None else "slices"
             raise ValueError(
-                "training in groups (shift_groups) takes whole texts, got a state of tokens before "
-                "these; pass none, call model.eval(), or train_in_groups(model, None)."
+                f"training in groups (shift_groups) takes whole texts, got {before}; "
+                "pass none, call model.eval(), or train_in_groups(model, None)."
             )
         clock_BT = sequence.clock.expand(q_BTHK.shape[:2]).reshape(1, -1)
         bias = self.pass_bias(clock_BT, self.shift_groups, q_BTHK)
