@@ -3,11 +3,15 @@
 The state holds, for each branch, the selected keys and values of the segment that is not over:
 `keys_BHMK` and `values_BHMV`. Behind the newest token of a segment lie those of the segment before,
 until they are overwritten.
+
+Where several processes have a slice of a text each (zoo/core/parallel.py), each makes the slots of
+its own tokens and hands them on, those of the branches that have a segment on both sides of a cut.
 """
 
 import torch
 
 from ..core.flops import mean_of_segments
+from ..core.halo import hops_to, span_of
 from ..core.state import StateSpec
 from ..core.window import document_spans, row_spans
 from ..kernels.dilated_attention import (
@@ -63,8 +67,10 @@ class DilatedSlots:
             how: log_decay and weight_gradient, as of `dilated_attention`.
         """
         is_step = q_BTHK.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
-        run = self._attend_step if is_step else self._attend_pass
+        run = self._attend_step if is_step and sequence.ranks is None else self._attend_pass
         new = {"keys_BHMK": k_BTHK, "values_BHMV": v_BTHV}
+        if sequence.ranks is not None:
+            self._bring(new, sequence, state)
         return run(q_BTHK, new, sequence, state, dtype, **how, **self.offsets)
 
     def _attend_pass(self, q_BTHK, new, sequence, state, dtype, **how):
@@ -80,9 +86,44 @@ class DilatedSlots:
             where = spans.first, spans.start, spans.after
             for name, x_BTHK in new.items():
                 slots, x_BTHK = getattr(state, name), x_BTHK.to(dtype)
+                slots = None if slots is None else slots.to(x_BTHK.dtype)
                 slots = hold(x_BTHK, slots, *self.branches, *where, **self.offsets)
                 setattr(state, name, slots)
         return y_BTHV
+
+    def _bring(self, new, sequence, state):
+        """A slice: the slots that a state would have before it, into the state.
+
+        In bytes, per direction: of each branch that any process needs, those of its slots, or of as
+        many as a slice has tokens for; to the next process where slices are as long as what is left
+        of segments, else to all.
+        """
+        ranks, ways = sequence.ranks, self._ways(sequence)
+        arrived = [[way.empty(x) for x in new.values()] for way in ways]
+        for to_all in (False, True):
+            going = [n for n, way in enumerate(ways) if way.hops and way.to_all is to_all]
+            if not going:
+                continue
+            own = [torch.cat([ways[n].selected(x) for n in going], dim=2) for x in new.values()]
+            sizes = [ways[n].num_going for n in going]
+            if to_all:
+                slots = torch.stack([ranks.gathered(x) for x in own]).unbind(1)[: ranks.rank]
+            else:
+                slots = [torch.stack(ranks.from_left(*own))]
+            for rank, of_rank in zip(range(ranks.rank)[-len(slots) :], slots):
+                for n, pieces in zip(going, of_rank.split(sizes, dim=3)):
+                    arrived[n] = ways[n].merged(arrived[n], pieces, rank)
+        if not ranks.is_first:
+            for name, of_branches in zip(new, zip(*arrived)):
+                setattr(state, name, torch.cat(of_branches, dim=2))
+
+    def _ways(self, sequence):
+        """How slots go from slice to slice, by branch; the same in all layers."""
+        kept = sequence.ranks.kept
+        if "slots" not in kept:
+            options = self.head_shape[0], self.offsets, sequence
+            kept["slots"] = [_Way(branch, *options) for branch in branches_of(*self.branches)]
+        return kept["slots"]
 
     def _attend_step(self, q_BTHK, new, sequence, state, dtype, **how):
         """One token per row: writes its slots, and looks at those it sees."""
@@ -96,6 +137,75 @@ class DilatedSlots:
             setattr(state, name, write_slots(slots, *token, **written, **self.offsets))
         slots = state.keys_BHMK, state.values_BHMV
         return dilated_attention_step(q_BTHK, *slots, clock_B, *self.branches, **how)
+
+
+class _Way:
+    """How a branch's slots go from slice to slice.
+
+    Args:
+        branch: the `Branch`.
+        num_heads: H.
+        offsets: keyword arguments of `hold`.
+        sequence: the `Sequence`, a slice.
+
+    Attributes:
+        hops: how many slices back the tokens lie that anyone needs.
+        to_all: whether these are more than one.
+        num_going: how many slots go.
+    """
+
+    def __init__(self, branch, num_heads, offsets, sequence):
+        self.branch, self.num_heads, self.offsets = branch, num_heads, offsets
+        self.ranks, self.spans = sequence.ranks, row_spans(sequence)
+        device, (w, r, _, count) = sequence.clock.device, branch
+        clock_RB, own_RB = self.ranks.clock_RB, self.ranks.own_RB
+        # Slots of the segment before are looked at no more, but a state that is kept has them.
+        need_RB = clock_RB.clamp(max=w) if self.ranks.anyone_keeps else clock_RB % w
+        self.hops = hops_to(self.ranks, need_RB)
+        self.to_all = self.hops > 1
+        self.slots_C = torch.arange(count, device=device)
+        # Tokens in a row select slots in a row, after the last the first; one more at either end.
+        length = int(own_RB[:-1].max()) if self.hops else 0
+        self.num_going = min(count, length // r + 3)
+        u_HC = self.slots_C * r + branch.offsets(num_heads, offsets["offsets"], device)[:, None]
+        newest_B11 = clock_RB[self.ranks.rank].to(device)[:, None, None] - 1
+        number_BHC = newest_B11 - (newest_B11 - u_HC) % w
+        self.number_BHC = torch.where(u_HC < w, number_BHC, -1)
+
+    def first_going(self, start_B):
+        """The slot that goes first, of slices that begin with these tokens of their rows."""
+        return start_B % self.branch.length // self.branch.rate
+
+    def selected(self, x_BTHK):
+        """The slots of this slice's own tokens that go: [B, H, C, K]."""
+        branch, spans = self.branch, self.spans
+        where = spans.first, spans.start, spans.after
+        x_BHCK = hold(x_BTHK, None, [branch.length], [branch.rate], *where, **self.offsets)
+        if self.num_going == branch.count:
+            return x_BHCK
+        slot_BC = self.first_going(spans.start)[:, None] + self.slots_C[: self.num_going]
+        return _at(x_BHCK, slot_BC % branch.count)
+
+    def empty(self, x_BTHK):
+        """All slots, without a token."""
+        sizes = len(self.number_BHC), self.num_heads, self.branch.count, x_BTHK.shape[-1]
+        return x_BTHK.new_zeros(sizes)
+
+    def merged(self, slots, pieces, rank):
+        """The slots of several tensors, with those that a process before this one has sent."""
+        after_B1, start_B1 = span_of(self.ranks, rank, self.slots_C.device)
+        is_of_BHC = (self.number_BHC >= start_B1[..., None]) & (self.number_BHC >= 0)
+        is_of_BHC = (is_of_BHC & (self.number_BHC < after_B1[..., None]))[..., None]
+        if self.num_going < self.branch.count:
+            place_BC = (self.slots_C - self.first_going(start_B1)) % self.branch.count
+            pieces = [_at(x, place_BC.clamp(max=self.num_going - 1)) for x in pieces]
+        return [torch.where(is_of_BHC, x, y) for x, y in zip(pieces, slots)]
+
+
+def _at(x_BHCK, slot_BC):
+    """Of each row these slots."""
+    rows_B1 = torch.arange(len(slot_BC), device=slot_BC.device)[:, None]
+    return x_BHCK.transpose(1, 2)[rows_B1, slot_BC].transpose(1, 2)
 
 
 def tokens_behind(config, length):

@@ -165,6 +165,8 @@ class LongNetConfig(ZooConfig):
 class DilatedAttention(nn.Module):
     """Dilated attention with xPos, a norm over all heads, and the state to go on from."""
 
+    exchanges = True
+
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config, width = config, config.hidden_size
