@@ -99,7 +99,12 @@ class Fork:
                 self.kill()
                 raise subprocess.TimeoutExpired(self.pid, timeout)
             time.sleep(0.002)
-        return tuple(Path(path).read_text() for path in self._outputs)
+        return self.written()
+
+    def written(self):
+        """What it has written to stdout and to stderr so far."""
+        paths = map(Path, self._outputs)
+        return tuple(path.read_text() if path.exists() else "" for path in paths)
 
 
 def _serve():

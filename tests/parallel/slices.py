@@ -2,7 +2,8 @@
 
 python tests/parallel/slices.py RANK SIZE STORE OUT MODEL:VARIANT...
 
-Writes a line of JSON for each model and case to OUT, from the first process.
+A line of JSON for each model and case goes to OUT, from the process that made the reference: each
+makes those of other cases. Where it is goes to stderr.
 """
 
 import json
@@ -14,10 +15,14 @@ import torch.distributed as dist
 from torch import nn
 
 import zoo.core.exchange as exchange
-from zoo.contract.subject import with_all_parts_active, zoo_subject
+from zoo.contract.subject import cache_tensors, with_all_parts_active, zoo_subject
 from zoo.core.parallel import split_batch
 
 TIME = 101
+# Of the largest gradient of all parameters: one that is 0 in mathematics has only rounding.
+FLOOR = 1e-6
+# Cases whose layers are run again in backward; without that in the same cases of two processes.
+CHECKPOINTED = {2: (), 4: ("packed", "short")}
 
 
 def cases():
@@ -47,68 +52,125 @@ def cases():
     yield "short", batch, {2: [0, TIME - 2, TIME], 4: [0, 1, 18, TIME - 2, TIME]}
 
 
-def summed_loss(logits, labels, count):
-    """The loss as float64 wants it."""
-    return (
-        nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / count
-    )
-
-
 def run(model, batch, count):
-    """Logits and loss of a batch, after backward."""
+    """Logits, loss and gradients of a batch, as one vector each, in float64."""
     batch = dict(batch)
     labels = batch.pop("shift_labels")
     logits = model(**batch, use_cache=False).logits
-    loss = summed_loss(logits, labels, count)
-    loss.backward()
-    return logits.detach(), loss.detach()
-
-
-def compare(model, batch, bounds, rank, size):
-    """The largest differences of logits, loss and gradients, relative to the largest."""
-    count = (batch["shift_labels"] != -100).sum()
-    if rank == 0:
-        logits, loss = run(model, batch, count)
-        expected = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-        model.zero_grad()
-    exchange.TRAFFIC.clear()
-    model.base_model.sequence_parallel = dist.group.WORLD
-    own = split_batch(batch, rank, size, bounds)
-    own_logits, own_loss = run(model, own, count)
-    model.base_model.sequence_parallel = None
-    if (
-        dict(exchange.TRAFFIC).get("send", 0) + exchange.TRAFFIC["all_gather"] == 0
-        and rank < size - 1
-    ):
-        raise AssertionError("nothing was exchanged")
-    pieces = [
-        own_logits.new_empty(2, b - a, own_logits.shape[-1]) for a, b in zip(bounds, bounds[1:])
-    ]
-    pieces[rank] = own_logits.contiguous()
-    for source, piece in enumerate(pieces):
-        dist.broadcast(piece, source)
-    dist.all_reduce(own_loss)
-    gradients = []
-    for parameter in model.parameters():
-        gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-        dist.all_reduce(gradients[-1])
-    gradients = [x.clone() for x in gradients]
+    loss = nn.functional.cross_entropy(
+        logits.double().flatten(0, 1), labels.flatten(), reduction="sum"
+    )
+    loss = loss / count
     model.zero_grad()
-    if rank:
-        return None
+    loss.backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    model.zero_grad()
+    return logits.detach().double(), loss.detach(), [x.double() for x in gradients]
+
+
+def together(batch, bounds, rank, size, owner, logits, loss, gradients):
+    """What all processes have made, on the owner."""
+    whole = logits.new_zeros(2, TIME, logits.shape[-1])
+    whole[:, bounds[rank] : bounds[rank + 1]] = logits
+    vector = torch.cat([whole.flatten(), loss.view(1), *(x.flatten() for x in gradients)])
+    dist.reduce(vector, owner)
+    logits, loss, *flat = vector.split([whole.numel(), 1, *(x.numel() for x in gradients)])
+    return logits.view_as(whole), loss[0], [x.view_as(y) for x, y in zip(flat, gradients)]
+
+
+def differences(batch, got, expected):
+    """The largest, of logits and gradients relative to the largest value."""
     is_token = batch.get("attention_mask", torch.ones(2, TIME)) != 0
-    got = torch.cat(pieces, 1)[is_token]
-    largest = max(float(x.abs().max()) for x in expected)
+    logits, true_logits = got[0][is_token], expected[0][is_token]
+    largest = max(float(x.abs().max()) for x in expected[2])
     errors = [
-        float((g - e).abs().max() / e.abs().max().clamp(min=1e-6 * largest))
-        for g, e in zip(gradients, expected)
+        float((g - e).abs().max() / e.abs().max().clamp(min=FLOOR * largest))
+        for g, e in zip(got[2], expected[2])
     ]
     return {
-        "logits": float((got - logits[is_token]).abs().max() / logits[is_token].abs().max()),
-        "loss": abs(float(own_loss - loss)),
+        "logits": float((logits - true_logits).abs().max() / true_logits.abs().max()),
+        "loss": abs(float(got[1] - expected[1])),
         "gradients": max(errors),
-        "traffic": dict(exchange.TRAFFIC),
     }
+
+
+def run_slice(model, batch, bounds, rank, size, count):
+    """What this process makes of its slice."""
+    exchange.TRAFFIC.clear()
+    model.base_model.sequence_parallel = dist.group.WORLD
+    own = run(model, split_batch(batch, rank, size, bounds), count)
+    model.base_model.sequence_parallel = None
+    sent = sum(exchange.TRAFFIC[name] for name in ("send", "all_gather", "all_to_all"))
+    assert sent or rank == size - 1, "nothing was exchanged"
+    return own
+
+
+def checkpointing(model, is_on):
+    """Switches it."""
+    if is_on:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def compare(name, model, rank, size):
+    """Runs all cases. Yields what this process has made the reference of."""
+    found = list(cases())
+    counts = [(batch["shift_labels"] != -100).sum() for _, batch, _ in found]
+    expected = {
+        index: run(model, found[index][1], counts[index]) for index in range(rank, len(found), size)
+    }
+    for index, (case, batch, bounds) in enumerate(found):
+        say(name, case)
+        checkpointing(model, case in CHECKPOINTED[size])
+        own = run_slice(model, batch, bounds[size], rank, size, counts[index])
+        checkpointing(model, False)
+        got = together(batch, bounds[size], rank, size, index % size, *own)
+        if index in expected:
+            traffic = {"traffic": dict(exchange.TRAFFIC)}
+            yield case, differences(batch, got, expected[index]) | traffic
+
+
+def prefill(model, rank, size):
+    """Differences of the cache that slices leave on the last process, and of what follows it."""
+    _, batch, bounds = list(cases())[2 if size == 4 else 0]
+    batch, bounds = {x: y for x, y in batch.items() if x != "shift_labels"}, bounds[size]
+    with torch.no_grad():
+        model.base_model.sequence_parallel = dist.group.WORLD
+        own = split_batch(batch, rank, size, bounds)
+        output = model(**own, use_cache=True, logits_to_keep=1)
+        model.base_model.sequence_parallel = None
+        if rank < size - 1:
+            return None
+        caches = output.past_key_values, model(**batch, use_cache=True).past_key_values
+        got, expected = (cache_tensors(cache) for cache in caches)
+        assert got.keys() == expected.keys(), (sorted(got), sorted(expected))
+        lengths = [cache.get_seq_length() for cache in caches]
+        assert lengths[0] == lengths[1] == TIME, lengths
+        state = [
+            float((x.double() - expected[name].double()).abs().max())
+            / max(1.0, float(expected[name].double().abs().max()))
+            for name, x in got.items()
+        ]
+        ids = batch["input_ids"][:, :20]
+        new = [model(ids, past_key_values=cache).logits for cache in caches]
+    return {
+        "logits": float((new[0] - new[1]).abs().max() / new[1].abs().max()),
+        "state": max(state),
+    }
+
+
+def say(*where):
+    print("at", *where, file=sys.stderr, flush=True)
+
+
+def built(name, dtype=torch.float64):
+    """A model whose every part matters, without dropout."""
+    model = with_all_parts_active(zoo_subject(*name.split(":")).build(0)).to(dtype).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def main(rank, size, store, out, *names):
@@ -117,24 +179,24 @@ def main(rank, size, store, out, *names):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     for name in names:
-        model = with_all_parts_active(zoo_subject(*name.split(":")).build(0)).double().train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        for case, batch, bounds in cases():
-            try:
-                found = compare(model, batch, bounds[size], rank, size)
-            except BaseException:
-                traceback.print_exc()
-                print(f"at {name}, {case}, process {rank}", file=sys.stderr, flush=True)
-                raise
-            if rank == 0:
-                with open(out, "a") as file:
-                    file.write(
-                        json.dumps({"model": name, "case": case, "size": size, **found}) + "\n"
-                    )
+        model = built(name)
+        for case, found in compare(name, model, rank, size):
+            write(out, name, case, size, found)
+        say(name, "prefill")
+        found = prefill(model.eval(), rank, size)
+        if found is not None:
+            write(out, name, "prefill", size, found)
     dist.destroy_process_group()
 
 
+def write(out, name, case, size, found):
+    with open(out, "a") as file:
+        file.write(json.dumps({"model": name, "case": case, "size": size, **found}) + "\n")
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        raise SystemExit(1) from None

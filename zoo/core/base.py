@@ -36,6 +36,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .exchange import settle
 from .flops import linear_flops
 from .generation import StateGeneration
 from .joining import join_states
@@ -676,6 +677,10 @@ class ZooModel(ZooPreTrainedModel):
             with set_checkpoint_early_stop(False):
                 output = run(cache=cache)
         output["last_hidden_state"] = sequence.ranks.close(output.last_hidden_state)
+        if cache is not None:
+            sequence.ranks.complete(cache)
+        if not torch.is_grad_enabled():
+            settle(self.sequence_parallel)  # this process may end now, with what is under way
         return output
 
     def _run_with_replay(self, inputs, cache, cu_seq_lens_q=None, seq_idx=None, **kwargs):

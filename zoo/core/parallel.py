@@ -2,7 +2,7 @@
 
 Process r of R holds the columns after those of process r - 1, of any lengths (`split_batch`). The
 door (`open_slice`) tells each how many tokens of its document each row has seen before its slice:
-one small all-gather. From there on a pass over a slice is a pass that goes on from a state, which
+two small all-gathers. From there on a pass over a slice is a pass that goes on from a state, which
 the process before has, or will have: a mixer either computes what its slice does to any state, and
 all of them exchange that (`exchanges = True`), or the processes take turns (`Turns`), for what is
 not linear in its state.
@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from .exchange import TRAFFIC, Exchanges, settle
-from .sequence import Sequence, restarting_positions
+from .sequence import Sequence
+from .slicing import split_batch
 
 # More tokens than any text has.
 MANY = 1 << 40
-NOT_SCORED = -100
 
 
 class Ranks(Exchanges):
@@ -33,6 +33,7 @@ class Ranks(Exchanges):
         clock_RB: how many tokens of that document come before its slice.
         all_have_tokens: whether everyone has a token of every row.
         anyone_keeps: whether any of them keeps the state after its slice.
+        columns_before: how many columns the slices before this one have, with padding.
     """
 
     def __init__(self, group, tokens_RB, start_RB, own_RB, clock_RB, device, anyone_keeps=False):
@@ -109,6 +110,16 @@ class Ranks(Exchanges):
                 left_B = torch.where(_like(has_B, left_B), every_RB[rank], left_B)
         return self.entering(left_B)
 
+    def complete(self, cache):
+        """Tells a cache of the columns before its slice.
+
+        On the last process it is then the cache of a pass over whole rows.
+        """
+        for layer in cache.layers:
+            layer.length = layer.length + self.columns_before
+        if bool(self.start_RB.any()):
+            cache.layers[0].is_one_document = False
+
     @property
     def is_first(self):
         return self.rank == 0
@@ -163,25 +174,28 @@ def open_slice(group, shape, device, attention_mask=None, position_ids=None, is_
         is_kept: whether this process keeps the state after its slice.
 
     Raises:
-        ValueError: shapes that do not fit; positions that some have and others have not.
+        ValueError: shapes that do not fit; rows or positions that some have and others have not.
     """
     row = _row_of_door(shape, device, attention_mask, position_ids)
-    row = torch.cat([row, torch.full_like(row[:1], is_kept)])
-    every_RXB = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every_RXB, row, group=group)
-    TRAFFIC["door"] += row.nbytes
+    own = torch.tensor([*shape, position_ids is not None, is_kept], device=device)
+    sizes_RX = _told(group, own)
     settle(group)  # who is at this door has received all that was sent before it
-    every_XRB = torch.stack(every_RXB, 1)
-    tokens_RB, start_RB, own_RB, first_RB, last_RB, has_positions_RB, is_kept_RB = every_XRB
-    if has_positions_RB.unique().numel() > 1:
+    rows_R, columns_R, has_positions_R, is_kept_R = sizes_RX.unbind(1)
+    if rows_R.unique().numel() > 1:
+        raise ValueError(
+            "expected a slice of the same rows from each process of sequence_parallel, got "
+            f"{rows_R.tolist()} of them; cut one batch with zoo.core.parallel.split_batch."
+        )
+    if has_positions_R.unique().numel() > 1:
         raise ValueError(
             "expected position_ids of all processes or of none, got them of "
-            f"{int(has_positions_RB[:, 0].sum())} of {len(every_RXB)}; pass them everywhere."
+            f"{int(has_positions_R.sum())} of {len(rows_R)}; pass them everywhere."
         )
+    tokens_RB, start_RB, own_RB, first_RB, last_RB = _told(group, row).unbind(1)
     has_RB, start_RB = tokens_RB > 0, start_RB > 0
     clock_B, before_B = torch.zeros_like(tokens_RB[0]), torch.full_like(tokens_RB[0], -1)
     clocks, befores, starts = [], [], []
-    for rank in range(len(every_RXB)):
+    for rank in range(len(rows_R)):
         clocks.append(clock_B)
         befores.append(before_B)
         starts.append(start_RB[rank] | (has_RB[rank] & (first_RB[rank] <= before_B)))
@@ -190,7 +204,8 @@ def open_slice(group, shape, device, attention_mask=None, position_ids=None, is_
         clock_B = torch.where(starts[rank], own_RB[rank], clock_B + own_RB[rank])
         before_B = torch.where(has_RB[rank], last_RB[rank], before_B)
     told = tokens_RB, torch.stack(starts), own_RB, torch.stack(clocks)
-    ranks = Ranks(group, *told, device, anyone_keeps=bool(is_kept_RB.any()))
+    ranks = Ranks(group, *told, device, anyone_keeps=bool(is_kept_R.any()))
+    ranks.columns_before = int(columns_R[: ranks.rank].sum())
     clock_B = None if ranks.is_first else ranks.clock_RB[ranks.rank]
     if not has_RB[ranks.rank].any():
         sequence = Sequence.without_tokens(shape, device, clock_B)
@@ -210,11 +225,19 @@ def open_slice(group, shape, device, attention_mask=None, position_ids=None, is_
     return sequence
 
 
+def _told(group, x):
+    """Everyone's numbers, [R, ...]."""
+    every = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, x, group=group)
+    TRAFFIC["door"] += x.nbytes
+    return torch.stack(every)
+
+
 def _row_of_door(shape, device, attention_mask, position_ids):
-    """What the others have to know of this slice, [6, B] int64; see `open_slice`."""
-    batch, has_positions = shape[0], position_ids is not None
+    """What the others have to know of this slice, [5, B] int64; see `open_slice`."""
+    batch = shape[0]
     zeros_B = torch.zeros(batch, dtype=torch.int64, device=device)
-    columns = [zeros_B, zeros_B, zeros_B, zeros_B, zeros_B, zeros_B + has_positions]
+    columns = [zeros_B] * 5
     if attention_mask is not None and not bool((attention_mask[:, -shape[1] :] != 0).any()):
         return torch.stack(columns)
     # As if all of it went on from texts longer than any: what has not restarted is as long still.
@@ -245,57 +268,4 @@ def _row_of_door(shape, device, attention_mask, position_ids):
     return torch.stack(columns)
 
 
-def split_batch(batch, rank, size, bounds=None):
-    """One process' slice of a batch, and what it has to know of its neighbours'.
-
-    Labels are shifted before they are cut: the last token of a slice is scored on the first of the
-    next one. Boundaries of documents become positions that restart.
-
-    Args:
-        batch: input_ids or inputs_embeds, and attention_mask, position_ids, seq_idx,
-            cu_seq_lens_q, labels or shift_labels as a causal language model takes them.
-        rank, size: the process, and how many there are.
-        bounds: [size + 1] columns where slices begin and end; None: as equal as they can be.
-
-    Returns:
-        The arguments of this process: tensors are contiguous, `labels` are `shift_labels` now.
-
-    Raises:
-        ValueError: fewer columns than processes; bounds that do not fit; an unknown argument.
-    """
-    batch = dict(batch)
-    ids = batch.get("input_ids")
-    tokens = ids if ids is not None else batch["inputs_embeds"]
-    time = tokens.shape[1]
-    if bounds is None:
-        bounds = [time * number // size for number in range(size + 1)]
-    grows = all(a < b for a, b in zip(bounds, bounds[1:]))
-    if not grows or len(bounds) != size + 1 or bounds[0] != 0 or bounds[-1] != time:
-        raise ValueError(
-            f"expected bounds of {size} slices that grow from 0 to the {time} columns of the "
-            f"batch, at least one column each, got {list(bounds)}; use fewer processes for a text "
-            "this short, or other bounds."
-        )
-    cu_seqlens, seq_idx = batch.pop("cu_seq_lens_q", None), batch.pop("seq_idx", None)
-    if cu_seqlens is not None or seq_idx is not None:
-        batch["position_ids"] = restarting_positions(
-            tuple(tokens.shape[:2]),
-            batch.get("attention_mask"),
-            batch.get("position_ids"),
-            cu_seqlens,
-            seq_idx,
-            None,
-        )
-    labels = batch.pop("labels", None)
-    if labels is not None and batch.get("shift_labels") is None:
-        batch["shift_labels"] = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NOT_SCORED)
-    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "shift_labels")
-    for name, x in batch.items():
-        if name not in names:
-            raise ValueError(
-                f"split_batch knows {', '.join(names)}, seq_idx, cu_seq_lens_q and labels, got "
-                f"{name!r}; leave it out."
-            )
-        if x is not None:
-            batch[name] = x[:, -time:][:, bounds[rank] : bounds[rank + 1]].contiguous()
-    return batch
+__all__ = ["Ranks", "check_slice", "open_slice", "split_batch"]
