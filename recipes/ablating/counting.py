@@ -22,6 +22,7 @@ from zoo.kernels.wkv4 import wkv4
 from zoo.layers.external_memory import ExternalMemory
 from zoo.layers.focused_pass import FocusedPass
 from zoo.layers.landmark_softmax import attend_to_all, attend_to_retrieved
+from zoo.layers.relative_frames import attend_to_places
 
 
 def _recurrence(q, k, v, *rest, **options):
@@ -111,10 +112,17 @@ def _recalled(own, tokens, *rest):
     return batch * heads * pairs * 2 * size
 
 
+def _to_places(q, distance_q, k, v, r, visible, *rest):
+    """Three products for each key that is seen: with it, with its distance, with its value."""
+    pairs = visible.numel() if visible.is_meta else int(visible.sum())
+    return q.shape[0] // visible.shape[0] * pairs * 2 * q.shape[2] * 3 * q.shape[3]
+
+
 METHODS = {(FocusedPass, "attend"): _focused, (ExternalMemory, "recall_pass"): _recalled}
 FORMULAS = {
     attend_to_all: _to_all,
     attend_to_retrieved: _to_retrieved,
+    attend_to_places: _to_places,
     linear_recurrence: _recurrence,
     delta_recurrence: _delta,
     wkv4: _wkv4,

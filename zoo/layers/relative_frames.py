@@ -161,13 +161,31 @@ class RelativeFrameAttention(RelativeAttention):
         )
         r_EHK = self.in_heads(self.r_proj(given.sinusoids)).to(dtype)
         num_keys_N1 = sizes.width + begin_N1.clamp(max=config.mem_len)
-        score_NHTW = torch.einsum("nthk,nwhk->nhtw", uq_NTHK, k_NWHK.to(dtype))
-        score_NHTW = score_NHTW + scores_of_places(
-            torch.einsum("nthk,ehk->nhte", tq_NTHK, r_EHK), place_NT1 - place_W, num_keys_N1
+        distance_NTW = place_NT1 - place_W
+        y_NTHV = attend_to_places(
+            uq_NTHK, tq_NTHK, k_NWHK, v_NWHV, r_EHK, visible_NTW, distance_NTW, num_keys_N1
         )
-        p_NHTW = score_NHTW.masked_fill(~visible_NTW[:, None], -torch.inf).softmax(-1)
-        y_NTHV = torch.einsum("nhtw,nwhv->nthv", p_NHTW, v_NWHV.to(dtype))
         return y_NTHV.to(q_NTHK.dtype)
+
+
+def attend_to_places(q, distance_q, k, v, r, visible, distance, num_keys):
+    """Attention to the keys that are shown, of any distance, ahead too; [N, T, H, V].
+
+    Args:
+        q: [N, T, H, K], queries for content, scaled.
+        distance_q: for distances.
+        k: [N, W, H, K].
+        v: [N, W, H, V].
+        r: [E, H, K], of distances from 0; the last one stands for all beyond.
+        visible: [N or 1, T, W] bool.
+        distance: from a query back to each key, [N or 1, T, W].
+        num_keys: S, of the shift, [N or 1, 1].
+    """
+    score_NHTW = torch.einsum("nthk,nwhk->nhtw", q, k.to(q.dtype))
+    by_distance_NHTE = torch.einsum("nthk,ehk->nhte", distance_q, r)
+    score_NHTW = score_NHTW + scores_of_places(by_distance_NHTE, distance, num_keys)
+    p_NHTW = score_NHTW.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("nhtw,nwhv->nthv", p_NHTW, v.to(q.dtype))
 
 
 def scores_of_places(score_NHTE, distance_NTW, num_keys_N1):
