@@ -86,7 +86,7 @@ def test_the_code_runs(number, tmp_path, monkeypatch, capsys):
     if "Trainer(" in PYTHON[number]:
         assert (tmp_path / "finetuned/adapter/adapter_config.json").is_file()
     if "softmax_layers" in PYTHON[number]:
-        expected = ["zoo_linear_attention"] * 3 + ["zoo_sliding_attention"]
+        expected = ["zoo_linear_attention"] * 3 + ["zoo_sliding_linear_attention"]
         assert capsys.readouterr().out == f"{expected}\n"
 
 

@@ -6,13 +6,15 @@ import logging
 import pytest
 import torch
 import transformers
+from accelerate import big_modeling
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils.generic import find_labels
 
 import zoo
 from zoo.contract.subject import variants_of, zoo_subject
 from zoo.core.base import scale_
-from zoo.core.state import load_state, save_state
+from zoo.core.state import FORMER_LAYER_TYPES, load_state, save_state
 
 TINY = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 VARIANTS = [(name, variant) for name in zoo.MODELS for variant in variants_of(name)]
@@ -70,11 +72,29 @@ def test_transformers_own_config_class_reads_what_is_written(name, variant, tmp_
     written = json.loads((tmp_path / "config.json").read_text())
     assert "layer_types" not in written
     assert PreTrainedConfig.from_pretrained(tmp_path).hidden_size == config.hidden_size
-    # A folder written before had them.
-    (tmp_path / "config.json").write_text(json.dumps(written | {"layer_types": config.layer_types}))
-    again = architecture.config.from_pretrained(tmp_path)
-    assert again.to_diff_dict() == config.to_diff_dict()
-    assert again.layer_types == config.layer_types
+    # A folder written before had them, by the names of then.
+    former = {new: old for old, new in FORMER_LAYER_TYPES.items()}
+    for names in (config.layer_types, [former.get(x, x) for x in config.layer_types]):
+        (tmp_path / "config.json").write_text(json.dumps(written | {"layer_types": names}))
+        again = architecture.config.from_pretrained(tmp_path)
+        assert again.to_diff_dict() == config.to_diff_dict()
+        assert again.layer_types == config.layer_types
+
+
+@every_variant
+def test_accelerate_refuses_to_split_a_text(name, variant):
+    """By its own means, which know nothing of a state: it would begin anew on each device."""
+    architecture = zoo.MODELS[name]
+    model = nn.Module()
+    model.config = architecture.config(**TINY | variants_of(name)[variant])
+    for refuse in (
+        big_modeling._attach_context_parallel_hooks,
+        big_modeling._refuse_recurrent_layers_under_sequence_parallelism,
+    ):
+        with pytest.raises(ValueError, match="does not support attention layers of type") as error:
+            refuse(model)
+        for layer_type in model.config.layer_types:
+            assert layer_type in str(error.value)
 
 
 @architectures
@@ -91,9 +111,9 @@ def test_layer_types_of_others_are_refused(architecture):
 
 def test_hybrids_have_the_layers_they_are_given():
     config = zoo.LightningConfig(**TINY, softmax_layers=[1])
-    assert config.layer_types == ["zoo_linear_attention", "zoo_growing_sliding_attention"]
+    assert config.layer_types == ["zoo_linear_attention", "zoo_growing_linear_attention"]
     config = zoo.LightningConfig(**TINY, softmax_layers=[0], sliding_window=4)
-    assert config.layer_types == ["zoo_sliding_attention", "zoo_linear_attention"]
+    assert config.layer_types == ["zoo_sliding_linear_attention", "zoo_linear_attention"]
 
 
 @architectures

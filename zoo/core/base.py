@@ -47,6 +47,7 @@ from .sequence import Sequence, restarting_positions
 from .state import (
     CACHE,
     CACHE_NAMES,
+    FORMER_LAYER_TYPES,
     LAYERS,
     Inputs,
     State,
@@ -161,7 +162,7 @@ class ZooConfig(PreTrainedConfig):
 
     @layer_types.setter
     def layer_types(self, value):
-        if list(value) != self.layer_types:
+        if [FORMER_LAYER_TYPES.get(name, name) for name in value] != self.layer_types:
             raise ValueError(
                 f"layer_types follow from the other fields of {type(self).__name__}, which make "
                 f"{_in_runs(self.layer_types)}, got {_in_runs(value)}; {self.hybrids}"

@@ -361,7 +361,9 @@ class SlidingStateLayer(StateLayer):
     boundaries in the `Sequence` say what is whose.
     """
 
-    _layer_type = "zoo_sliding_attention"
+    # accelerate refuses to split a text over devices, where a state would begin anew in each, if
+    # "linear_attention" is in such a name; transformers knows none of these.
+    _layer_type = "zoo_sliding_linear_attention"
 
     def read(self, sequence, specs):
         """The state of each row, as a `State`."""
@@ -393,7 +395,7 @@ class GrowingStateLayer(SlidingStateLayer):
     """A `StateLayer` of a mixer that keeps every token: its tensors grow with the text."""
 
     # Not transformers' name for it: nobody may take this for a cache that can be cut in pieces.
-    _layer_type = "zoo_growing_sliding_attention"
+    _layer_type = "zoo_growing_linear_attention"
     is_compileable = False
 
 
@@ -406,6 +408,11 @@ def _must_stay(x):
 
 
 LAYERS = {layer._layer_type: layer for layer in (StateLayer, SlidingStateLayer, GrowingStateLayer)}
+# Their names in files that were written before.
+FORMER_LAYER_TYPES = {
+    "zoo_sliding_attention": SlidingStateLayer._layer_type,
+    "zoo_growing_sliding_attention": GrowingStateLayer._layer_type,
+}
 # A static cache holds a state as it is: most have the same shape at every step.
 STATIC_LAYER_TYPE_MAPPING.update(LAYERS)
 

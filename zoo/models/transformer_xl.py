@@ -219,6 +219,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel, AdaptiveModel):
             self.block_class = TransformerXLFrameBlock
         super().__init__(config)
         self.joined, self.memory = Joined(), None
+        self.walks_segments = bool(config.num_memory_tokens)
         if config.num_memory_tokens:  # of the variance that norms leave of them
             self.memory = MemoryTokens(config, std=1.0)
         count = functools.partial(sinusoids, config.hidden_size, config.num_distances)
