@@ -184,7 +184,7 @@ def test_gradients_are_those_of_the_definition(load, name, monkeypatch):
         calls.append(1)
         return linear_recurrence_reference(*tensors, **options)
 
-    monkeypatch.setattr("zoo.models.retnet.linear_recurrence", reference)
+    monkeypatch.setattr("zoo.layers.split_recurrence.linear_recurrence", reference)
     expected = gradients(model, ids)
     assert len(calls) == model.config.num_hidden_layers
     assert all(worst(ours[n], g, relative=True) < 1e-9 for n, g in expected.items())

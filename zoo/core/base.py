@@ -752,6 +752,8 @@ class ZooModel(ZooPreTrainedModel):
             else:
                 x_BTD, state, *carried = layer(x_BTD, sequence, state, *carried, **mixer_inputs)
             if cache is not None:
+                if sequence.ranks is not None:
+                    cache.layers[index].tensors = dict(sequence.ranks.left)
                 cache.layers[index].write(sequence, specs, state, inputs if index == 0 else None)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD))
 

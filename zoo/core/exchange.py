@@ -47,6 +47,11 @@ class Wire:
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
+    @property
+    def are_few(self):
+        """Whether everyone tells everyone."""
+        return self.size <= LARGEST_GATHER
+
     def send(self, x, to):
         """Sends a tensor without waiting until it is there."""
         x = x.detach().contiguous()
@@ -152,7 +157,7 @@ class Exchanges:
         """What every process has, [R, ...]; its gradient is the sum of what they do with it."""
         return self.make(_Gather, x)[0]
 
-    def affine(self, a, u, name=None):
+    def affine(self, a, u, name=None, everyones_a=None):
         """What has come of a state when it arrives at this process: S -> A S + U in each.
 
         Args:
@@ -160,13 +165,14 @@ class Exchanges:
                 [..., K, V], which a size of 1 is not.
             u: [..., K, V], what comes of nothing.
             name: as of `make_once`; None: a layer that is run again makes the exchange again.
+            everyones_a: `a` of each process, where all know it: then it is not exchanged.
 
         Returns:
             What comes out of the process before this one; zeros on the first.
         """
         if name is None:
-            return self.make(_Affine, a, u)[0]
-        return self.make_once(name, _Affine, a, u)[0]
+            return self.make(_Affine, a, u, everyones_a)[0]
+        return self.make_once(name, _Affine, a, u, everyones_a)[0]
 
 
 def as_bytes(tensors):
@@ -212,16 +218,16 @@ class _Affine(torch.autograd.Function):
     # What backward needs is kept as it is and not by `save_for_backward`: a checkpoint counts what
     # is saved, and a layer that is run again does not come here a second time.
     @staticmethod
-    def forward(ctx, token, wire, a, u):
-        if wire.size <= LARGEST_GATHER:
-            ctx.all_a = wire.all_gather(a)
+    def forward(ctx, token, wire, a, u, everyones_a):
+        if wire.are_few:
+            ctx.all_a = wire.all_gather(a) if everyones_a is None else everyones_a
             all_u = wire.all_gather(u)
             entering = torch.zeros_like(u)
             for rank in range(wire.rank):
                 entering = _apply(ctx.all_a[rank], entering) + all_u[rank]
         else:
             ctx.all_a = None
-            entering = _scan(wire, a.detach(), u.detach(), 1)
+            entering = scan(wire, a.detach(), u.detach(), 1)
         ctx.wire, ctx.a, ctx.entering = wire, a.detach(), entering
         return entering.clone(), token.clone()
 
@@ -229,7 +235,7 @@ class _Affine(torch.autograd.Function):
     def backward(ctx, grad, grad_token):
         wire, a, entering = ctx.wire, ctx.a, ctx.entering
         if ctx.all_a is None:
-            grad_u = _scan(wire, _transposed(a, entering), grad, -1)
+            grad_u = scan(wire, _transposed(a, entering), grad, -1)
         else:
             every, grad_u = wire.all_gather(grad), torch.zeros_like(grad)
             for rank in reversed(range(wire.rank + 1, wire.size)):
@@ -239,7 +245,7 @@ class _Affine(torch.autograd.Function):
             grad_a = grad_u @ entering.mT
         else:
             grad_a = (grad_u * entering).sum_to_size(a.shape)
-        return grad_token, None, grad_a, grad_u
+        return grad_token, None, grad_a, grad_u, None
 
 
 def _is_matrix(a, u):
@@ -254,20 +260,25 @@ def _transposed(a, u):
     return a.mT if _is_matrix(a, u) else a
 
 
-def _scan(wire, a, u, direction):
+def _composed(before_a, before_u, a, u):
+    """One affine function after another."""
+    return a @ before_a if _is_matrix(a, u) else a * before_a, _apply(a, before_u) + u
+
+
+def scan(wire, a, u, direction, composed=_composed):
     """What everyone before has come to, in log2 steps (Hillis and Steele 1986); zeros at the end.
 
     Args:
         wire: the `Wire`.
         a, u: of this process.
         direction: 1 from left to right, -1 from right to left.
+        composed: (a, u) of the function that comes first and of the next, to those of both.
     """
     place = wire.rank if direction == 1 else wire.size - 1 - wire.rank
     step = 1
     while step < wire.size:
         before_a, before_u = wire.shift([a, u], direction * step)
         if place >= step:
-            u = _apply(a, before_u) + u
-            a = a @ before_a if _is_matrix(a, u) else a * before_a
+            a, u = composed(before_a, before_u, a, u)
         step *= 2
     return wire.shift([u], direction)[0]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from .exchange import TRAFFIC, Exchanges, settle
 from .sequence import Sequence
 from .slicing import split_batch
+from .tails import tails_of_left
 
 # More tokens than any text has.
 MANY = 1 << 40
@@ -31,21 +32,25 @@ class Ranks(Exchanges):
         start_RB: whether a document starts in them.
         own_RB: how many of them belong to the row's last document there.
         clock_RB: how many tokens of that document come before its slice.
-        all_have_tokens: whether everyone has a token of every row.
+        fewest: how many tokens everyone has of every row; `all_have_tokens`: whether any.
         anyone_keeps: whether any of them keeps the state after its slice.
         columns_before: how many columns the slices before this one have, with padding.
+        left: what entered each row in the layer that ran last, by name of its state, if that is
+            kept: rows without a token here go on from it.
     """
 
     def __init__(self, group, tokens_RB, start_RB, own_RB, clock_RB, device, anyone_keeps=False):
         super().__init__(group, device)
         self.tokens_RB, self.start_RB, self.own_RB = tokens_RB, start_RB, own_RB
         self.clock_RB, self.anyone_keeps = clock_RB, anyone_keeps
-        self.all_have_tokens = bool((tokens_RB > 0).all())
+        self.fewest, self.left = int(tokens_RB.min()), {}
+        self.all_have_tokens = self.fewest > 0
 
     def take(self, sequence):
         """Remembers which documents of the slice go on from the left, and which reach its end."""
         batch, device = sequence.shape[0], sequence.clock.device
         self.cu_seqlens = sequence.cu_seqlens
+        self.longest = max(1, int(self.own_RB[self.rank].max()))
         if sequence.cu_seqlens is None:
             self.row_N = self.last_B = torch.arange(batch, device=device)
             self.length_N = torch.full((batch,), sequence.shape[1], device=device)
@@ -64,8 +69,13 @@ class Ranks(Exchanges):
         x_B = final_N[self.last_B.clamp(min=0)]
         return torch.where(_like(self.has_tokens_B, x_B), x_B, 0)
 
-    def entering(self, state_B, fill=0):
-        """Of each document what it goes on from, [N, ...]; `fill` for one that starts here."""
+    def entering(self, state_B, fill=0, name=None):
+        """Of each document what it goes on from, [N, ...]; `fill` for one that starts here.
+
+        Args: what enters each row; a number or tensor [...]; which of the layer's states it is.
+        """
+        if name is not None:
+            self.left[name] = state_B
         x_N = state_B[self.row_N]
         return torch.where(_like(self.continues_N, x_N), x_N, fill)
 
@@ -94,21 +104,15 @@ class Ranks(Exchanges):
         zeros_N = x_BT.new_zeros(len(self.length_N), *x_BT.shape[2:])
         return zeros_N.index_add(0, document_T, x_BT[0])
 
-    def last_of_left(self, x_NX):
+    def last_of_left(self, x_NX, name=None):
         """Of each document the last token before this slice, zeros where it starts; [N, ...].
 
         Args:
             x_NX: of each document of this slice its last token.
+            name: as of `entering`.
         """
-        own_B = self.outgoing(x_NX)
-        if self.all_have_tokens:
-            (left_B,) = self.from_left(own_B)
-        else:
-            every_RB, left_B = self.gathered(own_B), torch.zeros_like(own_B)
-            for rank in range(self.rank):
-                has_B = self.tokens_RB[rank].to(own_B.device) > 0
-                left_B = torch.where(_like(has_B, left_B), every_RB[rank], left_B)
-        return self.entering(left_B)
+        left_B = tails_of_left(self, self.outgoing(x_NX)[:, None])[:, 0]
+        return self.entering(left_B, name=name)
 
     def complete(self, cache):
         """Tells a cache of the columns before its slice.

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ..core.state import StateSpec
+from ..core.tails import tail, tails_of_left
 from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.windowed_attention import document_of_token
 
@@ -40,6 +41,17 @@ class ShortConvolution(nn.Module):
         """The last inputs [size - 1, D] of a sequence."""
         channels, _, size = self.weight.shape
         return StateSpec((size - 1, channels))
+
+    def inputs_of_left(self, x_BTD, ranks, name):
+        """The inputs before each document of a slice, from the processes before.
+
+        Args:
+            x_BTD: the inputs of this one.
+            ranks: the `Ranks` of the pass.
+            name: of the state in which they are; None: nobody will read it afterwards.
+        """
+        own_BWD = tail(ranks, x_BTD, self.weight.shape[-1] - 1)
+        return ranks.entering(tails_of_left(ranks, own_BWD), name=name)
 
     def forward(self, x_BTD, sequence, before_NWD, is_kept):
         """Convolves a dense batch or a packed stream.

@@ -44,11 +44,11 @@ from ..core.heads import (
     ZooForTokenClassification,
 )
 from ..core.state import StateSpec
-from ..kernels.delta_recurrence import delta_recurrence
 from ..kernels.linear_recurrence import accumulator_dtype
 from ..layers.mlp import GatedMLP
 from ..layers.norms import WideRMSNorm
 from ..layers.short_convolution import ShortConvolution
+from ..layers.split_recurrence import delta_recurrence_of
 
 
 @strict
@@ -116,6 +116,8 @@ class GatedDeltaNetConfig(ZooConfig):
 class GatedDeltaRule(nn.Module):
     """Section 3: the gated delta rule between short convolutions and a gate."""
 
+    exchanges = True
+
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config = config
@@ -161,9 +163,12 @@ class GatedDeltaRule(nn.Module):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
         q_BTD, k_BTD, v_BTD = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         dtype = v_BTD.dtype
-        qkv_BTD, state.conv_NWD = self.convolution(
-            torch.cat([q_BTD, k_BTD, v_BTD], dim=-1), sequence, state.conv_NWD, state.is_kept
-        )
+        qkv_BTD = torch.cat([q_BTD, k_BTD, v_BTD], dim=-1)
+        before_NWD = state.conv_NWD
+        if sequence.ranks is not None:
+            name = "conv_NWD" if state.is_kept else None
+            before_NWD = self.convolution.inputs_of_left(qkv_BTD, sequence.ranks, name)
+        qkv_BTD, state.conv_NWD = self.convolution(qkv_BTD, sequence, before_NWD, state.is_kept)
         q_BTD, k_BTD, v_BTD = F.silu(qkv_BTD).split(self.widths, dim=-1)
         q_BTHK, k_BTHK = self.unit(q_BTD), self.unit(k_BTD)
         v_BTHV = v_BTD.unflatten(-1, (self.config.num_attention_heads, -1))
@@ -172,7 +177,7 @@ class GatedDeltaRule(nn.Module):
         step_BTH = F.softplus(self.a_proj(x_BTD).to(wide) + self.dt_bias)
         log_decay_BTH = -self.log_a.to(wide).exp() * step_BTH
         beta_BTH1 = self.b_proj(x_BTD).sigmoid()[..., None]
-        y_BTHV, state.memory_NHKV = delta_recurrence(
+        y_BTHV, state.memory_NHKV = delta_recurrence_of(sequence)(
             q_BTHK,
             k_BTHK,
             in_range(beta_BTH1 * v_BTHV),

@@ -40,7 +40,6 @@ from ..core.heads import (
     ZooForTokenClassification,
 )
 from ..core.state import StateSpec
-from ..kernels.linear_recurrence import linear_recurrence
 from ..layers.decay_slopes import check_slopes, log_decay
 from ..layers.minimax_block import MiniMaxBlock, MiniMaxBlockConfig, MiniMaxBlockPreTrainedModel
 from ..layers.mlp import GatedMLP
@@ -49,6 +48,7 @@ from ..layers.position_fields import turns
 from ..layers.positions import RotaryPositions
 from ..layers.rope_extension import extended_rotation
 from ..layers.softmax_mixer import softmax_mixer
+from ..layers.split_recurrence import linear_recurrence_of
 
 
 @strict
@@ -173,6 +173,8 @@ class Norm(WideRMSNorm):
 class LightningAttention(nn.Module):
     """Linear attention whose heads forget at fixed rates, normalised over all heads, gated."""
 
+    exchanges = True
+
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config = config
@@ -228,7 +230,7 @@ class LightningAttention(nn.Module):
         if self.has_lrpe:
             q_BTHK = self.rotate(q_BTHK, sequence.positions)
             k_BTHK = self.rotate(k_BTHK, sequence.positions)
-        y_BTHV, state.memory_BHKV = linear_recurrence(
+        y_BTHV, state.memory_BHKV = linear_recurrence_of(sequence, "memory_BHKV")(
             q_BTHK,
             k_BTHK,
             in_range(v_BTHV),

@@ -36,9 +36,9 @@ from ..core.heads import (
     ZooForTokenClassification,
 )
 from ..core.state import StateSpec
-from ..kernels.linear_recurrence import linear_recurrence
 from ..layers.norms import WideRMSNorm
 from ..layers.positions import rotate
+from ..layers.split_recurrence import linear_recurrence_of
 from ..layers.torchscale_block import MLP, TorchscaleBlock, TorchscalePreTrainedModel, deepnorm_
 from ..layers.xpos import Rotation
 
@@ -155,6 +155,8 @@ class HeadRMSNorm(WideRMSNorm):
 class Retention(nn.Module):
     """Multi-scale retention, section 2.3: heads that forget at different rates, then a gate."""
 
+    exchanges = True
+
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config = config
@@ -218,7 +220,7 @@ class Retention(nn.Module):
         log_decay_H = self.log_decay(x_BTD.device)
         if self.config.normalize_retention:
             q_BTHK = self.normalize(q_BTHK, log_decay_H, sequence.clock)
-        y_BTHV, state.memory_BHKV = linear_recurrence(
+        y_BTHV, state.memory_BHKV = linear_recurrence_of(sequence, "memory_BHKV")(
             q_BTHK,
             k_BTHK,
             # The output is as large as three projections multiplied: too large for fp16's range.

@@ -112,20 +112,27 @@ def token_shift(x_BTD, sequence, before_ND):
         before_B1D = torch.zeros_like(last_B1D) if before_ND is None else before_ND[:, None]
         before_BTD = torch.cat([before_B1D.to(x_BTD.dtype), all_but_last_BTD], dim=1)
         return before_BTD, last_B1D[:, 0]
-    starts_N, ends_N = sequence.cu_seqlens[:-1], sequence.cu_seqlens[1:]
+    starts_N = sequence.cu_seqlens[:-1]
     if before_ND is None:
         before_ND = x_BTD.new_zeros(len(starts_N), x_BTD.shape[-1])
     before_BTD = torch.cat([x_BTD[:, :1], x_BTD[:, :-1]], dim=1)
     before_BTD = before_BTD.index_copy(1, starts_N, before_ND.to(x_BTD.dtype)[None])
-    return before_BTD, x_BTD[0, ends_N - 1]
+    return before_BTD, last_tokens(x_BTD, sequence)
+
+
+def last_tokens(x_BTD, sequence):
+    """Each document's last token, [N, D]."""
+    if sequence.cu_seqlens is None:
+        return x_BTD[:, -1]
+    return x_BTD[0, sequence.cu_seqlens[1:] - 1]
 
 
 class Mixer(nn.Module):
     """A time mix or channel mix: something with a token shift and its state."""
 
     shift_name: str
-    # Whether it brings what it needs of the slices before (zoo/core/parallel.py) by itself.
-    exchanges = False
+    # It brings what it needs of the slices before (zoo/core/parallel.py) by itself.
+    exchanges = True
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -138,7 +145,11 @@ class Mixer(nn.Module):
 
     def shift(self, x_BTD, sequence, state):
         """`token_shift` from the state and into it."""
-        before_BTD, last_ND = token_shift(x_BTD, sequence, getattr(state, self.shift_name))
+        before_ND, ranks = getattr(state, self.shift_name), sequence.ranks
+        if ranks is not None:
+            name = self.shift_name if state.is_kept else None
+            before_ND = ranks.last_of_left(last_tokens(x_BTD, sequence), name)
+        before_BTD, last_ND = token_shift(x_BTD, sequence, before_ND)
         if state.is_kept:
             # A copy: a view would keep all tokens of the pass in memory.
             last_ND = last_ND.to(accumulator_dtype(last_ND))

@@ -34,7 +34,8 @@ from ..core.heads import (
 )
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype
-from ..kernels.wkv4 import EMPTY_MAX, wkv4
+from ..kernels.wkv4 import EMPTY_MAX
+from ..layers.split_recurrence import wkv4_of
 from .rwkv import (
     ChannelMix,
     RwkvBlock,
@@ -135,7 +136,7 @@ class RWKV4TimeMix(TimeMix):
         v_BTD = self.v_proj(torch.lerp(before_BTD, x_BTD, self.mix_v))
         dtype = accumulator_dtype(x_BTD)
         average = state.num_ND, state.den_ND, state.max_ND
-        wkv_BTD, final = wkv4(
+        wkv_BTD, final = wkv4_of(sequence)(
             -self.time_decay.to(dtype).exp(),
             self.time_first.to(dtype),
             k_BTD,

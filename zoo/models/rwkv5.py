@@ -32,7 +32,8 @@ from ..core.heads import (
     ZooForTokenClassification,
 )
 from ..core.state import StateSpec
-from ..kernels.linear_recurrence import accumulator_dtype, linear_recurrence
+from ..kernels.linear_recurrence import accumulator_dtype
+from ..layers.split_recurrence import linear_recurrence_of
 from .rwkv import (
     HeadNorm,
     RwkvBlock,
@@ -120,7 +121,7 @@ class RWKV5TimeMix(TimeMix):
         k_BTHK = self.k_proj(torch.lerp(before_BTD, x_BTD, self.mix_k)).unflatten(-1, (heads, -1))
         v_BTHV = self.v_proj(torch.lerp(before_BTD, x_BTD, self.mix_v)).unflatten(-1, (heads, -1))
         dtype = accumulator_dtype(x_BTD)
-        y_BTHV, state.memory_NHKV = linear_recurrence(
+        y_BTHV, state.memory_NHKV = linear_recurrence_of(sequence)(
             r_BTHK,
             k_BTHK,
             in_range(v_BTHV),

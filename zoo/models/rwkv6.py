@@ -32,7 +32,8 @@ from ..core.heads import (
     ZooForTokenClassification,
 )
 from ..core.state import StateSpec
-from ..kernels.linear_recurrence import accumulator_dtype, linear_recurrence
+from ..kernels.linear_recurrence import accumulator_dtype
+from ..layers.split_recurrence import linear_recurrence_of
 from .rwkv import (
     HeadNorm,
     Mixer,
@@ -158,7 +159,7 @@ class RWKV6TimeMix(TimeMix):
         heads, dtype = self.head_shape[0], accumulator_dtype(x_BTD)
         # The sum in float32: in bfloat16, exp of it would be off by percents.
         w_BTD = self.time_decay.to(dtype) + (w_BTD @ self.decay_lora_a).tanh() @ self.decay_lora_b
-        y_BTHV, state.memory_NHKV = linear_recurrence(
+        y_BTHV, state.memory_NHKV = linear_recurrence_of(sequence)(
             self.r_proj(r_BTD).unflatten(-1, (heads, -1)),
             self.k_proj(k_BTD).unflatten(-1, (heads, -1)),
             in_range(self.v_proj(v_BTD)).unflatten(-1, (heads, -1)),

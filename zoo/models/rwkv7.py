@@ -39,8 +39,8 @@ from ..core.heads import (
     ZooForTokenClassification,
 )
 from ..core.state import StateSpec
-from ..kernels.delta_recurrence import delta_recurrence
 from ..kernels.linear_recurrence import accumulator_dtype
+from ..layers.split_recurrence import delta_recurrence_of
 from .rwkv import (
     HeadNorm,
     Mixer,
@@ -225,7 +225,7 @@ class RWKV7TimeMix(TimeMix):
             y_BTD.unflatten(-1, (heads, -1))
             for y_BTD in (r_BTD, k_BTD, in_range(v_BTD), rate_BTD, log_decay_BTD)
         )
-        y_BTHV, state.memory_NHKV = delta_recurrence(
+        y_BTHV, state.memory_NHKV = delta_recurrence_of(sequence)(
             r_BTHK,
             k_BTHK,
             v_BTHV,
