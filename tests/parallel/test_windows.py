@@ -45,7 +45,7 @@ def both(one, other):
 
 
 def expected(name, rank):
-    """As the docstrings of zoo/core/halo.py and zoo/layers/dilated_slots.py say it."""
+    """As the docstrings say it of zoo/core/halo.py, and of the layers' own exchanges."""
     model, length, starts = PASSES[name]
     config = zoo_subject(*MODELS[model][:2], **MODELS[model][2]).build(0).config
     layers, width = config.num_hidden_layers, config.head_dim
@@ -59,6 +59,10 @@ def expected(name, rank):
         near = to_next(token * slots[0], layers, rank) if slots[0] else ({}, {})
         return both(near, to_all(token * slots[1], layers, 2)) if slots[1] else near
     token = 2 * FLOAT * config.num_key_value_heads * width
+    if model == "heads":
+        heads = config.num_attention_heads + config.num_key_value_heads
+        size = 2 * FLOAT * length * heads * width * (SIZE - 1) // SIZE
+        return ({"all_to_all": size * layers, "messages": 2 * layers},) * 2
     window = config.sliding_window or 10**6
     if model == "full" and len(starts) == 1:
         return to_all(length * token, layers, 2)

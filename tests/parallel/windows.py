@@ -21,6 +21,7 @@ MODELS = {
     "sinks": ("sliding_window", "sinks", {}),
     "extended": ("sliding_window", "leaky-rerope", {}),
     "full": ("sliding_window", "gpt-block", {"num_attention_heads": 4}),
+    "heads": ("sliding_window", "gpt-block", {"num_attention_heads": 3, "head_dim": 8}),
     "dilated": ("longnet", "xpos", {}),
 }
 # Of each pass: model, tokens of a slice, columns of the row where documents start.
@@ -32,6 +33,7 @@ PASSES = {
     "extended": ("extended", 48, [0]),
     "full": ("full", 48, [0]),
     "full, documents over a cut": ("full", 48, [0, 60, 96]),
+    "heads": ("heads", 48, [0]),
     "dilated, slices of segments": ("dilated", 64, [0]),
     "dilated, half a segment": ("dilated", 32, [0]),
     "dilated, twice as long": ("dilated", 96, [0]),

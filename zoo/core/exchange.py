@@ -83,6 +83,21 @@ class Wire:
         scatter(own, x_RX.contiguous().flatten(), group=self.group)
         return own.view(x_RX.shape[1:])
 
+    def all_to_all(self, x, sizes, sizes_there):
+        """Gives each process its part of a tensor, and gets what each has for this one.
+
+        Args:
+            x: parts of these sizes along the first dimension, in the order of the processes.
+            sizes_there: of what comes.
+        """
+        x = x.detach().contiguous()
+        y = x.new_empty(sum(sizes_there), *x.shape[1:])
+        TRAFFIC["all_to_all"] += x.nbytes - sizes[self.rank] * x[:1].nbytes
+        TRAFFIC["messages"] += 1
+        as_numbers = (z.view(torch.uint8) for z in (y, x))  # not all backends send all dtypes
+        dist.all_to_all_single(*as_numbers, sizes_there, sizes, group=self.group)
+        return y
+
     def shift(self, tensors, step):
         """What the process `step` places before has; zeros if there is none."""
         to, source = self.rank + step, self.rank - step
@@ -157,6 +172,10 @@ class Exchanges:
         """What every process has, [R, ...]; its gradient is the sum of what they do with it."""
         return self.make(_Gather, x)[0]
 
+    def to_each(self, x, sizes, sizes_there):
+        """A part for each process; what each has for this one. As `Wire.all_to_all`."""
+        return self.make(_ToEach, x, sizes, sizes_there)[0]
+
     def affine(self, a, u, name=None, everyones_a=None):
         """What has come of a state when it arrives at this process: S -> A S + U in each.
 
@@ -212,6 +231,18 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_token):
         return grad_token, None, ctx.wire.reduce_scatter(grad)
+
+
+class _ToEach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token, wire, x, sizes, sizes_there):
+        ctx.wire, ctx.sizes, ctx.sizes_there = wire, sizes, sizes_there
+        return wire.all_to_all(x, sizes, sizes_there), token.clone()
+
+    @staticmethod
+    def backward(ctx, grad, grad_token):
+        grad = ctx.wire.all_to_all(grad, ctx.sizes_there, ctx.sizes)
+        return grad_token, None, grad, None, None
 
 
 class _Affine(torch.autograd.Function):

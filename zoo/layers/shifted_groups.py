@@ -50,20 +50,21 @@ def train_in_groups(model, size):
         layer.shift_groups = size
 
 
-class HalfOfHeads:
-    """A softmax mixer's stand-in where it attends by half of its heads.
+class PartOfHeads:
+    """A softmax mixer's stand-in where it attends by some of its heads.
 
     Args:
         mixer: of all heads.
-        number: 0 or 1.
+        number: of the part, from 0 on.
+        parts: how many there are, each with as many heads.
         num_key_value_groups: query heads for each head of keys and values.
         window: how far a token sees at most; None: as far as there are tokens.
     """
 
-    def __init__(self, mixer, number, num_key_value_groups, window=None):
+    def __init__(self, mixer, number, parts, num_key_value_groups, window=None):
         self.mixer, self.window, self.num_key_value_groups = mixer, window, num_key_value_groups
         logits = mixer.sink_logits
-        self.sink_logits = None if logits is None else logits.chunk(2)[number]
+        self.sink_logits = None if logits is None else logits.chunk(parts)[number]
 
     def __getattr__(self, name):
         return getattr(self.mixer, name)
@@ -91,23 +92,23 @@ def attend_in_groups(mixer, q_BTHK, k_BTHK, v_BTHV, sequence, bias):
     outputs = []
     for number, shift in enumerate((0, size // 2)):
         x = [y.chunk(2, dim=2)[number] for y in (q_BTHK, k_BTHK, v_BTHV)]
-        own = _half_of_bias(bias, number)
+        own = part_of_bias(bias, number, 2)
         if sequence.cu_seqlens is None and "query_bias" not in bias:
-            half = HalfOfHeads(mixer, number, repeats)
+            half = PartOfHeads(mixer, number, 2, repeats)
             outputs.append(_as_rows(half, *x, size, shift, own))
         else:
-            half = HalfOfHeads(mixer, number, repeats, window=size)
+            half = PartOfHeads(mixer, number, 2, repeats, window=size)
             outputs.append(_as_documents(half, *x, size, shift, own, sequence.clock))
     return torch.cat(outputs, dim=2)
 
 
-def _half_of_bias(bias, number):
-    """The bias of half of the heads."""
+def part_of_bias(bias, number, parts):
+    """The bias of some of the heads: as of `PartOfHeads`."""
     own, by_query = dict(bias), bias.get("query_bias")
     if "distance_bias" in bias:
-        own["distance_bias"] = bias["distance_bias"].chunk(2)[number]
+        own["distance_bias"] = bias["distance_bias"].chunk(parts)[number]
     if by_query is not None:
-        own["query_bias"] = lambda *places: by_query(*places).chunk(2, dim=1)[number]
+        own["query_bias"] = lambda *places: by_query(*places).chunk(parts, dim=1)[number]
     return own
 
 

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core.base import Constant, ZooPreTrainedModel
 from ..core.flops import linear_flops, mean_visible, product_flops
-from ..core.halo import first_before, last_before
+from ..core.halo import first_before, hops_to, last_before
 from ..core.state import GrowingStateLayer, SlidingStateLayer, StateSpec, dtype_of
 from ..core.window import (
     Past,
@@ -40,6 +40,7 @@ from .foreign_attention import (
     decayed,
     mask_arguments,
 )
+from .head_exchange import attend_by_heads
 from .position_bias import DistanceBias, position_bias
 from .position_fields import TURNED_TYPES, position_type_of, position_types
 from .positions import rotate
@@ -350,6 +351,8 @@ class SoftmaxAttention(nn.Module):
 
     def run_pass(self, q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state):
         """Any number of tokens, dense or packed, after what the state holds."""
+        if sequence.ranks is not None and self.splits_heads(sequence.ranks):
+            return attend_by_heads(self, q_BTHK, k_BTHK, v_BTHV, sequence)
         if sequence.ranks is not None:
             new = {"keys_BWHK": k_BTHK, "values_BWHV": v_BTHV}
             if self.num_sinks:
@@ -375,6 +378,17 @@ class SoftmaxAttention(nn.Module):
         if state.is_kept:
             self.keep(k_BTHK, v_BTHV, sequence, state, as_sinks)
         return y_BTHV if past is None else past.drop(y_BTHV)
+
+    def splits_heads(self, ranks):
+        """Whether processes exchange heads: for documents over more than two of their slices.
+
+        Not where somebody keeps the state, who wants all keys and values of all heads.
+        """
+        if self.window is not None or ranks.anyone_keeps or self.num_groups % ranks.size:
+            return False
+        if "documents" not in ranks.kept:
+            ranks.kept["documents"] = hops_to(ranks, ranks.clock_RB)
+        return ranks.kept["documents"] > 1
 
     def bring(self, new, sequence, state):
         """A slice: what a state would hold of the slices before.
