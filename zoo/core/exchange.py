@@ -168,6 +168,19 @@ class Exchanges:
         """
         return self.make(_FromLeft, *tensors)
 
+    def wait_for(self, like, name):
+        """What the process before passes on under this name, as soon as it has it.
+
+        Args:
+            like: of its shape and dtype.
+            name: a layer that is run again in backward gets what it got the first time.
+        """
+        return self.make_once(("wait", name), _WaitFor, like)[0]
+
+    def pass_on(self, x, name):
+        """Gives a tensor to the process after this one, which waits for it."""
+        self.make_once(("pass", name), _PassOn, x)
+
     def gathered(self, x):
         """What every process has, [R, ...]; its gradient is the sum of what they do with it."""
         return self.make(_Gather, x)[0]
@@ -220,6 +233,31 @@ class _FromLeft(torch.autograd.Function):
             for x, grad in zip(ctx.like, grads)
         ]
         return grad_token, None, *ctx.wire.shift(grads, -1)
+
+
+class _WaitFor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token, wire, like):
+        ctx.wire = wire
+        return wire.receive(torch.empty_like(like), wire.rank - 1), token.clone()
+
+    @staticmethod
+    def backward(ctx, grad, grad_token):
+        ctx.wire.send(grad, ctx.wire.rank - 1)
+        return grad_token, None, None
+
+
+class _PassOn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token, wire, x):
+        ctx.wire, ctx.like, ctx.device = wire, torch.empty_like(x, device="meta"), x.device
+        wire.send(x, wire.rank + 1)
+        return (token.clone(),)
+
+    @staticmethod
+    def backward(ctx, grad_token):
+        grad = torch.empty_like(ctx.like, device=ctx.device)
+        return grad_token, None, ctx.wire.receive(grad, ctx.wire.rank + 1)
 
 
 class _Gather(torch.autograd.Function):

@@ -28,7 +28,7 @@ def hops_to(ranks, need_RB):
     return hops
 
 
-def last_before(tensors, sequence, size=None):
+def last_before(tensors, sequence, size=None, need=None, has_gradients=True):
     """The last tokens before a slice, of the document that goes on in it, in a ring.
 
     In bytes, per direction: those of B (W - 1) tokens to the next process where slices have as
@@ -39,24 +39,30 @@ def last_before(tensors, sequence, size=None):
         tensors: of the tokens of this slice, each [B, T, ...] or packed [1, total, ...].
         sequence: the `Sequence`, a slice.
         size: W, slots of the ring; None: all tokens, each in the slot of its number.
+        need: which of the W a slice sees, if not all but the oldest: (a name, a function of
+            clock_RB, tokens of each row's document before each slice, to how many of the last).
+        has_gradients: whether the tokens want any.
 
     Returns:
         [B, W, ...] for each tensor; zeros where there is no token. None: there are no tokens before
         the slice; always so on the first process.
     """
     ranks = sequence.ranks
-    name = "last before", size
+    need_name, need_of = need or (None, None)
+    name = "last before", size, need_name
     if name not in ranks.kept:
-        ranks.kept[name] = _plan(sequence, size)
+        ranks.kept[name] = _plan(sequence, size, need_of)
     hops, own_BL, index_BW, is_there_BW = ranks.kept[name]
     if not hops:
         return None
     spans = row_spans(sequence)
     own = [gather_tokens(x, None, own_BL, spans) for x in tensors]
     if hops == 1:
-        arrived = ranks.from_left(*own)
+        arrived = ranks.from_left(*own) if has_gradients else ranks.wire.shift(own, 1)
     else:
-        arrived = [ranks.gathered(x)[: ranks.rank] for x in own]
+        gather = ranks.gathered if has_gradients else ranks.wire.all_gather
+        arrived = [gather(x) for x in own]
+        arrived = [(x if has_gradients else torch.stack(x))[: ranks.rank] for x in arrived]
         arrived = [x.transpose(0, 1).flatten(1, 2) for x in arrived]
     if index_BW is None:
         return None
@@ -68,7 +74,7 @@ def last_before(tensors, sequence, size=None):
     return rings
 
 
-def _plan(sequence, size):
+def _plan(sequence, size, need_of):
     """What `last_before` does in all layers alike.
 
     Returns:
@@ -76,14 +82,15 @@ def _plan(sequence, size):
         is [B, W], whether it is there [B, W]); the last two None: nothing is.
     """
     ranks, device = sequence.ranks, sequence.clock.device
-    most = None if size is None else size - (not ranks.anyone_keeps)
-    need_RB = ranks.clock_RB if size is None else ranks.clock_RB.clamp(max=most)
+    need_RB = ranks.clock_RB
+    if size is not None and (ranks.anyone_keeps or need_of is None):
+        need_RB = need_RB.clamp(max=size - (not ranks.anyone_keeps))
+    elif need_of is not None:
+        need_RB = need_of(need_RB)
     hops = hops_to(ranks, need_RB)
     if not hops:
         return 0, None, None, None
-    length = int(ranks.own_RB[:-1].max())
-    if size is not None:
-        length = min(length, most)
+    length = min(int(ranks.own_RB[:-1].max()), int(need_RB.max()))
     after_B = row_spans(sequence).after
     own_BL = after_B[:, None] + torch.arange(-length, 0, device=device)
     clock_B = ranks.clock_RB[ranks.rank].to(device)

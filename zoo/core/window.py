@@ -125,6 +125,8 @@ def ring_after(x_BTHK, held_BSHK, spec, sequence, may_overwrite):
         may_overwrite: whether a step may write into the ring itself.
     """
     size, x_BTHK = spec.shape[0], x_BTHK.to(spec.dtype)
+    if held_BSHK is not None:  # what a slice was brought is as the tokens are
+        held_BSHK = held_BSHK.to(spec.dtype)
     if x_BTHK.shape[1] > 1 or sequence.cu_seqlens is not None:
         spans = row_spans(sequence)
         return gather_ring(x_BTHK, held_BSHK, ring_positions(spans.after, size), spans)

@@ -15,6 +15,7 @@ from transformers import initialization as init
 
 from ..core.base import Constant
 from ..core.flops import linear_flops, mean_visible
+from ..core.halo import last_before
 from ..core.segments import SegmentGrid
 from ..core.state import StateSpec, dtype_of
 from ..core.window import Past, ring_after
@@ -42,6 +43,7 @@ class WindowAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config, self.window = config, config.sliding_window
+        self.exchanges = not config.feedback
         self.is_recurrent = layer_idx in config.recurrent_layers
         self.reads_states = self.is_recurrent or config.feedback
         self.num_heads, width = config.num_attention_heads, config.hidden_size
@@ -129,6 +131,8 @@ class WindowAttention(nn.Module):
         unit_BTHK = unit_heads(self.q_proj(x_BTD), self.num_heads)
         q_BTHK = scaled(unit_BTHK, self.scale, dtype)
         k_BTHK = unit_heads(self.k_proj(x_BTD), self.num_heads).to(dtype)
+        if self.exchanges and sequence.ranks is not None:
+            self.bring(k_BTHK, v_BTHV, sequence, state)
         is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None
         is_step = is_step and state.keys_BWHK is not None
         attend = self.attend_step if is_step else self.attend
@@ -149,6 +153,21 @@ class WindowAttention(nn.Module):
         if state.is_kept:
             self.keep(k_BTHK, v_BTHV, sequence, state)
         return self.out_proj(y_BTHV.flatten(2)), state
+
+    def bring(self, k_BTHK, v_BTHV, sequence, state):
+        """A slice: keys and values of the tokens before it, as the state holds them.
+
+        Those of the W tokens before; in a recurrent layer those of its windows, which begin before
+        the slice, and of the window before.
+        """
+        size, window, need = self.window, self.window, ("window", lambda n: n.clamp(max=window))
+        if self.is_recurrent:
+            size, need = 2 * window, ("windows", lambda n: torch.minimum(n, n % window + window))
+        held = last_before((k_BTHK, v_BTHV), sequence, size, need)
+        if held is not None:
+            state.keys_BWHK, state.values_BWHV = held
+        if self.memory is not None:
+            self.memory.bring(k_BTHK, v_BTHV, sequence, state, dtype_of(self.k_proj))
 
     def biases(self, clock_BT, dtype):
         """(bias of each distance [H, W], logit of all that precedes the document [B, T, H]).

@@ -95,6 +95,7 @@ def segments_of(sequence, length, state, specs):
         specs: its `StateSpec`s by name.
     """
     is_step = sequence.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
+    is_step = is_step and sequence.ranks is None
     return (SegmentStep if is_step else SegmentPass)(sequence, length, state, specs)
 
 
@@ -102,7 +103,7 @@ class SegmentPass:
     """Any number of tokens, all segments at once; arguments are those of `segments_of`."""
 
     def __init__(self, sequence, length, state, specs):
-        self.sequence, self.state, self.specs = sequence, state, specs
+        self.sequence, self.length, self.state, self.specs = sequence, length, state, specs
         self.grid = SegmentGrid(sequence, length, is_fresh=state.keys_BLHK is None)
         self.is_first = (self.grid.begin == 0)[:, None, None, None]
 
@@ -169,6 +170,20 @@ class SegmentPass:
             The memory that each segment reads, [S, H, K, V + 1]: that of all segments before it.
         """
         grid, state = self.grid, self.state
+        tokens = self.written(k_BTHK, v_BTHV, strength_BTH)
+        held_N, partial_N = (
+            grid.rows_to_documents(x) for x in (state.memory_BHKV, state.partial_BHKV)
+        )
+        if held_N is None:
+            held_N = partial_N = self.empty(tokens[0])
+        write = {"linear": write_at_once, "delta": write_in_turn}[update]
+        memory_SHKV, after_N, partial_N = write(*tokens, held_N, partial_N, grid)
+        self.keep(after_N, partial_N)
+        return memory_SHKV
+
+    def written(self, k_BTHK, v_BTHV, strength_BTH=None):
+        """What tokens write, by segment: features, 0 where no token is, values, and strengths."""
+        grid = self.grid
         k_SHQK = feature_map(grid.queries(k_BTHK)).transpose(1, 2)
         v_SHQV = grid.queries(v_BTHV).transpose(1, 2).to(k_SHQK.dtype)
         is_new_SQ = torch.arange(grid.num_queries, device=k_SHQK.device) < grid.count[:, None]
@@ -176,21 +191,19 @@ class SegmentPass:
         strength_SHQ1 = None
         if strength_BTH is not None:
             strength_SHQ1 = grid.queries(strength_BTH).mT[..., None].to(k_SHQK.dtype)
-        held_N, partial_N = (
-            grid.rows_to_documents(x) for x in (state.memory_BHKV, state.partial_BHKV)
-        )
-        if held_N is None:
-            num_documents = grid.first_row.shape[0]
-            shape = num_documents, *self.specs["memory_BHKV"].shape
-            held_N = partial_N = k_SHQK.new_zeros(shape)
-        write = {"linear": _write_at_once, "delta": _write_in_turn}[update]
-        memory_SHKV, after_N, partial_N = write(
-            k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid
-        )
+        return k_SHQK, v_SHQV, strength_SHQ1
+
+    def empty(self, k_SHQK):
+        """The memory of each document before its first token, [N, H, K, V + 1]."""
+        shape = self.grid.first_row.shape[0], *self.specs["memory_BHKV"].shape
+        return k_SHQK.new_zeros(shape)
+
+    def keep(self, memory_NHKV, partial_NHKV):
+        """Brings memory and sums of the state up to date, if it is kept."""
+        state, sequence = self.state, self.sequence
         if state.is_kept:
-            state.memory_BHKV = documents_to_rows(after_N, state.memory_BHKV, self.sequence)
-            state.partial_BHKV = documents_to_rows(partial_N, state.partial_BHKV, self.sequence)
-        return memory_SHKV
+            state.memory_BHKV = documents_to_rows(memory_NHKV, state.memory_BHKV, sequence)
+            state.partial_BHKV = documents_to_rows(partial_NHKV, state.partial_BHKV, sequence)
 
 
 class SegmentStep:
@@ -265,9 +278,15 @@ def _keep_tokens(state, k_BTHK, v_BTHV, sequence, specs):
 #     (The memory that each segment reads [S, ...]; those two after the pass [N, ...]).
 
 
-def _write_at_once(k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid):
+def write_at_once(k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid):
     """Equation 8: sums of whole segments, without a loop over them."""
-    update_SHKV = update_of(k_SHQK, v_SHQV, strength_SHQ1=strength_SHQ1)
+    return sums_of_segments(
+        update_of(k_SHQK, v_SHQV, strength_SHQ1=strength_SHQ1), held_N, partial_N, grid
+    )
+
+
+def sums_of_segments(update_SHKV, held_N, partial_N, grid):
+    """`write_at_once` of what each segment's tokens add."""
     is_first_S = (grid.rank == 0)[:, None, None, None]
     update_SHKV = update_SHKV + torch.where(is_first_S, partial_N[grid.document], 0)
     memory_SHKV = held_N[grid.document] + grid.sums_before(update_SHKV)
@@ -277,7 +296,7 @@ def _write_at_once(k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid):
     return memory_SHKV, after_N, torch.where(is_complete_N, 0, update_N)
 
 
-def _write_in_turn(k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid):
+def write_in_turn(k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid):
     """Equation 9, one segment after the other: what each writes depends on what it finds."""
     if torch.compiler.is_exporting():
         return _write_in_turn_exported(k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid)
@@ -301,7 +320,7 @@ def _write_in_turn(k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid):
 
 
 def _write_in_turn_exported(k_SHQK, v_SHQV, strength_SHQ1, held_N, partial_N, grid):
-    """`_write_in_turn` in a program that is being exported, for any number of segments."""
+    """`write_in_turn` in a program that is being exported, for any number of segments."""
 
     def step(state, *tokens):
         held_N, partial_N = state

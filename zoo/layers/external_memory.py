@@ -32,6 +32,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ..core.choice import Choice
+from ..core.halo import last_before
 from ..core.segments import SegmentGrid
 from ..core.state import StateSpec
 from ..core.window import ring_after, ring_positions
@@ -119,6 +120,22 @@ class ExternalMemory(nn.Module):
         mixed_BTHV = (1 - g_H1) * y_BTHV.to(dtype) + g_H1 * recalled_BTHV
         # As a result, as of a mixer: whoever moves weights hands a module copies of its arguments.
         return mixed_BTHV.to(y_BTHV.dtype), state
+
+    def bring(self, k_BTHK, v_BTHV, sequence, state, dtype):
+        """A slice: the memory of the segments that it begins in, and what they have so far.
+
+        Args:
+            k_BTHK, v_BTHV: of its tokens.
+            sequence: the slice.
+            state: an empty one, which has it afterwards.
+            dtype: that of `state_specs`.
+        """
+        segment, size = self.segment, self.size
+        need = "memory", lambda clock: torch.minimum(clock, clock % segment + size)
+        tokens = [x_BTHK.detach().to(dtype) for x_BTHK in (k_BTHK, v_BTHV)]
+        held = last_before(tokens, sequence, self.num_slots, need, has_gradients=False)
+        if held is not None:
+            state.memory_keys_BMHK, state.memory_values_BMHV = held
 
     def recall_step(self, q_B1HK, scaled_B1HK, sequence, state):
         """One token per row, from the state as it is."""

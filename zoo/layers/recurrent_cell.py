@@ -264,11 +264,21 @@ class RecurrentCell(nn.Module):
         Returns:
             As `forward` with tokens.
         """
+        # Of the states nothing but each window after the other can be told: the process of a slice
+        # waits for them here, and has them for the next before its tokens look at them. With
+        # feedback the whole stack does.
+        ranks = None if self.config.feedback else sequence.ranks
+        is_wanted = ranks is not None and not ranks.is_last
+        is_kept = state.is_kept or is_wanted
+        if ranks is not None and not ranks.is_first:
+            initial_MD = self.initial.to(accumulator_dtype(self.initial))
+            like_BMD = initial_MD.detach().expand(sequence.shape[0], -1, -1).contiguous()
+            state.states_BMD = ranks.wait_for(like_BMD, self)
         grid = SegmentGrid(sequence, self.config.sliding_window, state.keys_BWHK is None)
         if torch.compiler.is_exporting():
             return self.walk_exported(q_BTHK, k_BTHK, v_BTHV, grid, state)
         states_NMD = grid.in_walk_order(self.states_before(sequence, state.states_BMD))
-        is_filled = self.filled_ranks(grid, state.is_kept)
+        is_filled = self.filled_ranks(grid, is_kept)
         tokens = [None] * grid.num_ranks
         if not any(is_filled[:-1]) and torch.is_grad_enabled():
             # Texts of one window or less teach the cell nothing: no token reads what comes after.
@@ -294,9 +304,12 @@ class RecurrentCell(nn.Module):
                 next_NMD = self.update(states_NMD, read, *window)
                 states_NMD = torch.where(is_complete_N[:, None, None], next_NMD, states_NMD)
             after.append(states_NMD)
-        states_BMD = self.states_after(grid, after, state.states_BMD) if state.is_kept else None
+        states_BMD = self.states_after(grid, after, state.states_BMD) if is_kept else None
+        if is_wanted:
+            ranks.pass_on(states_BMD, self)
         rk_SMHK, rv_SMHV = (grid.from_ranks(list(xs)) for xs in zip(*reads))
-        return grid.join(look(grid.queries(q_BTHK), rk_SMHK, rv_SMHV)), states_BMD
+        seen_BTHV = grid.join(look(grid.queries(q_BTHK), rk_SMHK, rv_SMHV))
+        return seen_BTHV, states_BMD if state.is_kept else None
 
     def walk_exported(self, q_BTHK, k_BTHK, v_BTHV, grid, state):
         """`walk` in a program that is being exported, for any number of windows."""

@@ -86,12 +86,15 @@ class SegmentAttention(nn.Module):
 
     def attend(self, q_BTHK, k_BTHK, v_BTHV, segments, rotation=None):
         """Attention inside the segments, [S, H, Q, V]; the state is brought up to date."""
-        local = q_BTHK, k_BTHK
-        if self.position_type in TURNED_TYPES:
-            is_xpos = self.position_type == "xpos"
-            local = (rotate(x, *rotation, interleaved=is_xpos) for x in local)
+        local = (self.turned(x, rotation) for x in (q_BTHK, k_BTHK))
         bias = None if self.position_type in ("rope", None) else self.bias
         return segments.attend(*local, v_BTHV, self.scale, bias)
+
+    def turned(self, x_BTHK, rotation):
+        """Queries or keys by their places, for types that turn; None stays None."""
+        if x_BTHK is None or self.position_type not in TURNED_TYPES:
+            return x_BTHK
+        return rotate(x_BTHK, *rotation, interleaved=self.position_type == "xpos")
 
     def bias(self, distance, q_BTHK):
         """What distances do to scores, as `SegmentPass.attend` takes it."""

@@ -45,6 +45,7 @@ from ..core.heads import (
 from ..core.state import SlidingStateLayer, StateSpec
 from ..kernels.export_scan import without_autocast
 from ..layers.compressive_memory import memory_figures, recall
+from ..layers.memory_slices import SliceMemory, bring_segment
 from ..layers.mlp import GatedMLP
 from ..layers.norms import llama_or_gemma_norm
 from ..layers.position_fields import check_position_fields, turns
@@ -189,9 +190,11 @@ class InfiniAttention(SegmentAttention):
     """
 
     detaches_memory = False
+    exchanges = True
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
+        self.layer_idx = layer_idx
         self.has_memory = config.memory_update != "none"
         if self.has_memory:
             self.gate = nn.Parameter(torch.empty(self.num_heads))
@@ -221,17 +224,29 @@ class InfiniAttention(SegmentAttention):
         times["delta"] = times["linear"] + self.num_groups
         return super().flops_per_token(length) + 2 * times[update] * size * (size + 1)
 
-    def forward(self, x_BTD, sequence, state, rotation=None):
-        """Mixes a sequence [B, T, D]; returns it with the state after it."""
+    def forward(self, x_BTD, sequence, state, rotation=None, table=None):
+        """Mixes a sequence [B, T, D]; returns it with the state after it.
+
+        Args:
+            x_BTD: the tokens.
+            sequence: how they lie.
+            state: before them.
+            rotation: (cos, sin) of each token's place in its segment, for types that turn.
+            table: the same of every place, in a slice.
+        """
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD)
         strength_BTH = None
         if self.config.learned_update:
             strength_BTH = 1 - self.update_proj(x_BTD).sigmoid()
+        tokens, held = (k_BTHK, v_BTHV, strength_BTH), None
+        if sequence.ranks is not None:
+            held = self.bring(*tokens, sequence, state, table)
         segments, memory_update = self.segments(sequence, state), self.config.memory_update
         y_SHQV = self.attend(q_BTHK, k_BTHK, v_BTHV, segments, rotation)
         if self.has_memory:
+            memory = segments if held is None else SliceMemory(segments, held, self.layer_idx)
             with without_autocast(q_BTHK):
-                memory_SHKV = segments.remember(k_BTHK, v_BTHV, memory_update, strength_BTH)
+                memory_SHKV = memory.remember(k_BTHK, v_BTHV, memory_update, strength_BTH)
                 if self.detaches_memory:
                     memory_SHKV = memory_SHKV.detach()
                 recalled_SHQV = recall(segments.queries(q_BTHK), memory_SHKV)
@@ -242,6 +257,21 @@ class InfiniAttention(SegmentAttention):
             # for one of every parameter.
             y_BTHV = y_BTHV + 0 * strength_BTH.sum().to(y_BTHV.dtype)
         return self.out_proj(y_BTHV.flatten(2)), state
+
+    def bring(self, k_BTHK, v_BTHV, strength_BTH, sequence, state, table):
+        """A slice: the unfinished segments before it, as the state holds them and as written.
+
+        Returns:
+            As of `bring_segment`, of keys without positions, values and strengths.
+        """
+        if not self.has_memory:
+            strength_BTH = None
+        elif strength_BTH is not None:
+            strength_BTH = strength_BTH[..., None]
+        tokens = k_BTHK, v_BTHV, strength_BTH
+        held = bring_segment(tokens, sequence, self.config.segment_length)
+        state.keys_BLHK, state.values_BLHV = self.turned(held[0], table), held[1]
+        return held
 
     def mix(self, recalled_SHQV, local_SHQV, is_first_S):
         """Equation 10."""
@@ -288,7 +318,12 @@ class InfiniModel(InfiniPreTrainedModel, ZooModel):
         """The rotation of each token by its place in its segment."""
         if self.rotation is None:
             return {}
-        return {"rotation": self.rotation(sequence.clock % self.config.segment_length)}
+        length = self.config.segment_length
+        inputs = {"rotation": self.rotation(sequence.clock % length)}
+        if sequence.ranks is not None:
+            slots_L = torch.arange(length, device=x_BTD.device)
+            inputs["table"] = self.rotation(slots_L[None])
+        return inputs
 
     def embed(self, embeds_BTD, sequence):
         """The scale of the embeddings."""
