@@ -14,6 +14,7 @@ README = (ROOT / "README.md").read_text()
 # Study -> the heading of the README's section with its table.
 HEADINGS = {
     "memories": "### All memories, one study",
+    "memories_longer": "#### Three times as many steps",
 }
 FOLDERS = {name: ROOT / "recipes/results" / name for name in HEADINGS}
 RESULTS = {name: json.loads((at / "results.json").read_text()) for name, at in FOLDERS.items()}
@@ -98,3 +99,14 @@ def test_rmt_alone_begins_with_short_documents():
     schedules = {name: found for name, found in schedules.items() if found}
     assert sorted(schedules) == ["rmt", "rmt_associative"]
     assert all(found[-1][1] == 128 for found in schedules.values())
+
+
+def test_longer_is_longer_and_nothing_else(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    short, long = (trials_of(read_study(f"recipes/configs/{name}.toml")) for name in HEADINGS)
+    assert long
+    for key, trial in long.items():
+        ours, theirs = trial.recipe, short[key].recipe
+        differs = {field for field, value in vars(ours).items() if value != vars(theirs)[field]}
+        assert differs <= {"steps", "output_dir"}
+        assert ours.steps == 3 * theirs.steps
