@@ -110,6 +110,8 @@ def _plan(sequence, size, need_of):
         place_BW = (rank - first + 1) * length + number_BW - after_B1
         index_BW = torch.where(is_of_BW, place_BW, index_BW)
         is_there_BW = is_there_BW | is_of_BW
+    if sequence.continues is not None and sequence.cu_seqlens is None:
+        is_there_BW = is_there_BW & sequence.continues[:, None]
     return hops, own_BL, index_BW, is_there_BW
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ..core.flops import linear_flops, mean_visible
+from ..core.halo import last_before
 from ..core.segment_passes import (
     put_tokens,
     segment_passes,
@@ -73,6 +74,7 @@ class RelativeAttention(nn.Module):
     """
 
     detaches_memory = True
+    exchanges = True
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -126,6 +128,8 @@ class RelativeAttention(nn.Module):
                 are then of the difference, which changes no softmax, and comes to one value for the
                 sum.
         """
+        if self.exchanges and sequence.ranks is not None:
+            self.bring(x_BTD, sequence, state)
         u_HK, t_HK = self.query_biases() if biases is None else biases
         given = _Given(u_HK, t_HK, sinusoids_ED, norm or nn.Identity(), nothing_D)
         if self.detaches_memory and torch.is_grad_enabled():
@@ -135,6 +139,12 @@ class RelativeAttention(nn.Module):
         if torch.is_tensor(nothing_D):
             y_BTHV = y_BTHV + self.in_heads(self.v_proj(nothing_D[None]))
         return self.out_proj(y_BTHV.flatten(2)), state
+
+    def bring(self, x_BTD, sequence, state):
+        """A slice: what came into the layer at the last tokens before it, into the state."""
+        dtype = self.state_specs()["inputs_BW1D"].dtype if state.is_kept else None
+        for ring_BW1D in last_before([x_BTD[:, :, None]], sequence, self.window) or ():
+            state.inputs_BW1D = ring_BW1D.to(dtype or ring_BW1D.dtype)
 
     def in_heads(self, x_BTD):
         """[..., H K] to [..., H, K]."""

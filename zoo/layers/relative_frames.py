@@ -74,6 +74,8 @@ class RelativeFrameAttention(RelativeAttention):
     in `RelativeAttention`: what a layer saw of earlier frames is a memory without any.
     """
 
+    exchanges = False
+
     def frames(self, length):
         """Of a text of so many tokens, for each frame: tokens, and how many before it are seen.
 

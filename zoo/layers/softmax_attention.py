@@ -351,9 +351,10 @@ class SoftmaxAttention(nn.Module):
 
     def run_pass(self, q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state):
         """Any number of tokens, dense or packed, after what the state holds."""
-        if sequence.ranks is not None and self.splits_heads(sequence.ranks):
+        is_slice = self.exchanges and sequence.ranks is not None
+        if is_slice and self.splits_heads(sequence.ranks):
             return attend_by_heads(self, q_BTHK, k_BTHK, v_BTHV, sequence)
-        if sequence.ranks is not None:
+        if is_slice:
             new = {"keys_BWHK": k_BTHK, "values_BWHV": v_BTHV}
             if self.num_sinks:
                 new |= {"sink_keys_BSHK": as_sinks[1], "sink_values_BSHV": v_BTHV}
@@ -398,14 +399,15 @@ class SoftmaxAttention(nn.Module):
             sequence: the slice.
             state: an empty one, which has it afterwards.
         """
-        groups = {}
-        for name, spec in self.state_specs().items():
+        groups, specs = {}, self.state_specs()
+        for name, spec in specs.items():
             brings = first_before if name.startswith("sink") else last_before
             groups.setdefault((brings, spec.shape[0]), []).append(name)
         for (brings, size), names in groups.items():
             tensors = brings([new[name] for name in names], sequence, size)
             for name, x_BSHK in zip(names, tensors or ()):
-                setattr(state, name, x_BSHK)
+                dtype = specs[name].dtype if state.is_kept else None
+                setattr(state, name, x_BSHK.to(dtype or x_BSHK.dtype))
 
     def run_groups(self, q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state):
         """`run_pass` where training is in groups."""
