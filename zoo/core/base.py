@@ -733,7 +733,21 @@ class ZooModel(ZooPreTrainedModel):
 
     @capture_outputs
     def _run_blocks(self, x_BTD, sequence, cache, inputs, **kwargs):
-        mixer_inputs, carried = self.mixer_inputs(x_BTD, sequence), ()
+        mixer_inputs = self.mixer_inputs(x_BTD, sequence)
+        x_BTD, *_ = self._run_layers(x_BTD, sequence, cache, inputs, mixer_inputs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD))
+
+    def _run_layers(self, x_BTD, sequence, cache, inputs, mixer_inputs, carried=()):
+        """One layer after the other, and brings the cache up to date.
+
+        Args:
+            x_BTD, sequence, cache, inputs: as of `_run_blocks`.
+            mixer_inputs: for every block.
+            carried: what the first is given as others are by the one before.
+
+        Returns:
+            (x_BTD, and what the last layer returns beside its state).
+        """
         for index, layer in enumerate(self.layers):
             specs = layer.state_specs()
             if cache is None:
@@ -755,7 +769,7 @@ class ZooModel(ZooPreTrainedModel):
                 if sequence.ranks is not None:
                     cache.layers[index].tensors = dict(sequence.ranks.left)
                 cache.layers[index].write(sequence, specs, state, inputs if index == 0 else None)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD))
+        return x_BTD, *carried
 
     def _check_checkpointing(self):
         """Raises a ValueError if checkpointing would lose the gradients of states in silence.

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from ..core.choice import Choice
 from ..core.flops import linear_flops
+from ..core.halo import last_before
 from ..core.state import StateSpec, dtype_of
 from ..core.window import Spans, document_spans, first_positions, gather_tokens, row_spans
 from ..kernels.export_scan import without_autocast
@@ -27,6 +28,8 @@ class LandmarkAttention(nn.Module):
             attention_bias, block_length, retrieved_blocks and landmark_predicts_next.
         layer_idx: of the layer.
     """
+
+    exchanges = True
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -79,6 +82,8 @@ class LandmarkAttention(nn.Module):
         q, k, v = (proj(x_BSD).unflatten(-1, (heads, self.head_dim)) for proj, heads in parts)
         if query_rotation is not None:
             q = rotate(q, *query_rotation)
+        if stream.sequence.ranks is not None:
+            self.bring(k, v, stream, state)
         if stream.sequence.cu_seqlens is None:
             keys_BSGK, values_BSGV = self.extend(k, v, stream, state)
             clock_BS = stream.sequence.clock
@@ -88,6 +93,15 @@ class LandmarkAttention(nn.Module):
             if state.is_kept:
                 self.keep(k, v, stream, state)
         return self.out_proj(y.flatten(2)), state
+
+    def bring(self, k, v, stream, state):
+        """A slice: keys and values of all places before it, as the state holds them."""
+        held, ranks = last_before((k, v), stream.sequence), stream.sequence.ranks
+        if held is None:
+            return
+        if ranks.cu_seqlens is None:  # rows that start here go on from nothing
+            held = [torch.where(ranks.continues_N[:, None, None, None], x, 0) for x in held]
+        state.keys_BSGK, state.values_BSGV = held
 
     def attend(self, q, k_BSGK, v_BSGV, clock_BQ, key_rotation, first=None, rows=None):
         """Attention of queries to keys by place.

@@ -23,6 +23,24 @@ def stream_length(num_tokens, block_length, at_once):
     return num_tokens + max(num_tokens - 1, 0) // block_length
 
 
+class PlacesOfRanks:
+    """`Ranks` of a pass that count places of a stream, where those count tokens.
+
+    Args:
+        ranks: the `Ranks` of the tokens.
+        length: of so many tokens, how many places they take.
+    """
+
+    def __init__(self, ranks, length):
+        self.tokens = ranks
+        self.clock_RB = length(ranks.clock_RB)
+        before_RB = torch.where(ranks.start_RB, 0, ranks.clock_RB)
+        self.own_RB = length(before_RB + ranks.own_RB) - length(before_RB)
+
+    def __getattr__(self, name):
+        return getattr(self.tokens, name)
+
+
 class LandmarkStream:
     """How the tokens of a pass and its landmarks lie.
 
@@ -182,6 +200,17 @@ class LandmarkStream:
             self._length(sequence.clock_after),
         )
         self.num_slots = num_slots + 2 * time
+
+    def join_slices(self, ranks):
+        """What a pass over slices knows of the others' streams.
+
+        Args:
+            ranks: the `Ranks` of the pass.
+        """
+        self.sequence.ranks = PlacesOfRanks(ranks, self._length)
+        (longest,) = torch.stack(ranks.wire.all_gather(self.order.new_tensor([self.longest]))).T
+        self.longest = int(longest[: ranks.rank + 1].max())
+        self._make_room(0)
 
     def _make_room(self, num_slots):
         size = self.block_length + 1

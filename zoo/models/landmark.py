@@ -45,7 +45,7 @@ from ..core.heads import (
     ZooForSequenceClassification,
     ZooForTokenClassification,
 )
-from ..core.state import GrowingStateLayer, State
+from ..core.state import GrowingStateLayer
 from ..layers.landmark_attention import LandmarkAttention
 from ..layers.landmark_stream import LandmarkStream, stream_length
 from ..layers.landmark_targets import ForCausalLMWithLandmarks, OutputWithOwnStates
@@ -203,7 +203,6 @@ class LandmarkModel(LandmarkPreTrainedModel, ZooModel):
     block_class = LandmarkBlock
     build_norm = staticmethod(rms_or_layer_norm)
     token_outputs = ("last_hidden_state", "own_states", "ends_block")
-    walks_segments = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -227,19 +226,17 @@ class LandmarkModel(LandmarkPreTrainedModel, ZooModel):
         if cache is not None and cache.layers[0].tensors:
             num_slots = cache.layers[0].tensors["keys_BSGK"].shape[1]
         length, at_once = config.block_length, config.landmark_predicts_next
+        if sequence.ranks is not None and not sequence.ranks.is_first:
+            num_slots = 0
         stream = LandmarkStream(sequence, length, at_once, num_slots)
+        if sequence.ranks is not None:
+            stream.join_slices(sequence.ranks)
         shared = self.rotations(stream) | {"stream": stream}
         ids_BL = stream.landmark_ids(config.landmark_token_id)
         landmarks_BLD = self.embed_tokens(ids_BL).to(x_BTD.dtype)
-        for index, layer in enumerate(self.layers):
-            specs = layer.state_specs()
-            if cache is None:
-                state = State(dict.fromkeys(specs), is_kept=False)
-            else:
-                state = cache.layers[index].read(sequence, specs)
-            x_BTD, state, landmarks_BLD = layer(x_BTD, sequence, state, landmarks_BLD, **shared)
-            if cache is not None:
-                cache.layers[index].write(sequence, specs, state, inputs if index == 0 else None)
+        x_BTD, landmarks_BLD = self._run_layers(
+            x_BTD, sequence, cache, inputs, shared, (landmarks_BLD,)
+        )
         hidden_BTD = self.norm(stream.predicting(x_BTD, landmarks_BLD))
         if not returns_own_states:
             return BaseModelOutputWithPast(last_hidden_state=hidden_BTD)
