@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 import zoo.kernels.linear_recurrence as kernel
-from zoo.contract import run, zoo_subject
+from zoo.contract import points_numerics, points_sequence, run, zoo_subject
 from zoo.core.sequence import Sequence
 from zoo.core.state import StateLayer
 
@@ -60,7 +60,7 @@ MUTANTS = {
     "a document boundary ignored: the state runs on into the first one of a piece": (
         Sequence,
         "_packed",
-        "continues = continues & (positions[start] != 0)",
+        "continues = continues & batch.goes_on(positions[start], row_of_document)",
         "continues = continues & (positions[start] >= 0)",
         3,
         ("pieces that cut documents: in pieces of 13: logits",),
@@ -136,6 +136,10 @@ def plant(monkeypatch, owner, name, right, wrong):
 def test_mutant_is_caught(mutant, monkeypatch):
     owner, name, right, wrong, point, culprits = MUTANTS[mutant]
     subject = zoo_subject("retnet")
+    # In the pieces alone whose checks it fails.
+    asked = {way: x for way, x in points_sequence.PIECES.items() if way in " ".join(culprits)}
+    for points in (points_numerics, points_sequence):
+        monkeypatch.setattr(points, "PIECES", asked)
     plant(monkeypatch, owner, name, right, wrong)
     report = run(subject, [point])
     caught = [check.name for check in report.failed(point)]
