@@ -33,7 +33,7 @@ def cases():
     generator = torch.Generator().manual_seed(1)
     ids, labels = (torch.randint(1, 61, (2, TIME), generator=generator) for _ in range(2))
     bounds = {2: [0, 52, TIME], 4: [0, 26, 52, 83, TIME]}
-    yield "dense", {"input_ids": ids, "shift_labels": labels}, bounds
+    yield "dense", {"input_ids": ids, "labels": labels}, bounds
     # A document over three slices, a boundary at a cut, several in a slice.
     positions = torch.zeros_like(ids)
     for row, starts in enumerate(([0, 9, 10, 90], [0, 52, 60, 65])):
@@ -55,10 +55,21 @@ def cases():
     yield "short", batch, {2: [0, TIME - 2, TIME], 4: [0, 1, 18, TIME - 2, TIME]}
 
 
+def targets(batch):
+    """What each token is scored on, [B, T]."""
+    if "labels" in batch:
+        return nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    return batch["shift_labels"]
+
+
+def without_labels(batch):
+    """The rest of its arguments."""
+    return {name: x for name, x in batch.items() if "labels" not in name}
+
+
 def run(model, batch, count):
     """Logits, loss and gradients of a batch, as one vector each, in float64."""
-    batch = dict(batch)
-    labels = batch.pop("shift_labels")
+    labels, batch = targets(batch), without_labels(batch)
     logits = model(**batch, use_cache=False).logits
     loss = nn.functional.cross_entropy(
         logits.double().flatten(0, 1), labels.flatten(), reduction="sum"
@@ -120,7 +131,7 @@ def checkpointing(model, is_on):
 def compare(name, model, rank, size):
     """Runs all cases. Yields what this process has made the reference of."""
     found = list(cases())
-    counts = [(batch["shift_labels"] != -100).sum() for _, batch, _ in found]
+    counts = [(targets(batch) != -100).sum() for _, batch, _ in found]
     expected = {
         index: run(model, found[index][1], counts[index]) for index in range(rank, len(found), size)
     }
@@ -138,7 +149,7 @@ def compare(name, model, rank, size):
 def prefill(model, rank, size):
     """Differences of the cache that slices leave on the last process, and of what follows it."""
     _, batch, bounds = list(cases())[2 if size == 4 else 0]
-    batch, bounds = {x: y for x, y in batch.items() if x != "shift_labels"}, bounds[size]
+    batch, bounds = without_labels(batch), bounds[size]
     with torch.no_grad():
         model.base_model.sequence_parallel = dist.group.WORLD
         own = split_batch(batch, rank, size, bounds)

@@ -504,7 +504,7 @@ class ZooModel(ZooPreTrainedModel):
         sequence_parallel: if set, a group of processes (torch.distributed), of which each is given
             a slice of every row, in order, and all make the pass together (zoo/core/parallel.py).
             A block with `exchanges` then brings what its mixer needs of the slices before; the
-            others take turns. How to run, too.
+            others take turns. How to run, too: a copy or a saved model has it not.
     """
 
     block_class: type[nn.Module]
@@ -525,6 +525,10 @@ class ZooModel(ZooPreTrainedModel):
         self.norm = self.build_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def __getstate__(self):
+        # Of copies and pickles: a group of processes can be neither.
+        return {name: x for name, x in vars(self).items() if name != "sequence_parallel"}
 
     def build_embedding(self, config):
         """The vectors of token ids."""

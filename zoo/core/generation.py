@@ -7,6 +7,7 @@ So rows that have ended are not run on, and what only a cache of keys can do is 
 from transformers import GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
+from .parallel import refuse_slices
 from .state import CACHE_NAMES, one_cache
 
 
@@ -57,6 +58,12 @@ class StateGeneration(GenerationMixin):
         Its state is then that after its last token, and a second turn whose attention mask hides
         the padding goes on from there.
         """
+        refuse_slices(
+            self.base_model,
+            "generate goes on from the end of rows",
+            "run the prompt over slices with use_cache=True, then set it to None and generate from "
+            "that cache on the last process",
+        )
         cache = one_cache(past_key_values, cache)
         ended_B = None if ended_rows is None else ended_rows.before_last
         if ended_B is not None and cache is not None:

@@ -17,7 +17,10 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from .base import ZooModel, ZooPreTrainedModel
+from .parallel import refuse_slices
 from .state import CACHE
+
+ONE_PROCESS = "set it to None, and replay_segment_length or gradient checkpointing against memory"
 
 
 def _at_least_float32(logits):
@@ -63,8 +66,9 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
 
         Raises:
             ValueError: several rows, and neither attention_mask nor config.pad_token_id to say
-                where they end.
+                where they end; sequence_parallel.
         """
+        refuse_slices(self.model, "a text is classified by its last token", ONE_PROCESS)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -216,7 +220,12 @@ class ZooForQuestionAnswering(ZooPreTrainedModel):
 
         Returns:
             loss (scalar), start_logits and end_logits [B, T], the least possible on padding.
+
+        Raises:
+            ValueError: positions with sequence_parallel.
         """
+        if start_positions is not None or end_positions is not None:
+            refuse_slices(self.model, "an answer is one of all tokens of a row", ONE_PROCESS)
         # Nothing in the output would hold a state; past_key_values, if given, holds that after.
         kwargs["use_cache"] = bool(kwargs.get("use_cache"))
         output = self.model(

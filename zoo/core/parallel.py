@@ -145,6 +145,12 @@ def check_slice(inputs, cache, cu_seq_lens_q, seq_idx):
         cache: that it was given, or None.
         cu_seq_lens_q, seq_idx: as of `Sequence.open`.
     """
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "what processes of sequence_parallel exchange depends on their texts and is not "
+            "traced, got torch.compile or torch.export; run the model as it is, or set "
+            "sequence_parallel to None."
+        )
     if cu_seq_lens_q is not None or seq_idx is not None:
         raise ValueError(
             "with sequence_parallel, documents are told apart by position_ids that restart, "
@@ -162,6 +168,14 @@ def check_slice(inputs, cache, cu_seq_lens_q, seq_idx):
         raise ValueError(
             "a pass with sequence_parallel begins its texts, got a cache that has a state or "
             "records it; set sequence_parallel to None to go on from it, on the last process."
+        )
+
+
+def refuse_slices(model, what, remedy):
+    """Raises a ValueError if a decoder is one of several processes, each with a slice."""
+    if model.sequence_parallel is not None:
+        raise ValueError(
+            f"{what}, and with sequence_parallel each process has a slice of a row; {remedy}."
         )
 
 
@@ -272,4 +286,4 @@ def _row_of_door(shape, device, attention_mask, position_ids):
     return torch.stack(columns)
 
 
-__all__ = ["Ranks", "check_slice", "open_slice", "split_batch"]
+__all__ = ["Ranks", "check_slice", "open_slice", "refuse_slices", "split_batch"]
