@@ -103,6 +103,7 @@ class FocusedAttention(SegmentAttention):
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD)
         q_BTHK = rotate(q_BTHK, *rotation)
         is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
+        is_step = is_step and sequence.ranks is None
         run = self.run_step if is_step else self.run_pass
         if self.training and self.cross_batch_range is not None:
             run = self.run_across_batch
@@ -113,10 +114,17 @@ class FocusedAttention(SegmentAttention):
 
     def run_pass(self, q_BTHK, k_BTHK, v_BTHV, sequence, state, table):
         """Any number of tokens, dense or packed."""
+        if sequence.ranks is not None:
+            need = None if self.windows is None else ("windows", self.num_seen)
+            self.bring_tokens((k_BTHK, v_BTHV), sequence, state, need)
         options = self.length, self.windows, self.top_k, self.scale, self.choice
         y_BTHV = FocusedPass(sequence, state, *options).attend(q_BTHK, k_BTHK, v_BTHV, table)
         self.keep(k_BTHK, v_BTHV, sequence, state)
         return y_BTHV
+
+    def num_seen(self, clock):
+        """Of the tokens before one at this clock, how many of the last it sees, or its segment."""
+        return torch.minimum(clock, self.windows * self.length + clock % self.length)
 
     def run_step(self, q_BTHK, k_BTHK, v_BTHV, sequence, state, table):
         """One token per row: writes its slot, and looks at its segment and at the memory."""
@@ -168,10 +176,11 @@ class FocusedAttention(SegmentAttention):
 
     def run_across_batch(self, q_BTHK, k_BTHK, v_BTHV, sequence, state, table):
         """`run_pass` where windows of other documents are seen too."""
-        if state.keys_BWHK is not None:
+        if state.keys_BWHK is not None or sequence.ranks is not None:
+            before = "a state of tokens before these" if sequence.ranks is None else "slices"
             raise ValueError(
-                "training with cross_batch_range takes whole texts, got a state of tokens before "
-                "these; pass none, call model.eval(), or train_across_batch(model, None)."
+                f"training with cross_batch_range takes whole texts, got {before}; pass none, "
+                "call model.eval(), or train_across_batch(model, None)."
             )
         grid = SegmentGrid(sequence, self.length, is_fresh=True)
         raw_SLHK, v_SLHV = grid.keys(k_BTHK), grid.keys(v_BTHV)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core.base import Constant
 from ..core.flops import linear_flops, mean_of_segments, mean_visible
+from ..core.halo import last_before
 from ..core.state import StateSpec, dtype_of
 from ..kernels.linear_recurrence import accumulator_dtype
 from .compressive_memory import segments_of
@@ -30,6 +31,8 @@ class SegmentAttention(nn.Module):
             and, if it has them, the fields of zoo/layers/position_fields.py.
         layer_idx: of the layer.
     """
+
+    exchanges = True
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -68,9 +71,29 @@ class SegmentAttention(nn.Module):
             state: before them.
             rotation: (cos, sin) of each token's place in its segment, for types that turn.
         """
+        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD)
+        if sequence.ranks is not None:
+            need = "segment", lambda clock: clock % self.config.segment_length
+            self.bring_tokens((self.turned(k_BTHK, rotation), v_BTHV), sequence, state, need)
         segments = self.segments(sequence, state)
-        y_SHQV = self.attend(*self.project(x_BTD), segments, rotation)
+        y_SHQV = self.attend(q_BTHK, k_BTHK, v_BTHV, segments, rotation)
         return self.out_proj(segments.join(y_SHQV.transpose(1, 2)).flatten(2)), state
+
+    def bring_tokens(self, tensors, sequence, state, need=None):
+        """A slice: what the state would hold of the slices before, into the state.
+
+        Args:
+            tensors: of this slice's tokens, what the state holds.
+            sequence: the slice.
+            state: an empty one, which has it afterwards.
+            need: as of `last_before`.
+        """
+        specs = self.state_specs()
+        (size,) = {spec.shape[0] for spec in specs.values()}
+        brought = last_before(tensors, sequence, size, need)
+        for (name, spec), x_BLHK in zip(specs.items(), brought or ()):
+            dtype = spec.dtype if state.is_kept else None
+            setattr(state, name, x_BLHK.to(dtype or x_BLHK.dtype))
 
     def segments(self, sequence, state):
         """The segments of a pass, as of `segments_of`."""
