@@ -33,9 +33,11 @@ from pretraining.launching import (
     StopSignals,
     check_environment,
     check_launch,
+    check_launcher,
     check_trackers,
     die_with_launcher,
     is_on,
+    launcher_words,
     precision_of,
     set_cpu_threads,
 )
@@ -50,6 +52,7 @@ from pretraining.run_folder import (
     remove_run,
 )
 from pretraining.sharding import check_plugin
+from pretraining.slicing import check_slicing, check_walk
 from pretraining.starting import config_of_source
 from pretraining.training import Diverged, Run
 from pretraining.usage import Parser
@@ -101,15 +104,21 @@ def parse(arguments):
     return parser.parse_known_args(arguments)
 
 
-def dry_run(recipe):
-    """Prints the resolved recipe and what it would train, without data or memory for a model."""
+def without_memory(recipe):
+    """The recipe's model on meta."""
     tokenizer = tokenizer_of(recipe)
     if recipe.init_from:
         config, _, _ = config_of_source(recipe, tokenizer)
     else:
         config = build_config(recipe, tokenizer)
     with torch.device("meta"):
-        model = build_model(recipe, config)
+        return build_model(recipe, config)
+
+
+def dry_run(recipe):
+    """Prints the resolved recipe and what it would train, without data or memory for a model."""
+    model = without_memory(recipe)
+    with torch.device("meta"):
         settle_full_attention(recipe, model)
         model = adapt(model, recipe)
     print(json.dumps(dataclasses.asdict(recipe), indent=1))
@@ -144,7 +153,10 @@ def make_plan(options, overrides, environ, held):
     """
     state = PartialState()
     recipe = read_recipe(options.recipe, overrides)
+    check_slicing(recipe, state.num_processes, environ)
     recipe.windows_per_process(state.num_processes)
+    if recipe.sequence_parallel > 1 and is_on(environ.get("ACCELERATE_USE_FSDP")):
+        check_walk(recipe, without_memory(recipe))
     check_trackers(recipe.trackers)
     launched = environ.get("ACCELERATE_MIXED_PRECISION", "")
     precision = precision_of(recipe.precision, state.device, launched)
@@ -182,6 +194,7 @@ def start(arguments):
         return 0
     environ = dict(os.environ)  # accelerate adds to it
     check_environment(environ)
+    check_launcher(launcher_words(environ))
     on_cpu = not torch.accelerator.is_available() or str_to_bool(
         environ.get("ACCELERATE_USE_CPU") or "no"
     )
@@ -213,6 +226,10 @@ def train(plan, on_cpu, threads, options, environ):
     run = Run(recipe, accelerator, threads, plan.checkpoint, plan.changes, plan.precision)
     if plan.checkpoint.folder:
         accelerator.print(f"Continuing from {plan.checkpoint.folder} after step {run.step}")
+        before = plan.checkpoint.manifest["recipe"].get("sequence_parallel", 1)
+        if before != recipe.sequence_parallel:
+            now = recipe.sequence_parallel
+            accelerator.print(f"From here on sequence_parallel: {before} -> {now}")
         for change in plan.changes:
             accelerator.print(f"From here on {change}")
     elif plan.resume:

@@ -19,9 +19,10 @@ from pretraining.run_folder import METRICS, is_run
 DONE, FAILED, LOG, RECIPE = "DONE", "FAILED", "log.txt", "recipe.toml"
 TRIALS = "trials"
 PLACES = ("name", "output_dir", "cache_dir")  # where things are is no part of what was done
-# Keys that recipes have got since trials are named. At their defaults they change nothing of what a
-# trial does, and so not its name: every new key belongs here.
-LATER = ("position_skip", "attention_shift_groups", "cross_batch_range")
+# Keys that recipes have got since trials are named -> their defaults, which change nothing of what
+# a trial does, and so not its name: every new key belongs here.
+LATER = {"position_skip": {}, "attention_shift_groups": 0, "cross_batch_range": 0}
+LATER |= {"sequence_parallel": 1}
 DIVERGED = 3  # pretrain.py's exit status
 STOPPED = {128 + number for number in signal.Signals}  # by a signal, after saving
 
@@ -52,8 +53,7 @@ class Trial:
     def hash(self):
         """Names the folder: the same for the same recipe, whatever sweep asks for it."""
         values = {k: v for k, v in asdict(self.recipe).items() if k not in PLACES}
-        # The defaults of all of these are empty or zero.
-        values = {k: v for k, v in values.items() if k not in LATER or v}
+        values = {k: v for k, v in values.items() if k not in LATER or v != LATER[k]}
         if self.role == "noise":
             values["role"] = self.role
         text = json.dumps(values, sort_keys=True)

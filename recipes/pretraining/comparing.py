@@ -9,9 +9,10 @@ from torch.nn.functional import cross_entropy
 from tasks import load
 
 from .corpus import collate
-from .measuring import held_out_bits_per_byte, own_batches
+from .measuring import held_out_bits_per_byte, own_slices
 from .recipe import UsageError
 from .reporting import bits_per_byte
+from .slicing import NOT_SCORED, share_of
 
 
 def check_lengths(recipe, model, corpus):
@@ -73,7 +74,7 @@ def by_position_and_length(accelerator, model, tokens, recipe):
     for other in recipe.eval_lengths:
         size = max(1, recipe.eval_batch_size * length // other)  # about as many tokens at once
         changed = {"sequence_length": other, "eval_batch_size": size, "eval_positions": 0}
-        changed["context_schedule"] = []  # of training
+        changed |= {"context_schedule": [], "sequence_parallel": 1}  # of training
         figures[f"bits_per_byte_at/{other}"] = held_out_bits_per_byte(
             accelerator, model, tokens, dataclasses.replace(recipe, **changed)
         )
@@ -98,11 +99,12 @@ def nats_by_bucket(accelerator, model, tokens, recipe):
     model.eval()
     buckets, length = recipe.eval_positions, recipe.sequence_length
     sums = torch.zeros(2, buckets, device=accelerator.device)
-    for batch in own_batches(accelerator, tokens, recipe):
+    for first, batch in own_slices(accelerator, model, tokens, recipe):
         targets_BT = batch.pop("shift_labels")
         logits = model(**batch, use_cache=False).logits.float()
         nats_BT = cross_entropy(logits.mT, targets_BT, reduction="none")
-        bucket_T = torch.arange(nats_BT.shape[1], device=nats_BT.device) * buckets // length
+        position_T = first + torch.arange(nats_BT.shape[1], device=nats_BT.device)
+        bucket_T = position_T * buckets // length
         sums[0].index_add_(0, bucket_T, nats_BT.sum(0))
         sums[1].index_add_(0, bucket_T, (targets_BT != -100).float().sum(0))
     model.train()
@@ -167,8 +169,10 @@ def bits_per_byte_by_context(
         sums = torch.zeros(2, device=accelerator.device)
         size = max(1, at_once // length)
         for inputs, targets_BS in _ends_of_windows(
-            accelerator, tokens, ends, length, shortest, size, packing
+            share_of(accelerator, model), tokens, ends, length, shortest, size, packing
         ):
+            inputs = {key: tensor.to(accelerator.device) for key, tensor in inputs.items()}
+            targets_BS = targets_BS.to(accelerator.device)
             sums[0] += target_nats(model, inputs, targets_BS).sum()
             sums[1] += (targets_BS != -100).sum()
         nats, count = accelerator.reduce(sums, "sum").tolist()
@@ -177,15 +181,23 @@ def bits_per_byte_by_context(
     return found
 
 
-def _ends_of_windows(accelerator, tokens, ends, length, num_scored, size, packing):
-    """This process's windows of `length` tokens that end at `ends`, and their last targets."""
-    rank, world = accelerator.process_index, accelerator.num_processes
+def _ends_of_windows(share, tokens, ends, length, num_scored, size, packing):
+    """A process's part of windows of `length` tokens that end at `ends`, and their last targets.
+
+    Of a slice before all targets the last one is there, and not scored.
+    """
+    rank, world = share.rank, share.world
+    first, after = share.bounds(length)
+    num_own = max(1, min(after - first, after - (length - num_scored)))
     groups = [ends[i : i + size] for i in range(0, len(ends), size)]
     # As in `held_out_batches`, processes go the same number of rounds.
     for index in range(rank, -(-len(groups) // world) * world, world):
         group = groups[min(index, len(groups) - 1)]
         windows = [tokens.window(end - length, length, packing) for end in group]
         batch = collate(windows, packing == "documents")
-        batch = {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
-        targets_BS = batch.pop("shift_labels")[:, -num_scored:]
-        yield batch, targets_BS if index < len(groups) else torch.full_like(targets_BS, -100)
+        batch["shift_labels"][:, :-num_scored] = NOT_SCORED
+        if index >= len(groups):
+            batch["shift_labels"].fill_(NOT_SCORED)
+        batch = share.cut(batch)
+        targets_BS = batch.pop("shift_labels")[:, -num_own:]
+        yield batch, targets_BS

@@ -4,13 +4,13 @@ import dataclasses
 
 from .recipe import Recipe, UsageError
 
-# The numbers of the steps do not depend on these (micro_batch_size and cpu_threads move them by
-# rounding alone).
+# The numbers of the steps do not depend on these (micro_batch_size, cpu_threads and
+# sequence_parallel move them by rounding alone).
 FREE_KEYS = frozenset(
     "name output_dir cache_dir micro_batch_size cpu_threads gradient_checkpointing loss_chunk_size "
     "replay_segment_length eval_every eval_batch_size eval_positions eval_lengths eval_contexts "
     "sample_prompts sample_tokens log_every peak_flops checkpoint_every keep_checkpoints "
-    "async_checkpoints trackers tokenising_workers".split()
+    "async_checkpoints trackers tokenising_workers sequence_parallel".split()
 )
 # What the hashes of text and tokenizer in a checkpoint say better than a name.
 IDENTIFIED_KEYS = frozenset(

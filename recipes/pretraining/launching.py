@@ -42,7 +42,8 @@ def check_environment(environ):
             raise UsageError(
                 f"the launcher asks for {called} ({name}={environ[name]}), which this recipe does "
                 "not do; launch without it: data parallelism alone, with gradient_checkpointing "
-                "or replay_segment_length where memory is short."
+                "or replay_segment_length where memory is short, or --sequence_parallel N for one "
+                "text over N processes."
             )
     if is_on(environ.get("ACCELERATE_USE_FSDP")) and environ.get("FSDP_VERSION", "1") != "2":
         raise UsageError(
@@ -56,6 +57,37 @@ def check_environment(environ):
             "(ACCELERATE_GRADIENT_ACCUMULATION_STEPS), which the recipe decides; unset that, and "
             "say --micro_batch_size for how many windows are run at once."
         )
+
+
+def check_launcher(words):
+    """Refuses options that `accelerate launch` would leave out without a word.
+
+    Without --use_parallelism_config it reads none of the others.
+
+    Args:
+        words: of the launcher's command line.
+
+    Raises:
+        UsageError: they ask for a parallelism that the script never hears of.
+    """
+    for word in words:
+        name = word.partition("=")[0].replace("-", "_")
+        if name.startswith("__parallelism_config_"):
+            raise UsageError(
+                f"the launcher got {word.partition('=')[0]}, which this recipe does not do and "
+                "accelerate leaves out without a word; launch without it, and say "
+                "--sequence_parallel N to the recipe for one text over N processes."
+            )
+
+
+def launcher_words(environ):
+    """The command line of the launcher that started this process, [] if there is none."""
+    if "ACCELERATE_MIXED_PRECISION" not in environ:
+        return []
+    try:
+        return psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):  # it has ended, or is somebody else's
+        return []
 
 
 def check_launch(environ, num_processes, command):

@@ -13,17 +13,35 @@ from zoo.core.state import state_bytes
 from .corpus import held_out_batches
 from .recipe import UsageError
 from .reporting import bits_per_byte
+from .slicing import share_of, whole_rows
 from .zero import is_zero, small_parameters
 
 ROWS, PIECE = 2, 256  # streams at once, and tokens of each per forward pass: fastest on one core
 
 
-def own_batches(accelerator, tokens, recipe):
-    """This process's part of held-out text in windows of `sequence_length`, on its device."""
-    rank, world = accelerator.process_index, accelerator.num_processes
+def own_slices(accelerator, model, tokens, recipe):
+    """This process's part of held-out text in windows of `sequence_length`, on its device.
+
+    Args:
+        accelerator: of the run.
+        model: what runs them, in none of accelerate's wrappers.
+        tokens: the text.
+        recipe: of the run.
+
+    Yields:
+        The column of the windows that a batch begins at, and the batch.
+    """
+    share = share_of(accelerator, model)
     sizes = recipe.sequence_length, recipe.eval_batch_size, recipe.packing
-    for batch in held_out_batches(tokens, *sizes, rank, world):
-        yield {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
+    for windows in held_out_batches(tokens, *sizes, share.rank, share.world):
+        first, _ = share.bounds(windows["input_ids"].shape[1])
+        yield first, {key: x.to(accelerator.device) for key, x in share.cut(windows).items()}
+
+
+def own_batches(accelerator, model, tokens, recipe):
+    """The same without the columns."""
+    for _, batch in own_slices(accelerator, model, tokens, recipe):
+        yield batch
 
 
 @torch.no_grad()
@@ -37,7 +55,7 @@ def held_out_bits_per_byte(accelerator, model, tokens, recipe):
     model = accelerator.unwrap_model(model, keep_torch_compile=False)
     model.eval()
     nats = torch.zeros((), device=accelerator.device)
-    for batch in own_batches(accelerator, tokens, recipe):
+    for batch in own_batches(accelerator, model, tokens, recipe):
         # Divided by one item, the mean loss is a sum.
         labels = {"labels": batch["shift_labels"], "num_items_in_batch": 1}
         nats += model(**batch, **labels, use_cache=False).loss
@@ -79,7 +97,8 @@ def diagnostics(accelerator, model, tokens=None, recipe=None):
     model.eval()
     batch = next(iter(held_out_batches(tokens, recipe.sequence_length, 1, recipe.packing, 0, 1)))
     inputs = {key: x.to(accelerator.device) for key, x in batch.items() if key != "shift_labels"}
-    cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    with whole_rows(model):
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
     model.train()
     with small_parameters(model):
         return model.diagnostics(cache)
@@ -99,7 +118,8 @@ def sample(accelerator, model, tokenizer, prompt, num_tokens, seed):
         pad_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng():  # training continues with the numbers it would have drawn
+    # Training continues with the numbers it would have drawn.
+    with torch.random.fork_rng(), whole_rows(model):
         torch.manual_seed(seed)
         mask = torch.ones_like(inputs)
         # Where weights are in shards, no process may end before the others.

@@ -75,6 +75,7 @@ class Recipe:
     gradient_checkpointing: bool = False
     replay_segment_length: int = 0  # tokens whose activations exist at once; 0: all (exact)
     loss_chunk_size: int = 1024  # tokens whose logits exist at once; 0: all of them
+    sequence_parallel: int = 1  # processes that hold each window together, a slice of it each
 
     # Measuring
     eval_every: int = 200  # steps; 0: at the end alone
@@ -119,7 +120,8 @@ class Recipe:
                 known = ", ".join(repr(choice) for choice in allowed)
                 raise UsageError(f"{key} is one of {known}, got {getattr(self, key)!r}.")
         positive = "sequence_length batch_size steps learning_rate log_every keep_checkpoints"
-        for key in (positive + " epsilon eval_batch_size max_skipped").split():
+        positive += " epsilon eval_batch_size max_skipped sequence_parallel"
+        for key in positive.split():
             if not 0 < getattr(self, key) < math.inf:
                 raise UsageError(f"{key} must be positive, got {getattr(self, key)}.")
         at_least_zero = "micro_batch_size seed warmup_steps decay_steps weight_decay gradient_clip"
@@ -153,6 +155,7 @@ class Recipe:
         check_position_skip(self)
         self._check_groups()
         self._check_cross_batch()
+        self._check_slices()
         if self.eval_positions > self.sequence_length:
             raise UsageError(
                 "eval_positions are parts of a window, sequence_length = "
@@ -205,6 +208,28 @@ class Recipe:
                 "out one of them."
             )
 
+    def _check_slices(self):
+        if self.sequence_parallel == 1:
+            return
+        others = {
+            "replay_segment_length": "which cuts a text in time (use gradient_checkpointing)",
+            "carry_state": "whose states would have to go back to the first slice",
+            "attention_shift_groups": "whose groups would be cut",
+            "cross_batch_range": "which hands memories from text to text",
+        }
+        for key, why in others.items():
+            if getattr(self, key):
+                raise UsageError(
+                    f"sequence_parallel cuts a text over processes, got it with {key}, {why}; "
+                    "leave out one of them."
+                )
+        shortest = min([self.sequence_length, *(length for _, length in self.context_schedule)])
+        if shortest < self.sequence_parallel:
+            raise UsageError(
+                f"sequence_parallel = {self.sequence_parallel} wants texts of at least as many "
+                f"tokens, got {shortest}; use fewer processes for each."
+            )
+
     def _check_carrying(self):
         needs = {
             'packing = "documents"': self.packing == "documents",
@@ -235,15 +260,20 @@ class Recipe:
     def windows_per_process(self, num_processes):
         """Windows one process runs at once, and how many times per step.
 
+        Args:
+            num_processes: in all; `sequence_parallel` of them have the same windows.
+
         Raises:
             UsageError: `batch_size` cannot be shared out evenly.
         """
-        size = self.micro_batch_size or self.batch_size // num_processes
-        accumulation, rest = divmod(self.batch_size, max(size, 1) * num_processes)
+        num_groups = num_processes // self.sequence_parallel
+        size = self.micro_batch_size or self.batch_size // num_groups
+        accumulation, rest = divmod(self.batch_size, max(size, 1) * num_groups)
         if rest or accumulation == 0:
+            whose = "processes" + " / sequence_parallel" * (self.sequence_parallel > 1)
             raise UsageError(
-                "batch_size must be a multiple of micro_batch_size x processes, got "
-                f"{self.batch_size} and {size} x {num_processes}; change one of them."
+                f"batch_size must be a multiple of micro_batch_size x {whose}, got "
+                f"{self.batch_size} and {size} x {num_groups}; change one of them."
             )
         return size, accumulation
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 
 def step_seed(seed, step, rank):
@@ -80,3 +81,20 @@ def accumulate_gradients(accelerator, model, batches, backward=None, carried=Non
         if output.get("z_loss") is not None:
             total -= output.z_loss
     return accelerator.reduce(total, "sum")
+
+
+def settle_buckets(accelerator, model, batches):
+    """Has DDP lay out its buckets before the first step, which it does after its first backward.
+
+    Where a gradient lies in a bucket decides in which order three processes or more sum it up, so
+    the first step of a continuation would be rounded otherwise than in the run that it continues.
+
+    Args:
+        accelerator, model: as of `accumulate_gradients`.
+        batches: () to micro-batches such as there.
+    """
+    if accelerator.num_processes <= 2:
+        return
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        accumulate_gradients(accelerator, model, batches())
+        model.zero_grad()

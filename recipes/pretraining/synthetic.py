@@ -10,6 +10,7 @@ from tasks.definition import TRAINED, UNSCORED
 
 from .corpus import tokenizer_hash
 from .position_skip import Skipping
+from .slicing import share_of
 
 
 @dataclass
@@ -95,20 +96,22 @@ class TaskBatches:
         """Nothing, too."""
 
 
-def own_test_batches(accelerator, task, name, size):
+def own_test_batches(accelerator, model, task, name, size):
     """This process's part of a test, on its device. All processes get the same number of batches.
 
     In the last round, those for which nothing is left get one without targets, to be there where
     weights are gathered from all.
     """
-    rank, world = accelerator.process_index, accelerator.num_processes
+    share = share_of(accelerator, model)
     firsts = range(0, task.test_examples, size)
-    for index in range(rank, -(-len(firsts) // world) * world, world):
+    rounds = -(-len(firsts) // share.world)
+    for index in range(share.rank, rounds * share.world, share.world):
         first = firsts[min(index, len(firsts) - 1)]
         batch = task.test_batch(name, first, min(size, task.test_examples - first))
         if index >= len(firsts):
             batch["shift_labels"].fill_(UNSCORED)
-        yield {key: x.to(accelerator.device) for key, x in as_inputs(batch).items()}
+        batch = share.cut(as_inputs(batch))
+        yield {key: x.to(accelerator.device) for key, x in batch.items()}
 
 
 @torch.no_grad()
@@ -125,7 +128,7 @@ def accuracy_figures(accelerator, model, task, recipe):
         # About as many tokens at once.
         size = max(1, recipe.eval_batch_size * task.length // task.length_of(settings))
         right_count_nats = torch.zeros(3, device=accelerator.device)
-        for batch in own_test_batches(accelerator, task, name, size):
+        for batch in own_test_batches(accelerator, model, task, name, size):
             targets_BT = batch.pop("shift_labels")
             logits = model(**batch, use_cache=False).logits.float()
             scored_BT = targets_BT != UNSCORED

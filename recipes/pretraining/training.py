@@ -27,8 +27,9 @@ from .run_folder import TRACKED
 from .saving import Saver
 from .sharding import prepare, run_in_bf16
 from .skipping import Spikes
+from .slicing import decoder_of, group_of, share_of
 from .starting import beginning
-from .stepping import accumulate_gradients, order_hash, step_seed
+from .stepping import accumulate_gradients, order_hash, settle_buckets, step_seed
 from .synthetic import TaskBatches, load_task, sum_stacked
 from .zero import Zero, is_zero
 
@@ -104,6 +105,9 @@ class Run:
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
         self._prepare(model)
+        group = group_of(recipe.sequence_parallel, accelerator)
+        decoder_of(self._bare_model()).sequence_parallel = group
+        self.share = share_of(accelerator, self._bare_model())
         self.spikes = Spikes(recipe.skip_spikes, manifest.get("spikes"))
         self.average = Average(self._bare_model(), recipe.ema_decay)
         self.saver = Saver(
@@ -121,8 +125,9 @@ class Run:
             self.saver.load(folder)
             self.windows.restore(folder)
         compiled = f", compiled by {self._compiler()}" if self._compiler() else ""
+        slices = f" ({self.share.size} to a window)" if self.share.size > 1 else ""
         accelerator.print(
-            f"{self.title()}, {accelerator.num_processes} x {accelerator.device.type}, "
+            f"{self.title()}, {accelerator.num_processes} x {accelerator.device.type}{slices}, "
             f"{self.threads} threads, {self.precision}{compiled}\n"
             f"{self.windows.described(self._tokens(recipe.steps))}"
         )
@@ -233,6 +238,8 @@ class Run:
     def _run_steps(self, signals):
         recipe = self.recipe
         logged, logged_seconds = self.step, self.seconds
+        if self.step < recipe.steps:
+            settle_buckets(self.accelerator, self.model, self._batches)
         while self.step < recipe.steps:
             began = time.perf_counter()
             loss, norm, rate = self._train_step()
@@ -262,18 +269,22 @@ class Run:
         number = torch.tensor([int(number)], device=self.accelerator.device)
         return self.accelerator.gather(number).max().item()
 
+    def _batches(self):
+        """This process's micro-batches of the step."""
+        share = self.share
+        return [
+            share.cut(self.windows.batch(self.step, share.rank, micro, share.world, self.size))
+            for micro in range(self.accumulation)
+        ]
+
     def _train_step(self):
         recipe, accelerator = self.recipe, self.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
         # Dropout draws from a generator of this step's own, so there is no state of it to restore.
-        set_seed(step_seed(recipe.seed, self.step, rank))
+        set_seed(step_seed(recipe.seed, self.step, accelerator.process_index))
         rate = recipe.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        batches = [
-            self.windows.batch(self.step, rank, micro, world, self.size)
-            for micro in range(self.accumulation)
-        ]
+        batches = self._batches()
         backward = self.zero and self.zero.backward
         if self.carried and self.windows.begins(self.step):
             self.carried.empty()
@@ -365,6 +376,7 @@ class Run:
         if self._of_any_process(self.is_main and self.records.results().get("step") != self.step):
             self.evaluate()  # the line of metrics.jsonl that said it is lost
         folder = run_dir / f"final{UNFINISHED}"
+        decoder_of(self._bare_model()).sequence_parallel = None  # it may be copied
         if self.is_main:
             folder.mkdir()
         self.saver.write_model(folder)

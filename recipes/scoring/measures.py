@@ -50,7 +50,7 @@ def stream_figures(model, tokens, recipe, num_buckets):
     """
     length = recipe.sequence_length
     sums = torch.zeros(2, length, dtype=torch.float64)
-    for batch in own_batches(Here(model.device), tokens, recipe):
+    for batch in own_batches(Here(model.device), model, tokens, recipe):
         targets_BT = batch.pop("shift_labels")
         nats_BT = target_nats(model, batch, targets_BT).cpu().double()
         sums[0, : nats_BT.shape[1]] += nats_BT.sum(0)

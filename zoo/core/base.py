@@ -14,7 +14,7 @@ import difflib
 import fnmatch
 import functools
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
@@ -652,8 +652,10 @@ class ZooModel(ZooPreTrainedModel):
         if cache is not None and sequence.starts_anew(cache.layers[0].clock is not None):
             cache.layers[0].is_one_document = False
         x_BTD = self.embed(inputs.embeds_BTD, sequence)
+        # Who takes turns as a whole makes no exchange on the way.
+        own = replace(sequence, ranks=None) if self.walks_segments else sequence
         run = functools.partial(
-            self._run_blocks, sequence.pack(x_BTD), sequence, inputs=inputs, return_dict=True
+            self._run_blocks, sequence.pack(x_BTD), own, inputs=inputs, return_dict=True
         )
         if sequence.ranks is None:
             output = run(cache=cache, **kwargs)

@@ -161,7 +161,7 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTD, token):
         ctx.token = token.new_zeros(())
-        return x_BTD.view_as(x_BTD)
+        return x_BTD.clone()  # of a view FSDP fears that somebody writes to it
 
     @staticmethod
     def backward(ctx, grad):
