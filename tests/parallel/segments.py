@@ -27,6 +27,8 @@ MODELS = (
     "landmark:default",
 )
 COMPARED = ("infini:linear", "infini:lucidrains", "block_recurrent:default", "landmark:default")
+# With a memory told as matrices.
+SCANNED = "infini:lucidrains"
 # Segments and windows are 16 tokens. Slices that end with one, of two lengths; that end in one; a
 # segment that lies in four of them, and one of one token.
 BOUNDS = {
@@ -128,6 +130,11 @@ def main(rank, size, store, out):
         if name in COMPARED:
             for case, found in compare(model.double(), rank, size):
                 write("errors", name, case, found)
+        if name == SCANNED:
+            few, exchange.LARGEST_GATHER = exchange.LARGEST_GATHER, 1
+            for case, found in compare(model, rank, size):
+                write("errors", name, f"{case}, in doubled steps", found)
+            exchange.LARGEST_GATHER = few
         found = prefill(model.double().eval(), BOUNDS["short"], rank, size)
         if rank == size - 1:
             write("errors", name, "prefill", {"state": found})

@@ -240,7 +240,7 @@ class InfiniAttention(SegmentAttention):
             strength_BTH = 1 - self.update_proj(x_BTD).sigmoid()
         tokens, held = (k_BTHK, v_BTHV, strength_BTH), None
         if sequence.ranks is not None:
-            held = self.bring(*tokens, sequence, state, table)
+            held = self.bring_segments(*tokens, sequence, state, table)
         segments, memory_update = self.segments(sequence, state), self.config.memory_update
         y_SHQV = self.attend(q_BTHK, k_BTHK, v_BTHV, segments, rotation)
         if self.has_memory:
@@ -258,7 +258,7 @@ class InfiniAttention(SegmentAttention):
             y_BTHV = y_BTHV + 0 * strength_BTH.sum().to(y_BTHV.dtype)
         return self.out_proj(y_BTHV.flatten(2)), state
 
-    def bring(self, k_BTHK, v_BTHV, strength_BTH, sequence, state, table):
+    def bring_segments(self, k_BTHK, v_BTHV, strength_BTH, sequence, state, table):
         """A slice: the unfinished segments before it, as the state holds them and as written.
 
         Returns:
