@@ -3,7 +3,7 @@
 python tests/parallel/windows.py RANK SIZE STORE OUT
 
 Each process writes a line of JSON for each pass to OUT: its rank, the name of the pass, and bytes
-of forward and backward by kind.
+of forward and backward by kind, and how many messages it still holds then.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from zoo.contract.subject import zoo_subject
-from zoo.core.exchange import TRAFFIC
+from zoo.core.exchange import TRAFFIC, UNDER_WAY
 from zoo.core.parallel import split_batch
 
 MODELS = {
@@ -74,6 +74,7 @@ def main(rank, size, store, out):
         model.base_model.sequence_parallel = None
         with open(out, "a") as file:
             line = {"rank": rank, "pass": name, "forward": forward, "backward": backward}
+            line["under_way"] = len(UNDER_WAY)
             file.write(json.dumps(line) + "\n")
     dist.barrier()
     dist.destroy_process_group()

@@ -25,9 +25,14 @@ LARGEST_GATHER = 8
 
 def settle(group):
     """Forgets the messages of passes that everyone in a group has finished."""
-    for _, work, _ in (message for message in UNDER_WAY if message[0] is group):
+    forget([message for message in UNDER_WAY if message[0] is group])
+
+
+def forget(messages):
+    """Waits until messages are out, and lets go of their memory."""
+    for _, work, _ in messages:
         work.wait()
-    UNDER_WAY[:] = [message for message in UNDER_WAY if message[0] is not group]
+    UNDER_WAY[:] = [x for x in UNDER_WAY if not any(x is message for message in messages)]
 
 
 class Wire:
@@ -46,6 +51,7 @@ class Wire:
     def __init__(self, group, device):
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.shifted = []  # the last message of a shift
 
     @property
     def are_few(self):
@@ -101,8 +107,13 @@ class Wire:
     def shift(self, tensors, step):
         """What the process `step` places before has; zeros if there is none."""
         to, source = self.rank + step, self.rank - step
+        # All make the same shifts in the same order: who is to get the last one is near by, and
+        # waiting for it here keeps the memory of one message and not of those of all layers.
+        forget(self.shifted)
+        self.shifted = []
         if 0 <= to < self.size:
             self.send(as_bytes(tensors), to)
+            self.shifted = UNDER_WAY[-1:]
         if not 0 <= source < self.size:
             return [torch.zeros_like(x) for x in tensors]
         return from_bytes(self.receive(as_bytes(tensors).clone(), source), tensors)
