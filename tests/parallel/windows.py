@@ -48,6 +48,20 @@ def told():
     return found
 
 
+def restarted(rank, size):
+    """The largest difference from one process where one of two rows restarts at every cut."""
+    fields = {"zero_memory": True, "same_length": True}
+    model = zoo_subject("transformer_xl", **fields).build(0).double().eval()
+    positions = torch.arange(30 * size).repeat(2, 1)
+    positions[1] %= 30
+    batch = {"input_ids": torch.arange(60 * size).view(2, -1) % 50 + 1, "position_ids": positions}
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).logits[:, 30 * rank : 30 * (rank + 1)]
+        model.base_model.sequence_parallel = dist.group.WORLD
+        found = model(**split_batch(batch, rank, size), use_cache=False).logits
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
 def main(rank, size, store, out):
     """Runs all passes."""
     rank, size = int(rank), int(size)
@@ -76,6 +90,9 @@ def main(rank, size, store, out):
             line = {"rank": rank, "pass": name, "forward": forward, "backward": backward}
             line["under_way"] = len(UNDER_WAY)
             file.write(json.dumps(line) + "\n")
+    line = {"rank": rank, "pass": "restarted", "error": restarted(rank, size)}
+    with open(out, "a") as file:
+        file.write(json.dumps(line) + "\n")
     dist.barrier()
     dist.destroy_process_group()
 
