@@ -12,6 +12,7 @@ kernels/bench/results/sequence_parallel.json.
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -127,21 +128,30 @@ def measured(name, length, size):
 
 def formula(name):
     """Bytes per layer and direction of one process, in float32; None: there is none."""
-    config = build(name).config
-    width, heads = config.hidden_size, config.num_attention_heads
-    key = value = width // heads
-    shift = 2 * 4 * width  # of both mixes
+    model = build(name)
+    layers = model.model.state_specs()
+    held = {
+        kind: sum(4 * math.prod(spec.shape) for x in layers for n, spec in x.items() if kind in n)
+        / len(layers)
+        for kind in ("memory", "conv", "states")
+    }
+    heads, width = model.config.num_attention_heads, model.config.hidden_size
+    key = layers[0]["memory_NHKV"].shape[1] if "memory_NHKV" in layers[0] else width // heads
+    decays, transition = 4 * heads * key, 4 * heads * key * key
+    shifts, token = 2 * 4 * width, 2 * 4 * width  # of both mixes; a key and a value
     return {
-        "retnet": 4 * heads * key * 2 * value,  # its values are twice as wide
-        "lightning": 4 * heads * key * value,
-        "rwkv4": 12 * width + shift,
-        "rwkv5": 4 * heads * key * value + shift,
-        "rwkv6": 4 * heads * (key * value + key) + shift,
-        "rwkv7": 4 * heads * key * (key + value) + shift,
+        "retnet": held["memory"],
+        "lightning": held["memory"],
+        "rwkv4": 12 * width + shifts,
+        "rwkv5": held["memory"] + decays + shifts,
+        "rwkv6": held["memory"] + decays + shifts,
+        "rwkv7": held["memory"] + transition + shifts,
+        "gated_deltanet": held["memory"] + transition + held["conv"],
         "infini": 4 * heads * key * (key + 1),
-        "sliding_window": 2 * 4 * (512 - 1) * heads * key,
-        "block_recurrent": None,
-        "longnet": 0,
+        "sliding_window": 511 * token,
+        "block_recurrent": 512 * token + held["states"],
+        "transformer_xl": 511 * token / 2,  # what came into the layer
+        "longnet": 0,  # where cuts divide no segment
     }.get(name)
 
 
@@ -174,7 +184,8 @@ def main():
         )
         print(
             f"{name:16} {one['peak_bytes'] / 2**20:6.0f} MiB, in {arguments.processes} processes "
-            f"{peak / 2**20:5.0f}: {ratio:.2f}; told {bytes_told}, formula {formula(name)}",
+            f"{peak / 2**20:5.0f}: {ratio:.2f}; told {bytes_told}, "
+            f"formula {results[name]['formula']}",
             flush=True,
         )
         if arguments.processes == 4 and ratio > WANTED:
