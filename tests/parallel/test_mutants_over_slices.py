@@ -3,7 +3,7 @@
 import pytest
 from mutants import MUTANTS
 from processes import PATIENCE
-from test_slices import TOLERANCE
+from test_models_over_slices import TOLERANCE
 
 SIZE = 4
 # Seconds, for the one that is to wait.

@@ -3,7 +3,7 @@
 import pytest
 from heads import MODELS
 from processes import once
-from test_slices import TOLERANCE
+from test_models_over_slices import TOLERANCE
 
 SIZE = 4
 
