@@ -99,11 +99,14 @@ def _plain_logits(subject, model, ids):
 
 @contextlib.contextmanager
 def plain_operators(model):
-    """Replaces the zoo's operators by their definitions in the modules a model is made of.
+    """Replaces the zoo's operators by their definitions in what a model is made of.
 
     Yields the names of what was replaced.
     """
     modules = {sys.modules[type(module).__module__] for module in model.modules()}
+    # And where functions that these use are at home: one of a layer may hand an operator out.
+    homes = {getattr(x, "__module__", None) for module in modules for x in vars(module).values()}
+    modules |= {sys.modules[x] for x in homes if str(x).startswith("zoo.layers.")}
     replaced = []
     for module in modules:
         for name, function in list(vars(module).items()):
