@@ -30,6 +30,8 @@ def settle(group):
 
 def forget(messages):
     """Waits until messages are out, and lets go of their memory."""
+    # Of those that are not out yet: who waits for one a second time waits for ever.
+    messages = [x for x in UNDER_WAY if any(x is message for message in messages)]
     for _, work, _ in messages:
         work.wait()
     UNDER_WAY[:] = [x for x in UNDER_WAY if not any(x is message for message in messages)]
