@@ -132,9 +132,10 @@ def test_killed_and_resumed(workshop, run):
     arguments, options = four(2)
     run("whole", *arguments, **options)
     ranks = workshop.start_ranks("--name", "killed", *SHORT, *arguments, **options)
+    deadline = time.monotonic() + 120
     while not (done := list_checkpoints(workshop.folder / "killed")):
         time.sleep(0.001)
-        assert ranks[0].poll() is None
+        assert ranks[0].poll() is None and time.monotonic() < deadline
     for rank in ranks:
         rank.kill()
     for rank in ranks:
