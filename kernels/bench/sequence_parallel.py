@@ -25,8 +25,8 @@ import torch.distributed as dist
 from lengths import HEAP, RESULTS, peak_bytes
 
 import zoo
-from zoo.core.exchange import TRAFFIC
 from zoo.core.parallel import split_batch
+from zoo.core.wire import TRAFFIC
 
 SIZES = {
     "vocab_size": 259,

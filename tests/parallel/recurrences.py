@@ -15,7 +15,7 @@ import slices
 import torch
 import torch.distributed as dist
 
-import zoo.core.exchange as exchange
+import zoo.core.wire as wire
 from zoo.core.parallel import split_batch
 
 LENGTHS = (64, 256)
@@ -28,19 +28,19 @@ def traffic(model, rank, size, time):
     ids = torch.randint(1, 61, (2, time), generator=generator)
     own = split_batch({"input_ids": ids, "labels": ids}, rank, size)
     model.base_model.sequence_parallel = dist.group.WORLD
-    exchange.TRAFFIC.clear()
+    wire.TRAFFIC.clear()
     loss = model(**own, use_cache=False).loss
-    forward = exchange.TRAFFIC.copy()
+    forward = wire.TRAFFIC.copy()
     loss.backward()
     model.base_model.sequence_parallel = None
-    return {"forward": dict(forward), "backward": dict(exchange.TRAFFIC - forward)}
+    return {"forward": dict(forward), "backward": dict(wire.TRAFFIC - forward)}
 
 
 def compare(model, rank, size, case, batch, bounds):
     """Differences, on the first process."""
     count = (slices.targets(batch) != -100).sum()
     own = slices.run_slice(model, batch, bounds, rank, size, count)
-    sent = {"traffic": dict(exchange.TRAFFIC)}
+    sent = {"traffic": dict(wire.TRAFFIC)}
     got = slices.together(batch, bounds, rank, size, 0, *own)
     if rank > 0:
         return None
@@ -71,7 +71,7 @@ def main(rank, size, store, out, *names):
     models = {name: slices.built(name) for name in scanned} | {"wide": wide_convolution()}
     for name, model in models.items():
         # All tell all of them at most one.
-        exchange.LARGEST_GATHER = 8 if name == "wide" else 1
+        wire.LARGEST_GATHER = 8 if name == "wide" else 1
         for case, batch, bounds in slices.cases():
             slices.say(name, case)
             found = compare(model, rank, size, case, batch, bounds[size])

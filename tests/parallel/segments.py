@@ -13,7 +13,7 @@ import slices
 import torch
 import torch.distributed as dist
 
-import zoo.core.exchange as exchange
+import zoo.core.wire as wire
 from zoo.core.parallel import split_batch
 
 MODELS = (
@@ -50,13 +50,13 @@ def traffic(model, rank, size, bounds):
     """Bytes of a pass and of its backward, by kind."""
     own = split_batch(batch_of(bounds[-1]), rank, size, bounds)
     model.base_model.sequence_parallel = dist.group.WORLD
-    exchange.TRAFFIC.clear()
+    wire.TRAFFIC.clear()
     loss = model(**own, use_cache=False).loss
-    forward = exchange.TRAFFIC.copy()
+    forward = wire.TRAFFIC.copy()
     loss.backward()
     model.base_model.sequence_parallel = None
     model.zero_grad()
-    backward = exchange.TRAFFIC - forward
+    backward = wire.TRAFFIC - forward
     return [{n: x for n, x in c.items() if n != "door"} for c in (forward, backward)]
 
 
@@ -131,10 +131,10 @@ def main(rank, size, store, out):
             for case, found in compare(model.double(), rank, size):
                 write("errors", name, case, found)
         if name == SCANNED:
-            few, exchange.LARGEST_GATHER = exchange.LARGEST_GATHER, 1
+            few, wire.LARGEST_GATHER = wire.LARGEST_GATHER, 1
             for case, found in compare(model, rank, size):
                 write("errors", name, f"{case}, in doubled steps", found)
-            exchange.LARGEST_GATHER = few
+            wire.LARGEST_GATHER = few
         found = prefill(model.double().eval(), BOUNDS["short"], rank, size)
         if rank == size - 1:
             write("errors", name, "prefill", {"state": found})

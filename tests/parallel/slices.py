@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import zoo.core.exchange as exchange
+import zoo.core.wire as wire
 from zoo.contract.subject import cache_tensors, with_all_parts_active, zoo_subject
 from zoo.core.parallel import split_batch
 
@@ -111,11 +111,11 @@ def differences(batch, got, expected):
 
 def run_slice(model, batch, bounds, rank, size, count):
     """What this process makes of its slice."""
-    exchange.TRAFFIC.clear()
+    wire.TRAFFIC.clear()
     model.base_model.sequence_parallel = dist.group.WORLD
     own = run(model, split_batch(batch, rank, size, bounds), count)
     model.base_model.sequence_parallel = None
-    sent = sum(exchange.TRAFFIC[name] for name in ("send", "all_gather", "all_to_all"))
+    sent = sum(wire.TRAFFIC[name] for name in ("send", "all_gather", "all_to_all"))
     assert sent or rank == size - 1, "nothing was exchanged"
     return own
 
@@ -142,7 +142,7 @@ def compare(name, model, rank, size):
         checkpointing(model, False)
         got = together(batch, bounds[size], rank, size, index % size, *own)
         if index in expected:
-            traffic = {"traffic": dict(exchange.TRAFFIC)}
+            traffic = {"traffic": dict(wire.TRAFFIC)}
             yield case, differences(batch, got, expected[index]) | traffic
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from zoo.contract.subject import zoo_subject
-from zoo.core.exchange import TRAFFIC, UNDER_WAY
 from zoo.core.parallel import split_batch
+from zoo.core.wire import TRAFFIC, UNDER_WAY
 
 MODELS = {
     "window": ("sliding_window", "default", {}),

@@ -36,7 +36,6 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .exchange import settle
 from .flops import linear_flops
 from .generation import StateGeneration
 from .joining import join_states
@@ -60,6 +59,7 @@ from .state import (
 )
 from .turns import run_in_turn, run_stack_in_turn, run_together
 from .versions import FORMAT_VERSION, current_fields, renamed_weights
+from .wire import settle
 
 LOSS_IGNORES = -100
 

@@ -11,10 +11,11 @@ not linear in its state.
 import torch
 import torch.distributed as dist
 
-from .exchange import TRAFFIC, Exchanges, settle
+from .exchange import Exchanges
 from .sequence import Sequence
 from .slicing import split_batch
 from .tails import tails_of_left
+from .wire import TRAFFIC, settle
 
 # More tokens than any text has.
 MANY = 1 << 40

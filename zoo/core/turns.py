@@ -6,8 +6,8 @@ state on. Everything else of a layer they do at the same time. Backward goes the
 
 import torch
 
-from .exchange import as_bytes, from_bytes
 from .state import State, new_cache
+from .wire import as_bytes, from_bytes
 
 DTYPES = (
     torch.float32,
