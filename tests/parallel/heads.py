@@ -3,11 +3,7 @@
 python tests/parallel/heads.py RANK SIZE STORE OUT
 """
 
-import sys
-import traceback
-
-import torch
-import torch.distributed as dist
+from as_process import run_as_process
 from slices import compare, write
 
 from zoo.contract.subject import with_all_parts_active, zoo_subject
@@ -22,11 +18,8 @@ MODELS = {
 }
 
 
-def main(rank, size, store, out):
+def main(rank, size, out):
     """Compares all of them."""
-    rank, size = int(rank), int(size)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     for name, fields in MODELS.items():
         heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
         fields = {"sliding_window": None, **heads, **fields}
@@ -34,13 +27,7 @@ def main(rank, size, store, out):
         model = with_all_parts_active(subject.build(0)).double().train()
         for case, found in compare(name, model, rank, size):
             write(out, name, case, size, found)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except BaseException:
-        traceback.print_exc()
-        raise SystemExit(1) from None
+    run_as_process(main)

@@ -5,12 +5,10 @@ python tests/parallel/mutants.py RANK SIZE STORE OUT MUTANT
 As slices.py, for the model that has what is broken.
 """
 
-import sys
-import traceback
-
 import slices
 import torch
 import torch.distributed as dist
+from as_process import run_as_process
 
 from zoo.core import exchange, halo
 from zoo.core.parallel import Ranks
@@ -88,21 +86,13 @@ def exchanges_without_tokens():
     exchange.Exchanges.make = make
 
 
-def main(rank, size, store, out, mutant):
+def main(rank, size, out, mutant):
     """Compares the model."""
-    rank, size = int(rank), int(size)
-    torch.set_num_threads(1)
     globals()[mutant]()
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     name, _ = MUTANTS[mutant]
     for case, found in slices.compare(name, slices.built(name), rank, size):
         slices.write(out, name, case, size, found)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except BaseException:
-        traceback.print_exc()
-        raise SystemExit(1) from None
+    run_as_process(main)

@@ -8,12 +8,11 @@ processes than one are too many to tell everyone, and of a wide convolution.
 """
 
 import copy
-import sys
-import traceback
 
 import slices
 import torch
 import torch.distributed as dist
+from as_process import run_as_process
 
 import zoo.core.wire as wire
 from zoo.core.parallel import split_batch
@@ -55,12 +54,9 @@ def wide_convolution():
     return type(model)(config).double().train()
 
 
-def main(rank, size, store, out, *names):
+def main(rank, size, out, *names):
     """Everything."""
-    rank, size = int(rank), int(size)
     of_traffic, scanned = names[: names.index("--")], names[names.index("--") + 1 :]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     for name in of_traffic:
         model = slices.built(name, torch.float32)
         for length in LENGTHS:
@@ -77,12 +73,7 @@ def main(rank, size, store, out, *names):
             found = compare(model, rank, size, case, batch, bounds[size])
             if found is not None:
                 slices.write(out, name, case, size, found)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except BaseException:
-        traceback.print_exc()
-        raise SystemExit(1) from None
+    run_as_process(main)

@@ -8,12 +8,11 @@ was found.
 
 import copy
 import pickle
-import sys
 import tempfile
-import traceback
 
 import torch
 import torch.distributed as dist
+from as_process import run_as_process
 from slices import say, write
 from torch import nn
 
@@ -144,11 +143,8 @@ def copies(model, rank, size):
     return {"error": max(float((x - expected).abs().max()) for x in rest)}
 
 
-def main(rank, size, store, out):
+def main(rank, size, out):
     """Asks for all of them."""
-    rank, size = int(rank), int(size)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     architecture = zoo.MODELS["retnet"]
     torch.manual_seed(0)
     model = architecture.causal_lm(architecture.config(**TINY))
@@ -163,12 +159,7 @@ def main(rank, size, store, out):
             found = {"message": str(error)}
         write(out, name, f"process {rank}", size, found)
         dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except BaseException:
-        traceback.print_exc()
-        raise SystemExit(1) from None
+    run_as_process(main)

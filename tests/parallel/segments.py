@@ -6,12 +6,11 @@ Each process writes lines of JSON to OUT: of the traffic, which is that of proce
 """
 
 import json
-import sys
-import traceback
 
 import slices
 import torch
 import torch.distributed as dist
+from as_process import run_as_process
 
 import zoo.core.wire as wire
 from zoo.core.parallel import split_batch
@@ -105,11 +104,8 @@ def prefill(model, bounds, rank, size):
     return max(errors)
 
 
-def main(rank, size, store, out):
+def main(rank, size, out):
     """Everything."""
-    rank, size = int(rank), int(size)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
 
     def write(*line):
         with open(out, "a") as file:
@@ -138,12 +134,7 @@ def main(rank, size, store, out):
         found = prefill(model.double().eval(), BOUNDS["short"], rank, size)
         if rank == size - 1:
             write("errors", name, "prefill", {"state": found})
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except BaseException:
-        traceback.print_exc()
-        raise SystemExit(1) from None
+    run_as_process(main)

@@ -8,10 +8,10 @@ makes those of other cases. Where it is goes to stderr.
 
 import json
 import sys
-import traceback
 
 import torch
 import torch.distributed as dist
+from as_process import run_as_process
 from torch import nn
 
 import zoo.core.wire as wire
@@ -188,11 +188,8 @@ def built(name, dtype=torch.float64):
     return model
 
 
-def main(rank, size, store, out, *names):
+def main(rank, size, out, *names):
     """Compares all of them."""
-    rank, size = int(rank), int(size)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     for name in names:
         model = built(name)
         for case, found in compare(name, model, rank, size):
@@ -201,7 +198,6 @@ def main(rank, size, store, out, *names):
         found = prefill(model.eval(), rank, size)
         if found is not None:
             write(out, name, "prefill", size, found)
-    dist.destroy_process_group()
 
 
 def write(out, name, case, size, found):
@@ -210,8 +206,4 @@ def write(out, name, case, size, found):
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except BaseException:
-        traceback.print_exc()
-        raise SystemExit(1) from None
+    run_as_process(main)

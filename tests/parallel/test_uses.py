@@ -69,7 +69,7 @@ def refusals(processes, tmp_path_factory):
 def test_gradients_are_those_of_one_process(uses, name):
     found = dict(uses[name])
     found.pop("precision")
-    assert len(found) == 5
+    assert len(found) == 6
     for use, errors in found.items():
         assert errors and all(x < TOLERANCE for x in errors.values()), (use, errors)
 

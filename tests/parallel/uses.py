@@ -7,11 +7,11 @@ process, or for "precision" how many times its error.
 """
 
 import copy
-import sys
-import traceback
+import gc
 
 import torch
 import torch.distributed as dist
+from as_process import run_as_process
 from slices import TIME, built, cases, say, targets, without_labels, write
 from torch import nn
 
@@ -85,6 +85,18 @@ def two_backwards_of_one_pass(model, rank, size):
         of_passes[0].backward()
 
     return against_one(model, rank, size, backward)
+
+
+@use
+def many_steps(model, rank, size):
+    """A pass and its backward leave no tensor behind: autograd's functions hold no circle."""
+    counts = []
+    for _ in range(3):
+        trained(model, backward_of_sum, dist.group.WORLD, rank=rank, size=size)
+        gc.collect()
+        # By type: a look at `__class__` of whatever there is runs others' code.
+        counts.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
+    return {"tensors more": counts[-1] - counts[-2]}
 
 
 @use
@@ -166,11 +178,8 @@ def precision(model, rank, size):
     return found
 
 
-def main(rank, size, store, out, *names):
+def main(rank, size, out, *names):
     """Uses each of them."""
-    rank, size = int(rank), int(size)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     for name in names:
         model = built(name)
         for what, function in USES.items():
@@ -178,13 +187,7 @@ def main(rank, size, store, out, *names):
             found = function(model, rank, size)
             if rank == size - 1:
                 write(out, name, what, size, found)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except BaseException:
-        traceback.print_exc()
-        raise SystemExit(1) from None
+    run_as_process(main)

@@ -11,6 +11,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from as_process import run_as_process
 
 from zoo.contract.subject import zoo_subject
 from zoo.core.parallel import split_batch
@@ -62,11 +63,8 @@ def restarted(rank, size):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def main(rank, size, store, out):
+def main(rank, size, out):
     """Runs all passes."""
-    rank, size = int(rank), int(size)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     models = {
         name: zoo_subject(model, variant, **fields).build(0).train()
         for name, (model, variant, fields) in MODELS.items()
@@ -93,9 +91,7 @@ def main(rank, size, store, out):
     line = {"rank": rank, "pass": "restarted", "error": restarted(rank, size)}
     with open(out, "a") as file:
         file.write(json.dumps(line) + "\n")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_as_process(main)
