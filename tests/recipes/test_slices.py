@@ -219,11 +219,9 @@ def test_launches_that_do_not_fit(in_process, workshop):
 def test_walks_in_shards_are_refused():
     sizes = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     block = {**sizes, "recurrent_layers": [1], "num_states": 4}
-    walkers = [
-        ("rmt", sizes),
-        ("landmark", sizes),
-        ("block_recurrent", {**block, "feedback": True}),
-    ]
+    memory = {**sizes, "num_memory_tokens": 2, "same_length": False, "zero_memory": False}
+    feedback = {**block, "feedback": True}
+    walkers = [("rmt", sizes), ("transformer_xl", memory), ("block_recurrent", feedback)]
     for name, fields in (*walkers, ("retnet", sizes), ("block_recurrent", block)):
         with torch.device("meta"):
             model = zoo.MODELS[name].causal_lm(zoo.MODELS[name].config(**fields))
