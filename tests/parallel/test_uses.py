@@ -69,9 +69,15 @@ def refusals(processes, tmp_path_factory):
 def test_gradients_are_those_of_one_process(uses, name):
     found = dict(uses[name])
     found.pop("precision")
-    assert len(found) == 6
+    assert len(found) == 7
     for use, errors in found.items():
-        assert errors and all(x < TOLERANCE for x in errors.values()), (use, errors)
+        assert errors or use == "turns", use
+        assert all(x < TOLERANCE for x in errors.values()), (use, errors)
+
+
+def test_mixers_that_know_nothing_of_slices_take_turns(uses):
+    # All but those that walk their segments, or whose stack knows of slices.
+    assert sum(bool(uses[name]["turns"]) for name in NAMES) == len(NAMES) - 2
 
 
 @pytest.mark.parametrize("name", NAMES)
