@@ -144,6 +144,17 @@ def test_attention_implementations_are_set_or_refused(architecture):
             assert set(calls) == {name}
 
 
+@torch.no_grad()
+def test_attention_that_another_copy_registered(monkeypatch):
+    """A zoo in an exported folder registers its own function under our name, for the process."""
+    model = build(zoo.MODELS["sliding_window"])
+    expected = model(ids_of(1, 9)).logits
+    interface = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(interface, "banded", None)
+    assert interface.get_interface("banded", "none") is None
+    assert torch.equal(model(ids_of(1, 9)).logits, expected)
+
+
 def test_attention_implementation_without_softmax():
     model = build(zoo.MODELS["lightning"])
     with pytest.raises(ValueError, match="got 'sdpa' and no softmax_layers; leave it out"):

@@ -577,7 +577,11 @@ class SoftmaxAttention(nn.Module):
                 bias_BHTS = all_biases(q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.device, **bias)
             seen = {"visible_BS": visible_BS, "bias_BHTS": bias_BHTS} | documents
             settings |= mask_arguments(name, q_BTHK, k_BSHK, self.window, **seen)
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        # Under our name a copy of the zoo in an exported folder, maybe an older one, registers its
+        # own function: what is ours is not asked for by name.
+        interface = banded_attention_forward
+        if name != "banded":
+            interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         heads_first = (x.transpose(1, 2) for x in (q_BTHK, k_BSHK, v_BSHV))
         return interface(self, *heads_first, **settings)[0]
 
