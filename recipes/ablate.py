@@ -24,6 +24,7 @@ if str(REPOSITORY) not in sys.path:  # run from a clone in which nothing is inst
 
 from ablating import report  # noqa: E402
 from ablating.collecting import RESULTS, add_speed, collect  # noqa: E402
+from ablating.deciding import decide  # noqa: E402
 from ablating.driving import drive  # noqa: E402
 from ablating.engines import engine_named  # noqa: E402
 from ablating.listing import list_models, list_trials  # noqa: E402
@@ -111,6 +112,7 @@ def run(sweep, options):
         plan, by_task = plan_of(sweep)
         if options.retry_failed:
             plan.forget_failures()
+        plan.precision = decide(sweep, plan.widths)
         print(*list_models(sweep, by_task), sep="\n", flush=True)
         stopped_by = drive(plan, engine)
     results = collect(plan, by_task, options.engine)

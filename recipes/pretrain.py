@@ -38,10 +38,17 @@ from pretraining.launching import (
     die_with_launcher,
     is_on,
     launcher_words,
-    precision_of,
     set_cpu_threads,
 )
 from pretraining.lora import adapt
+from pretraining.precision import (
+    Precision,
+    has_bf16,
+    kept_precision,
+    precision_of,
+    product_of,
+    settle,
+)
 from pretraining.recipe import Recipe, UsageError, describe_keys, read_recipe
 from pretraining.reporting import Lasting, environment
 from pretraining.run_folder import (
@@ -104,13 +111,17 @@ def parse(arguments):
     return parser.parse_known_args(arguments)
 
 
-def without_memory(recipe):
-    """The recipe's model on meta."""
+def config_of(recipe):
+    """The config of the recipe's model, of a run that begins."""
     tokenizer = tokenizer_of(recipe)
     if recipe.init_from:
-        config, _, _ = config_of_source(recipe, tokenizer)
-    else:
-        config = build_config(recipe, tokenizer)
+        return config_of_source(recipe, tokenizer)[0]
+    return build_config(recipe, tokenizer)
+
+
+def without_memory(recipe):
+    """The recipe's model on meta."""
+    config = config_of(recipe)
     with torch.device("meta"):
         return build_model(recipe, config)
 
@@ -130,7 +141,8 @@ class Plan:
     """What is going to be done, as each process finds it for itself."""
 
     recipe: Recipe
-    precision: str
+    precision: Precision
+    product: tuple | None
     resume: bool
     checkpoint: Checkpoint
     changes: list[str]
@@ -158,8 +170,6 @@ def make_plan(options, overrides, environ, held):
     if recipe.sequence_parallel > 1 and is_on(environ.get("ACCELERATE_USE_FSDP")):
         check_walk(recipe, without_memory(recipe))
     check_trackers(recipe.trackers)
-    launched = environ.get("ACCELERATE_MIXED_PRECISION", "")
-    precision = precision_of(recipe.precision, state.device, launched)
     resume = check_run_dir(
         recipe.run_dir,
         resume=options.resume or options.resume_or_start,
@@ -169,21 +179,29 @@ def make_plan(options, overrides, environ, held):
     if state.is_main_process:
         held.enter_context(locked(recipe.run_dir))
     checkpoint = newest_checkpoint(recipe.run_dir) if resume else Checkpoint()
+    kept = kept_precision(recipe.run_dir, checkpoint.manifest, state.device) if resume else None
+    launched = environ.get("ACCELERATE_MIXED_PRECISION", "")
+    precision = precision_of(recipe.precision, state.device, launched, kept)
+    product = None
+    if not precision.name:
+        product = product_of(recipe, config_of(recipe), state.num_processes)
     changes, found = [], "none"
     if checkpoint.folder:
         diverged = read_record(recipe.run_dir).get("diverged") or []
-        changes = check_changes(checkpoint, recipe, diverged, options.change_schedule)
+        changes = check_changes(
+            checkpoint, recipe, diverged, options.change_schedule, kept and kept.name
+        )
         found = f"step {checkpoint.step}, {file_hash(checkpoint.folder / MANIFEST)[:8]}"
     # Where files are may differ from machine to machine; what is in them may not.
     places = ("output_dir", "cache_dir", "data", "sources", "tokenizer", "init_from")
-    values = {**dataclasses.asdict(recipe), "precision": precision}
+    values = {**dataclasses.asdict(recipe), "precision": precision.name}
     versions = environment(REPOSITORY)["versions"]
     facts = {
         "recipe": {key: value for key, value in values.items() if key not in places},
         "checkpoint": found,
         "versions": {name: versions[name] for name in versions if name != "python"},
     }
-    return Plan(recipe, precision, resume, checkpoint, changes), facts
+    return Plan(recipe, precision, product, resume, checkpoint, changes), facts
 
 
 def start(arguments):
@@ -204,6 +222,8 @@ def start(arguments):
     with contextlib.ExitStack() as held:
         plan = together(make_plan, options, overrides, environ, held)
         threads = set_cpu_threads(plan.recipe.cpu_threads, environ)
+        state = PartialState()
+        plan.precision = settle(plan.precision, plan.product, state.device, state.is_main_process)
         return train(plan, bool(on_cpu), threads, options, environ)
 
 
@@ -215,7 +235,7 @@ def train(plan, on_cpu, threads, options, environ):
     accelerator = Accelerator(
         cpu=on_cpu,
         # DeepSpeed would keep the weights themselves in 16 bits.
-        mixed_precision="bf16" if plan.precision == "bf16" and not zero else "no",
+        mixed_precision="bf16" if plan.precision.name == "bf16" and not zero else "no",
         # accelerate would divide each gradient by what the launcher says here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=recipe.trackers or None,
@@ -232,6 +252,8 @@ def train(plan, on_cpu, threads, options, environ):
             accelerator.print(f"From here on sequence_parallel: {before} -> {now}")
         for change in plan.changes:
             accelerator.print(f"From here on {change}")
+        if plan.precision.name == "bf16" and not has_bf16(accelerator.device):
+            accelerator.print("The run began in bf16, which this device emulates: that is slow")
     elif plan.resume:
         accelerator.print("Continuing from the beginning: no checkpoint was written yet")
     if options.overwrite and accelerator.is_main_process:

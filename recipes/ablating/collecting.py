@@ -9,6 +9,7 @@ from pretraining.building import REPOSITORY
 from pretraining.reporting import environment, write_whole
 from pretraining.run_folder import read_record
 
+from .deciding import read_precision
 from .matching import models_of
 
 RESULTS = "results.json"
@@ -35,10 +36,12 @@ def collect(plan, by_task, engine):
         before = earlier.get(name, {})
         if before.get("fields") == model["fields"]:
             model["speed"] = before["speed"]
+    decided = read_precision(plan.sweep.folder)
     results = {
         "sweep": asdict(plan.sweep),
         "environment": environment(REPOSITORY),
         "engine": engine,
+        "precision": asdict(decided) if decided else None,
         "models": models,
         "trials": [trial_record(trial, by_task) for trial in plan.trials()],
     }

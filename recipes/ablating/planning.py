@@ -15,16 +15,18 @@ class Plan:
     Args:
         sweep: a `Sweep`.
         widths: task -> model -> width of the MLP, None where the sweep says it.
+        precision: of all trials whose recipes say "auto"; empty: each decides for itself.
     """
 
-    def __init__(self, sweep, widths):
-        self.sweep, self.widths = sweep, widths
+    def __init__(self, sweep, widths, precision=""):
+        self.sweep, self.widths, self.precision = sweep, widths, precision
         self._ended = {}  # hash -> (status, score), which no longer changes
 
     def trial(self, task, model, rate, seed, role):
         """The `Trial` of these."""
         recipe = self.sweep.resolve(task, model, rate, seed, self.widths[task][model])
-        return Trial(task, model, rate, seed, role, recipe, self.sweep.folder)
+        folder = self.sweep.folder
+        return Trial(task, model, rate, seed, role, recipe, folder, self.precision)
 
     def outcome(self, trial):
         """(status, score) of a trial that has ended, None of others."""

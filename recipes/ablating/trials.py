@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pretraining.recipe import Recipe
 from pretraining.reporting import read_metrics, write_json
-from pretraining.run_folder import METRICS, is_run
+from pretraining.run_folder import METRICS, is_run, read_record
 
 DONE, FAILED, LOG, RECIPE = "DONE", "FAILED", "log.txt", "recipe.toml"
 TRIALS = "trials"
@@ -39,6 +39,8 @@ class Trial:
             rate on another seed) or "noise" (once more, for what the machine adds).
         recipe: what it does.
         sweep_folder: of the sweep.
+        precision: that all trials of the sweep train in where recipes say "auto"; empty: each
+            decides for itself.
     """
 
     task: str
@@ -48,6 +50,7 @@ class Trial:
     role: str
     recipe: Recipe
     sweep_folder: Path
+    precision: str = ""
 
     @cached_property
     def hash(self):
@@ -88,6 +91,9 @@ class Trial:
         """Puts the recipe where the command expects it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         values = asdict(self.recipe) | {"name": "run", "output_dir": str(self.folder)}
+        if self.recipe.precision == "auto":
+            begun = read_record(self.run_folder).get("precision")
+            values["precision"] = begun or self.precision or "auto"
         lines = [f"{key} = {toml_of(value)}\n" for key, value in values.items()]
         self.recipe_file.write_text("".join(lines), encoding="utf-8")
 

@@ -24,7 +24,7 @@ SCHEDULE_KEYS = frozenset(
 RESCUE_KEYS = SCHEDULE_KEYS | {"gradient_clip", "skip_spikes", "max_skipped", "z_loss"}
 
 
-def changes_history(old, new, step):
+def changes_history(old, new, step, precision=None):
     """Which keys make `new` a different run from the one that trained `step` steps with `old`.
 
     The schedule may change as long as the steps behind stay as they were, so that a finished WSD
@@ -34,6 +34,7 @@ def changes_history(old, new, step):
         old: a recipe as a dictionary. What it lacks had the value that is the default now.
         new: a `Recipe`.
         step: number of steps done.
+        precision: that they were done in, "fp32" or "bf16"; None: not known.
 
     Returns:
         Key -> "key: old -> new", empty if the run can go on.
@@ -42,6 +43,10 @@ def changes_history(old, new, step):
     old = {**dataclasses.asdict(Recipe("a name", new.architecture)), **old}
     free = FREE_KEYS | IDENTIFIED_KEYS
     changed = {key for key in current if key not in free and current[key] != old[key]}
+    if precision:
+        old["precision"] = precision
+        if current["precision"] in ("auto", precision):  # "auto" is what the run began with
+            changed.discard("precision")
     weights = [{s["name"]: s.get("weight", 1) for s in each["sources"]} for each in (old, current)]
     if weights[0] != weights[1]:
         old, current = {**old, "sources": weights[0]}, {**current, "sources": weights[1]}
@@ -53,7 +58,7 @@ def changes_history(old, new, step):
     return {key: f"{key}: {old[key]!r} -> {current[key]!r}" for key in sorted(changed)}
 
 
-def check_changes(checkpoint, recipe, diverged, change_schedule):
+def check_changes(checkpoint, recipe, diverged, change_schedule, precision=None):
     """What a continuation changes of its run although the steps behind were done otherwise.
 
     After a divergence a gentler schedule is what the run needs; else it takes an explicit word.
@@ -63,6 +68,7 @@ def check_changes(checkpoint, recipe, diverged, change_schedule):
         recipe: of the continuation.
         diverged: steps at which the run diverged so far.
         change_schedule: whether the user asked for another schedule from here on.
+        precision: as of `changes_history`.
 
     Returns:
         Descriptions "key: old -> new", for the record.
@@ -70,7 +76,8 @@ def check_changes(checkpoint, recipe, diverged, change_schedule):
     Raises:
         UsageError: the recipe is that of another run.
     """
-    changed = changes_history(checkpoint.manifest["recipe"], recipe, checkpoint.step)
+    before = checkpoint.manifest["recipe"]
+    changed = changes_history(before, recipe, checkpoint.step, precision)
     is_schedule = set(changed) <= RESCUE_KEYS and recipe.steps >= checkpoint.step
     is_rescue = any(step > checkpoint.step for step in diverged)
     if changed and not (is_schedule and (is_rescue or change_schedule)):

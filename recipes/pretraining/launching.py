@@ -133,38 +133,6 @@ def check_trackers(names):
             raise UsageError(f"the tracker {name} is not installed; run: pip install {name}")
 
 
-def precision_of(requested, device, launched=""):
-    """ "bf16" or "fp32": what was asked for, or what the device computes fastest in.
-
-    Args:
-        requested: the recipe's precision.
-        device: what is trained on.
-        launched: of the launcher (ACCELERATE_MIXED_PRECISION), which says "no" unasked.
-
-    Raises:
-        UsageError: bf16 asked of a device without it, another precision asked by the launcher.
-    """
-    launched = launched.lower()
-    if launched not in ("", "no", "bf16") or (launched == "bf16" and requested == "fp32"):
-        raise UsageError(
-            f'the launcher asks for mixed precision {launched!r}, the recipe for "{requested}"; '
-            'launch with --mixed_precision no, and say --precision "fp32", "bf16" or "auto".'
-        )
-    if launched == "bf16":
-        requested = "bf16"
-    if device.type == "cuda":
-        available = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        # Every CPU can emulate bf16, slowly; these are the ones with instructions for it.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        available = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    else:
-        available = True
-    if requested == "bf16" and not available:
-        raise UsageError(f'this {device.type} has no bf16; use --precision "fp32" or "auto".')
-    return "bf16" if requested != "fp32" and available else "fp32"
-
-
 def set_cpu_threads(requested, environ):
     """Sets how many threads this process computes with on a CPU, and returns it.
 

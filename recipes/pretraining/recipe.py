@@ -70,7 +70,7 @@ class Recipe:
     ema_decay: float = 0.0  # of an average of the weights, evaluated and saved beside them; 0: none
 
     # Computing
-    precision: str = "auto"  # "bf16" autocast, "fp32", or bf16 where the device computes in it
+    precision: str = "auto"  # "bf16" autocast, "fp32"; or the faster one, measured on CPUs
     cpu_threads: int = 0  # per process; 0: every physical core, shared by this machine's processes
     gradient_checkpointing: bool = False
     replay_segment_length: int = 0  # tokens whose activations exist at once; 0: all (exact)

@@ -20,6 +20,7 @@ from .full_attention import settle_full_attention
 from .lora import adapt
 from .measuring import diagnostics
 from .mixing import Batches, load_mixture
+from .precision import Precision
 from .recipe import UsageError
 from .recording import Records
 from .reporting import Progress, duration
@@ -61,12 +62,14 @@ class Run:
         threads: of this process, unless the checkpoint says how many it had.
         checkpoint: what to continue.
         changes: what the recipe changes of the run from there on, for the record.
-        precision: "fp32", or "bf16" for what autocast computes in it.
+        precision: a `Precision`, by default of float32.
     """
 
-    def __init__(self, recipe, accelerator, threads, checkpoint, changes=(), precision="fp32"):
+    def __init__(self, recipe, accelerator, threads, checkpoint, changes=(), precision=None):
         self.recipe, self.accelerator = recipe, accelerator
-        self.is_main, self.precision = accelerator.is_main_process, precision
+        self.is_main = accelerator.is_main_process
+        decided = precision or Precision("fp32")
+        self.precision, self.precision_seconds = decided.name, decided.seconds
         self.checkpoint, self.changes = checkpoint, changes
         self.size, self.accumulation = recipe.windows_per_process(accelerator.num_processes)
         self.tokenizer, begin, self.corpus = together(load_text, recipe, checkpoint)
@@ -96,7 +99,7 @@ class Run:
         self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lengths = {recipe.sequence_length, *(length for _, length in recipe.context_schedule)}
         self.flops = {length: training_flops(model, length) for length in lengths}
-        self.peak_flops = peak_flops(recipe, accelerator.device, precision)
+        self.peak_flops = peak_flops(recipe, accelerator.device, self.precision)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe),
             lr=recipe.learning_rate,
@@ -229,6 +232,7 @@ class Run:
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
             "precision": self.precision,
+            "precision_seconds": self.precision_seconds,
             "compiler": self._compiler(),
             "cpu_threads": self.threads,
             "order_sha256": order_hash(self.windows, self.recipe),
@@ -360,6 +364,7 @@ class Run:
         """Writes everything that `--resume` needs."""
         recipe = dataclasses.asdict(self.recipe)
         facts = {"seconds": self.seconds, "cpu_threads": self.threads, "recipe": recipe}
+        facts |= {"precision": self.precision, "precision_seconds": self.precision_seconds}
         facts |= identity(self.corpus) | self.init_from | self.spikes.state()
         states = self.carried.gathered() if self.carried else None
 

@@ -13,7 +13,6 @@ from pretraining.launching import (
     check_environment,
     check_launch,
     check_trackers,
-    precision_of,
     set_cpu_threads,
 )
 from pretraining.recipe import UsageError
@@ -86,51 +85,6 @@ def test_threads(monkeypatch):
     assert set_cpu_threads(0, {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2", **accelerate}) == 2
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
     assert set_cpu_threads(0, {}) == 1
-
-
-def test_precision(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    assert [precision_of(asked, cpu) for asked in ("auto", "bf16", "fp32")] == [
-        "bf16",
-        "bf16",
-        "fp32",
-    ]
-    monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False
-    )
-    assert [precision_of(asked, cpu) for asked in ("auto", "fp32")] == ["fp32", "fp32"]
-    with pytest.raises(UsageError, match="has no bf16"):
-        precision_of("bf16", cpu)
-
-
-@pytest.mark.parametrize(
-    ("requested", "launched", "expected"),
-    [
-        ("auto", "no", "bf16"),  # accelerate's default, which nobody asked for
-        ("fp32", "no", "fp32"),
-        ("bf16", "no", "bf16"),
-        ("auto", "bf16", "bf16"),
-        ("bf16", "bf16", "bf16"),
-        ("fp32", "bf16", None),
-        *[(mine, other, None) for mine in ("auto", "fp32", "bf16") for other in ("fp16", "fp8")],
-    ],
-)
-def test_precision_of_the_launcher(monkeypatch, requested, launched, expected):
-    """What it asks for is done or refused, never both asked and ignored."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True}, raising=False)
-    if expected:
-        assert precision_of(requested, torch.device("cpu"), launched) == expected
-        return
-    with pytest.raises(UsageError, match=f"asks for mixed precision '{launched}'") as error:
-        precision_of(requested, torch.device("cpu"), launched)
-    assert "--mixed_precision no" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_the_launchers_bf16_needs_a_device_with_it(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    with pytest.raises(UsageError, match="has no bf16"):
-        precision_of("auto", torch.device("cpu"), "bf16")
 
 
 @pytest.mark.parametrize(
