@@ -1,7 +1,7 @@
 # make demo    train a small RetNet on this Python's own source, export it, load it elsewhere
 # make test    lint, then every test that runs without a GPU (FAST=1 leaves the slow ones out)
 # make check   lint and formatting alone
-# make bench   the operators on one core, beside what transformers runs there
+# make bench   operators, then whole models, on one core, beside what others run there
 # make aot     every kernel compiled for four GPUs, without one, and checked; in part in make test
 # make compat  every model's export on the oldest and the newest libraries that pyproject.toml
 #              allows, in environments of their own (.venv/compat, made once; gigabytes).
@@ -46,6 +46,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/cpu.py
+	@OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/models.py
 
 aot: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/resources.py
