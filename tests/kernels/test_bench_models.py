@@ -112,6 +112,35 @@ def test_the_package_gets_our_weights(version):
     assert all(torch.equal(back[name], x) for name, x in model.state_dict().items())
 
 
+def test_llama_cpp_gets_our_weights():
+    """Names and shapes that it reads; where its package is, logits are compared before timing."""
+    from zoo.kernels.bench.cpu_models import gguf_files
+
+    model = contenders.Contender("rwkv7", SIZE).model
+    found = gguf_files.rwkv7_tensors(model)
+    per_layer = {x.removeprefix("blk.1.") for x in found if x.startswith("blk.1.")}
+    assert per_layer == {x.removeprefix("blk.0.") for x in found if x.startswith("blk.0.")}
+    assert len(per_layer) == 29 and len(found) == 2 * 29 + 6
+    shift = found["blk.1.time_mix_lerp_fused.weight"]
+    assert shift.shape == (6, 1, 1, SIZE.width)
+    assert torch.equal(shift[2, 0, 0], model.model.layers[1].mixer.mu[2])
+    decay = model.model.layers[1].mixer.decay
+    assert torch.equal(found["blk.1.time_mix_w1.weight"], decay.a.T)
+    assert torch.equal(found["blk.1.time_mix_w0.weight"], decay.bias)
+
+    # Heads are rotated by neighbours there: dimension 0, the half's first, 1, ...
+    model = contenders.Contender(contenders.MISTRAL, SIZE).model
+    own = model.model.layers[0].self_attn.q_proj.weight
+    theirs = gguf_files.mistral_tensors(model)["blk.0.attn_q.weight"]
+    assert torch.equal(theirs[:4], own[[0, 32, 1, 33]])
+
+
+@pytest.mark.parametrize("name", [x for group in contenders.PEERS.values() for x in group])
+def test_what_is_not_installed_is_told(name, monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda module: None)
+    assert "pip install" in peers.missing(name) and peers.missing(name).startswith(name)
+
+
 def record_of(**by):
     """A result file with one case of a step at the large size."""
     cases = {"12 x 768, float32, step 1, rwkv": {"commit": "abc", "by": by}}

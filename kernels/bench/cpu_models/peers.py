@@ -28,7 +28,7 @@ TWINS = {
     "llama.cpp Mistral": MISTRAL,
 }
 # How far logits may be off the largest: float32 in another order; bfloat16's 8 bits, each layer.
-BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
 def missing(name):
