@@ -34,6 +34,12 @@ def test_floor_of_a_step():
     model = contenders.Contender("rwkv4", SIZE)
     with torch.inference_mode():
         cache = model.prompt(torch.ones(1, 5, dtype=torch.long), 3)
+        again = model.prompt(torch.ones(1, 5, dtype=torch.long), 1)
+        other = model.read(torch.ones(1, 5, dtype=torch.long))
+    # Read once, and no copy of another's.
+    states = [x.layers[1].tensors["num_ND"] for x in (cache, again, other)]
+    assert torch.equal(states[0][1:2], states[2]) and torch.equal(states[1], states[2])
+    assert states[0].shape[0] == 3 and states[1].shape[0] == 1
     table = SIZE.vocab * SIZE.width
     state = SIZE.layers * 5 * SIZE.width  # two shifted tokens and three numbers of the recurrence
     expected = model.parameters - table + 3 * SIZE.width + 3 * 2 * state
@@ -88,6 +94,17 @@ def test_turns_take_turns(monkeypatch):
     assert found == {"a": [1, 1, 1], "slow": [30], "breaks": "RuntimeError: no such operator"}
 
 
+def test_what_cannot_be_run_is_told_and_the_others_go_on(monkeypatch):
+    """A state that is too large, say."""
+    monkeypatch.setattr(contenders, "LARGEST", 10**5)
+    monkeypatch.setattr(measuring, "matrix_vector", lambda x: tasks.matrix_vector(x, 256))
+    small = SIZE._replace(layers=1)
+    both = {name: contenders.Contender(name, small) for name in ("rwkv4", "longnet")}
+    by = measuring.measure("step 8", both, torch.float32, 1)["by"]
+    assert by["rwkv4"]["seconds"] > 0
+    assert by["longnet"]["failed"].startswith("MemoryError: the state of 8 texts takes")
+
+
 def test_share_of_a_ceiling():
     contender = SimpleNamespace(flops=lambda length, is_training: 6e9 if is_training else 2e9)
     assert measuring.share("prefill", contender, 0.5, 1e10, None) == {"floor": 0.2, "share": 0.4}
@@ -120,7 +137,7 @@ def test_llama_cpp_gets_our_weights():
     found = gguf_files.rwkv7_tensors(model)
     per_layer = {x.removeprefix("blk.1.") for x in found if x.startswith("blk.1.")}
     assert per_layer == {x.removeprefix("blk.0.") for x in found if x.startswith("blk.0.")}
-    assert len(per_layer) == 29 and len(found) == 2 * 29 + 6
+    assert len(per_layer) == 28 and len(found) == 2 * 28 + 6
     shift = found["blk.1.time_mix_lerp_fused.weight"]
     assert shift.shape == (6, 1, 1, SIZE.width)
     assert torch.equal(shift[2, 0, 0], model.model.layers[1].mixer.mu[2])
@@ -200,6 +217,12 @@ def test_a_run_and_going_on(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     models.main([*arguments, "--only", "rwkv7", "--tasks", "step 1"])
     assert capsys.readouterr().out == "" and path.read_bytes() == before
+    # Nor for one that cannot do the task: the package does not train.
+    more = [*arguments, "--only", "rwkv7,rwkv package RWKV-7", "--tasks", "training"]
+    models.main(more)
+    assert "rwkv7" in capsys.readouterr().out
+    models.main(more)
+    assert capsys.readouterr().out == ""
     # Another one beside it: what was measured stays.
     models.main([*arguments, "--only", "rwkv4", "--tasks", "step 8,generate 1,generate 8,training"])
     models.main([*arguments, "--only", "rwkv4", "--tasks", "step 1"])

@@ -4,6 +4,7 @@ All have as many parameters, embeddings and output projection aside, as a Mistra
 the width of their MLPs (transformers' Mamba2 has none: twice as many layers of half the size).
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -20,9 +21,10 @@ from transformers import (
 )
 
 import zoo
-from zoo.core.state import StateLayer
+from zoo.core.state import StateLayer, state_bytes
 
 HEAD = 64  # width of a head
+LARGEST = 3 * 2**30  # bytes of a contender's state, of which several are held at once
 
 
 class Size(NamedTuple):
@@ -135,11 +137,12 @@ class Contender:
         config, kind = described(name, size, self.mlp)
         self.model = kind(config).eval()
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.is_ours = name in zoo.MODELS
+        self.is_ours, self.prompts = name in zoo.MODELS, {}
         special = {"transformers RWKV-4": "state", "transformers Mamba2": "cache_params"}
         self.cache_name = special.get(name, "past_key_values")
 
     def to(self, dtype):
+        self.prompts = {}
         self.model.to(dtype)
 
     def read(self, ids_BT, cache=None):
@@ -149,15 +152,30 @@ class Contender:
         return getattr(output, self.cache_name)
 
     def prompt(self, ids_1T, rows):
-        """A cache after one text in so many rows; a row is read once where rows can be repeated."""
-        if rows > 1 and not (self.is_ours or self.cache_name == "state" or self.name == MISTRAL):
-            return self.read(ids_1T.expand(rows, -1))
-        cache = self.read(ids_1T)
+        """A cache after one text in so many rows, a copy of one that is read once.
+
+        Raises:
+            MemoryError: the state of so many rows would not fit beside the others'.
+        """
+        of_one = self.is_ours or self.cache_name == "state" or self.name == MISTRAL
+        read = 1 if of_one else rows  # who cannot repeat rows reads them all
+        known = self.dtype(), ids_1T.shape[1], read
+        if known not in self.prompts:
+            self.prompts[known] = self.read(ids_1T.expand(read, -1))
+        cache = self.prompts[known]
+        if self.is_ours and rows * state_bytes(cache) > LARGEST:
+            raise MemoryError(
+                f"the state of {rows} texts takes {rows * state_bytes(cache):,} bytes"
+            )
+        cache = copy.deepcopy(cache)
         if self.cache_name == "state":
             return [x.repeat_interleave(rows, dim=0) for x in cache]
-        if rows > 1:
+        if rows > read:
             cache.batch_repeat_interleave(rows)
         return cache
+
+    def dtype(self):
+        return self.model.get_output_embeddings().weight.dtype
 
     def generate(self, ids_BT, cache, count, criteria):
         """Token ids after so many more of them; goes on from the cache, in place."""

@@ -21,7 +21,7 @@ from .tasks import (
     training,
 )
 
-LIMIT = 12.0  # seconds of a contender in a case, after which it sits the remaining rounds out
+LIMIT = 10.0  # seconds of a contender in a case, after which it sits the remaining rounds out
 
 
 class Group:
@@ -61,21 +61,35 @@ class Group:
 
 def turns_of(task, contenders, dtype):
     """({name: turn}, {name: the same to warm up}) of who can do a task."""
-    kind, _, rows = task.partition(" ")
     turns, warm_ups = {}, {}
     for name, x in contenders.items():
-        if kind == "training":
-            if x.can_train:
-                autocast = None if dtype == torch.float32 else dtype
-                turns[name] = training(x, autocast)
-                warm_ups[name] = training(x, autocast, 64)
-        elif kind == "prefill":
-            turns[name], warm_ups[name] = prefill(x), prefill(x, 64)
-        elif kind == "step" and (x.has_batches or rows == "1"):
-            turns[name] = warm_ups[name] = step(x, int(rows))
-        elif kind == "generate" and x.can_generate:
-            turns[name] = warm_ups[name] = generation(x, int(rows))
+        try:
+            pair = _turns(task, x, dtype)
+        except Exception as error:
+            pair = 2 * (_raising(error),)
+        if pair:
+            turns[name], warm_ups[name] = pair
     return turns, warm_ups
+
+
+def _turns(task, x, dtype):
+    """(turn, the same to warm up) of a contender, or None if it cannot do this."""
+    kind, _, rows = task.partition(" ")
+    if kind == "training":
+        autocast = None if dtype == torch.float32 else dtype
+        return (training(x, autocast), training(x, autocast, 64)) if x.can_train else None
+    if kind == "prefill":
+        return prefill(x), prefill(x, 64)
+    if kind == "step" and (x.has_batches or rows == "1"):
+        return 2 * (step(x, int(rows)),)
+    return 2 * (generation(x, int(rows)),) if kind == "generate" and x.can_generate else None
+
+
+def _raising(error):
+    def turn():
+        raise error
+
+    return turn
 
 
 def ceilings(task, dtype):
