@@ -40,7 +40,7 @@ def compare(model, rank, size, case, batch, bounds):
     count = (slices.targets(batch) != -100).sum()
     own = slices.run_slice(model, batch, bounds, rank, size, count)
     sent = {"traffic": dict(wire.TRAFFIC)}
-    got = slices.together(batch, bounds, rank, size, 0, *own)
+    got = slices.together(batch, bounds, rank, 0, *own)
     if rank > 0:
         return None
     return slices.differences(batch, got, slices.run(model, batch, count)) | sent

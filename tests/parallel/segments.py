@@ -76,7 +76,7 @@ def compare(model, rank, size):
         count = (batch["shift_labels"] != -100).sum()
         expected = slices.run(model, batch, count) if rank == index % size else None
         own = slices.run_slice(model, batch, bounds, rank, size, count)
-        got = slices.together(batch, bounds, rank, size, index % size, *own)
+        got = slices.together(batch, bounds, rank, index % size, *own)
         if expected is not None:
             yield case, slices.differences(batch, got, expected)
 

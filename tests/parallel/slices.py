@@ -1,9 +1,9 @@
-"""One of several processes that make passes over slices: compares them with a pass of one process.
+"""One of four processes that make passes over slices: compares them with a pass of one process.
 
 python tests/parallel/slices.py RANK SIZE STORE OUT MODEL:VARIANT...
 
-A line of JSON for each model and case goes to OUT, from the process that made the reference: each
-makes those of other cases. Where it is goes to stderr.
+A line of JSON for each model, case and number of slices goes to OUT, from the process that made the
+reference: each makes those of other cases. Where it is goes to stderr.
 """
 
 import json
@@ -26,6 +26,8 @@ FLOOR = 1e-6
 ROUNDING = 1e-14
 # Cases whose layers are run again in backward; without that in the same cases of two processes.
 CHECKPOINTED = {2: (), 4: ("packed", "short")}
+# Of four processes, those that have two slices.
+PAIRS = ((0, 1), (2, 3))
 
 
 def cases():
@@ -68,26 +70,29 @@ def without_labels(batch):
 
 
 def run(model, batch, count):
-    """Logits, loss and gradients of a batch, as one vector each, in float64."""
+    """Logits, loss and gradients of a batch, in float64."""
+    parameters = list(model.parameters())
     labels, batch = targets(batch), without_labels(batch)
     logits = model(**batch, use_cache=False).logits
     loss = nn.functional.cross_entropy(
         logits.double().flatten(0, 1), labels.flatten(), reduction="sum"
     )
     loss = loss / count
-    model.zero_grad()
+    for p in parameters:
+        p.grad = None
     loss.backward()
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-    model.zero_grad()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
     return logits.detach().double(), loss.detach(), [x.double() for x in gradients]
 
 
-def together(batch, bounds, rank, size, owner, logits, loss, gradients):
-    """What all processes have made, on the owner."""
+def together(batch, bounds, rank, owner, logits, loss, gradients, group=None):
+    """What all processes of a group have made, on the owner; both by their places in it."""
     whole = logits.new_zeros(2, TIME, logits.shape[-1])
     whole[:, bounds[rank] : bounds[rank + 1]] = logits
     vector = torch.cat([whole.flatten(), loss.view(1), *(x.flatten() for x in gradients)])
-    dist.reduce(vector, owner)
+    dist.reduce(vector, group_dst=owner, group=group)
     logits, loss, *flat = vector.split([whole.numel(), 1, *(x.numel() for x in gradients)])
     return logits.view_as(whole), loss[0], [x.view_as(y) for x, y in zip(flat, gradients)]
 
@@ -109,10 +114,10 @@ def differences(batch, got, expected):
     }
 
 
-def run_slice(model, batch, bounds, rank, size, count):
+def run_slice(model, batch, bounds, rank, size, count, group=None):
     """What this process makes of its slice."""
     wire.TRAFFIC.clear()
-    model.base_model.sequence_parallel = dist.group.WORLD
+    model.base_model.sequence_parallel = group or dist.group.WORLD
     own = run(model, split_batch(batch, rank, size, bounds), count)
     model.base_model.sequence_parallel = None
     sent = sum(wire.TRAFFIC[name] for name in ("send", "all_gather", "all_to_all"))
@@ -128,30 +133,40 @@ def checkpointing(model, is_on):
         model.gradient_checkpointing_disable()
 
 
-def compare(name, model, rank, size):
-    """Runs all cases. Yields what this process has made the reference of."""
-    found = list(cases())
-    counts = [(targets(batch) != -100).sum() for _, batch, _ in found]
-    expected = {
-        index: run(model, found[index][1], counts[index]) for index in range(rank, len(found), size)
-    }
-    for index, (case, batch, bounds) in enumerate(found):
-        say(name, case)
+def references(model, indices):
+    """What one process makes of some cases: a case's index to the case, its count and that."""
+    found = {}
+    for index, (case, batch, bounds) in enumerate(cases()):
+        count = (targets(batch) != -100).sum()
+        expected = run(model, batch, count) if index in indices else None
+        found[index] = (case, batch, bounds), count, expected
+    return found
+
+
+def compare(name, model, rank, size, group=None, found=None):
+    """Runs cases, in a group in which this is one of so many. Yields what it has the reference of.
+
+    Args:
+        found: what `references` gave, of all cases to run; the reference of the nth of them is that
+            of the nth process.
+    """
+    found = found or references(model, [rank])
+    for owner, ((case, batch, bounds), count, expected) in enumerate(found.values()):
+        say(name, case, size)
         checkpointing(model, case in CHECKPOINTED[size])
-        own = run_slice(model, batch, bounds[size], rank, size, counts[index])
+        own = run_slice(model, batch, bounds[size], rank, size, count, group)
         checkpointing(model, False)
-        got = together(batch, bounds[size], rank, size, index % size, *own)
-        if index in expected:
-            traffic = {"traffic": dict(wire.TRAFFIC)}
-            yield case, differences(batch, got, expected[index]) | traffic
+        got = together(batch, bounds[size], rank, owner, *own, group=group)
+        if rank == owner:
+            yield case, differences(batch, got, expected) | {"traffic": dict(wire.TRAFFIC)}
 
 
-def prefill(model, rank, size):
+def prefill(model, rank, size, group=None):
     """Differences of the cache that slices leave on the last process, and of what follows it."""
     _, batch, bounds = list(cases())[2 if size == 4 else 0]
     batch, bounds = without_labels(batch), bounds[size]
     with torch.no_grad():
-        model.base_model.sequence_parallel = dist.group.WORLD
+        model.base_model.sequence_parallel = group or dist.group.WORLD
         own = split_batch(batch, rank, size, bounds)
         output = model(**own, use_cache=True, logits_to_keep=1)
         model.base_model.sequence_parallel = None
@@ -189,15 +204,24 @@ def built(name, dtype=torch.float64):
 
 
 def main(rank, size, out, *names):
-    """Compares all of them."""
+    """Compares all of them: over four slices, and over two, two pairs with two cases each."""
+    assert size == 4
+    pairs = [dist.new_group(pair) for pair in PAIRS]
+    pair, place, own = pairs[rank // 2], rank % 2, PAIRS[rank // 2]
     for name in names:
         model = built(name)
-        for case, found in compare(name, model, rank, size):
-            write(out, name, case, size, found)
-        say(name, "prefill")
-        found = prefill(model.eval(), rank, size)
-        if found is not None:
-            write(out, name, "prefill", size, found)
+        found = references(model, [rank])
+        of_pair = {index: found[index] for index in own}  # the processes' numbers are the cases'
+        passes = (rank, 4, None, found), (place, 2, pair, of_pair)
+        for number, slices, group, cases_found in passes:
+            for case, errors in compare(name, model, number, slices, group, cases_found):
+                write(out, name, case, slices, errors)
+        model.eval()
+        for number, slices, group, is_asked in ((rank, 4, None, True), (place, 2, pair, rank < 2)):
+            say(name, "prefill", slices)
+            errors = prefill(model, number, slices, group) if is_asked else None
+            if errors is not None:
+                write(out, name, "prefill", slices, errors)
 
 
 def write(out, name, case, size, found):

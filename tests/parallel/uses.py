@@ -9,7 +9,7 @@ process, or for "precision" how many times its error.
 import copy
 import functools
 import gc
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ USES = {}
 
 
 def use(function):
-    """Has it run for each model: (model, rank, size) to what it found."""
+    """Has it run for each model: (model, its `OneProcess` or None, rank, size) to what it found."""
     USES[function.__name__] = function
     return function
 
@@ -57,28 +57,67 @@ def trained(model, backward, group=None, **place):
         if p.requires_grad
     ]
     model.zero_grad()
-    vector = torch.cat([x.double().flatten() for x in found])
+    vector = flat(found)
     if group is not None:
         dist.all_reduce(vector, group=group)
     return [logits.detach() for logits, _ in made], vector
 
 
-def against_one(model, rank, size, backward):
-    """How far gradients are from those of one process, relative to the largest."""
-    place = {"rank": rank, "size": size}
-    _, expected = trained(model, backward)
-    _, got = trained(model, backward, dist.group.WORLD, **place)
-    return {"gradients": float((got - expected).abs().max() / expected.abs().max())}
+def flat(tensors):
+    """As one vector, in float64."""
+    return torch.cat([x.double().flatten() for x in tensors])
+
+
+@dataclass
+class OneProcess:
+    """What one process makes of a model whose weights stay: on the last one, which compares.
+
+    Attributes:
+        logits: of each pass.
+        gradients: of each pass's loss those of all parameters; of a model that is frozen but for
+            some, theirs are the same.
+    """
+
+    logits: list
+    gradients: list
+
+    @classmethod
+    def of(cls, model):
+        logits, gradients, parameters = [], [], list(model.parameters())
+        for index in (0, 1):
+            ((of_pass, loss),) = losses(model, indices=[index])
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            pairs = zip(found, parameters)
+            gradients.append([torch.zeros_like(p) if x is None else x for x, p in pairs])
+            logits.append(of_pass.detach())
+        return cls(logits, gradients)
+
+    def distance(self, model, vector, times=(1, 1)):
+        """How far gradients of so many times each loss are from its own, relative to the largest.
+
+        Args:
+            vector: those of the parameters that train.
+        """
+        which = [n for n, p in enumerate(model.parameters()) if p.requires_grad]
+        of_passes = (flat([of_pass[n] for n in which]) for of_pass in self.gradients)
+        expected = sum(n * x for n, x in zip(times, of_passes, strict=True))
+        return float((vector - expected).abs().max() / expected.abs().max())
+
+
+def against_one(model, one, rank, size, backward, times=(1, 1)):
+    """How far gradients are from those of one process; on the last one."""
+    _, got = trained(model, backward, dist.group.WORLD, rank=rank, size=size)
+    return {"gradients": one.distance(model, got, times)} if one else {}
 
 
 @use
-def one_backward_of_two_passes(model, rank, size):
+def one_backward_of_two_passes(model, one, rank, size):
     """The second pass is made before the first one's backward."""
-    return against_one(model, rank, size, backward_of_sum)
+    return against_one(model, one, rank, size, backward_of_sum)
 
 
 @use
-def two_backwards_of_one_pass(model, rank, size):
+def two_backwards_of_one_pass(model, one, rank, size):
     """With retain_graph: gradients add up."""
 
     def backward(of_passes):
@@ -86,11 +125,11 @@ def two_backwards_of_one_pass(model, rank, size):
         of_passes[1].backward()
         of_passes[0].backward()
 
-    return against_one(model, rank, size, backward)
+    return against_one(model, one, rank, size, backward, times=(1, 2))
 
 
 @use
-def many_steps(model, rank, size):
+def many_steps(model, one, rank, size):
     """A pass and its backward leave no tensor behind: autograd's functions hold no circle."""
     counts = []
     for _ in range(4):
@@ -103,7 +142,7 @@ def many_steps(model, rank, size):
 
 
 @use
-def turns(model, rank, size):
+def turns(model, one, rank, size):
     """Mixers that know nothing of slices: the processes take turns in each layer."""
     modules = [m for layer in model.base_model.layers for m in (layer.mixer, layer.mlp)]
     modules = [m for m in modules if getattr(m, "exchanges", False)]
@@ -111,7 +150,7 @@ def turns(model, rank, size):
         return {}
     for module in modules:
         module.exchanges, module.forward = False, functools.partial(unaware, module)
-    found = against_one(model, rank, size, backward_of_sum)
+    found = against_one(model, one, rank, size, backward_of_sum)
     for module in modules:
         module.exchanges = True
         del module.forward
@@ -124,7 +163,7 @@ def unaware(module, x_BTD, sequence, *arguments, **inputs):
 
 
 @use
-def frozen(model, rank, size):
+def frozen(model, one, rank, size):
     """One weight trains, as of an adapter: of the first layer, or the last of all."""
     found = {}
     parameters = list(model.parameters())
@@ -132,26 +171,28 @@ def frozen(model, rank, size):
     for place, kept in (("first", first), ("last", parameters[-1])):
         for p in parameters:
             p.requires_grad_(p is kept)
-        (found[place],) = against_one(model, rank, size, backward_of_sum).values()
+        for x in against_one(model, one, rank, size, backward_of_sum).values():
+            found[place] = x
     for p in parameters:
         p.requires_grad_()
     return found
 
 
 @use
-def a_group_of_one(model, rank, size):
+def a_group_of_one(model, one, rank, size):
     """It makes the same pass."""
     own = [dist.new_group([other]) for other in range(size)][rank]
-    logits, expected = trained(model, backward_of_sum)
+    if one is None:
+        return {}
     got_logits, got = trained(model, backward_of_sum, own, rank=0, size=1)
     return {
-        "logits": max(float((x - y).abs().max()) for x, y in zip(got_logits, logits)),
-        "gradients": float((got - expected).abs().max() / expected.abs().max()),
+        "logits": max(float((x - y).abs().max()) for x, y in zip(got_logits, one.logits)),
+        "gradients": one.distance(model, got),
     }
 
 
 @use
-def generation(model, rank, size):
+def generation(model, one, rank, size):
     """The last process goes on from the state after the prompt."""
     model = model.eval()
     _, batch, bounds = list(cases())[0]
@@ -179,14 +220,20 @@ def generation(model, rank, size):
 
 
 @use
-def precision(model, rank, size):
+def precision(model, one, rank, size):
     """Errors of logits and gradients, in those of one process; against float64."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         low = copy.deepcopy(model).to(dtype)
-        true = copy.deepcopy(low).double()
-        logits, gradients = trained(true, backward_of_sum)
-        one_logits, one = trained(low, backward_of_sum)
+        # The first process has the truth, the last what one makes of it.
+        if rank == 0:
+            made = trained(copy.deepcopy(low).double(), backward_of_sum)
+        elif rank == size - 1:
+            made = trained(low, backward_of_sum)
+        else:
+            made = None
+        logits, gradients = told(made, 0)
+        one_logits, one_gradients = told(made, size - 1)
         own_logits, got = trained(low, backward_of_sum, dist.group.WORLD, rank=rank, size=size)
         bounds = list(cases())[0][2][size]
         columns = slice(bounds[rank], bounds[rank + 1])
@@ -198,17 +245,26 @@ def precision(model, rank, size):
         dist.all_reduce(squares)
         name = str(dtype).removeprefix("torch.")
         found[f"{name} logits"] = float((squares[0] / squares[1]).sqrt())
-        found[f"{name} gradients"] = float((got - gradients).norm() / (one - gradients).norm())
+        error, of_one = (got - gradients).norm(), (one_gradients - gradients).norm()
+        found[f"{name} gradients"] = float(error / of_one)
     return found
+
+
+def told(made, source):
+    """What one process has made, told to all of them."""
+    box = [made]
+    dist.broadcast_object_list(box, source)
+    return box[0]
 
 
 def main(rank, size, out, *names):
     """Uses each of them."""
     for name in names:
         model = built(name)
+        one = OneProcess.of(model) if rank == size - 1 else None
         for what, function in USES.items():
             say(name, what)
-            found = function(model, rank, size)
+            found = function(model, one, rank, size)
             if rank == size - 1:
                 write(out, name, what, size, found)
 
