@@ -10,6 +10,7 @@ has to be trusted.
 """
 
 import ast
+import functools
 import inspect
 import re
 from importlib import metadata
@@ -266,22 +267,28 @@ def modelling_sources(architecture):
         path = waiting.pop()
         if path.name in sources:
             continue
-        source = path.read_text(encoding="utf-8")
-        lines = source.splitlines(keepends=True)
-        for node in ast.walk(ast.parse(source)):
-            if not isinstance(node, ast.ImportFrom) or node.level == 0:
-                continue
-            if not node.module or node.module.count(".") != node.level - 1:
-                raise ValueError(
-                    f"{path}, line {node.lineno}: an exported file imports by "
-                    "`from .module import name` or `from ..room.module import name` only."
-                )
-            waiting.append(path.parents[node.level - 1] / f"{node.module.replace('.', '/')}.py")
-            written = f"from {'.' * node.level}{node.module} "
-            flat = f"from .{node.module.rpartition('.')[2]} "
-            lines[node.lineno - 1] = lines[node.lineno - 1].replace(written, flat, 1)
-        sources[path.name] = "".join(lines)
+        sources[path.name], imported = _flattened(path, path.read_text(encoding="utf-8"))
+        waiting += imported
     return sources
+
+
+@functools.cache
+def _flattened(path, source):
+    """A file's source as of a flat folder, and the files that it imports; parsed once."""
+    lines, imported = source.splitlines(keepends=True), []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        if not node.module or node.module.count(".") != node.level - 1:
+            raise ValueError(
+                f"{path}, line {node.lineno}: an exported file imports by "
+                "`from .module import name` or `from ..room.module import name` only."
+            )
+        imported.append(path.parents[node.level - 1] / f"{node.module.replace('.', '/')}.py")
+        written = f"from {'.' * node.level}{node.module} "
+        flat = f"from .{node.module.rpartition('.')[2]} "
+        lines[node.lineno - 1] = lines[node.lineno - 1].replace(written, flat, 1)
+    return "".join(lines), imported
 
 
 def _save_with_code(model, tensors, architecture, folder, max_shard_size):
