@@ -37,6 +37,7 @@ from pretraining.launching import (
     check_trackers,
     die_with_launcher,
     is_on,
+    keep_freed_memory,
     launcher_words,
     set_cpu_threads,
 )
@@ -219,6 +220,8 @@ def start(arguments):
     processes = PartialState(cpu=bool(on_cpu)).num_processes
     check_launch(environ, processes, shlex.join([sys.argv[0], *arguments]))
     die_with_launcher(environ)
+    if on_cpu:
+        keep_freed_memory(environ)
     with contextlib.ExitStack() as held:
         plan = together(make_plan, options, overrides, environ, held)
         threads = set_cpu_threads(plan.recipe.cpu_threads, environ)

@@ -1,4 +1,4 @@
-"""How a script was started: refuses launches that are not what was asked for, and picks threads."""
+"""How a script was started: refuses what was not asked for, picks threads, keeps memory."""
 
 import ctypes
 import os
@@ -18,6 +18,10 @@ NOT_DONE = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
     "ACCELERATE_DOWNCAST_BF16": "downcast_bf16",
 }
+# What tells glibc how to keep memory, or takes its place; whoever sets one has chosen.
+MEMORY_CHOICES = ("GLIBC_TUNABLES", "LD_PRELOAD")
+# Of <malloc.h>, for mallopt.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
@@ -153,6 +157,23 @@ def set_cpu_threads(requested, environ):
         threads = max(1, cores // int(environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(threads)
     return threads
+
+
+def keep_freed_memory(environ):
+    """Has this process keep what is freed, on a CPU with glibc; returns whether it does so now.
+
+    By itself glibc gives tensors of more than 32 MB back to the system at once, logits among them,
+    and the next step has all their pages cleared anew: up to a quarter of a step. The price is
+    memory, as freed pieces of any size stay. A choice that somebody made in the environment
+    (MALLOC_..., or another allocator by LD_PRELOAD) stands.
+    """
+    if any(name in MEMORY_CHOICES or name.startswith("MALLOC_") for name in environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:  # neither musl nor other systems have it
+        return False
+    most = (1 << 31) - 1
+    return mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, most) == 1
 
 
 class StopSignals:

@@ -1,5 +1,7 @@
 """Launches: what is refused, and how many threads a process takes."""
 
+import os
+import resource
 import signal
 import sys
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from pretraining.launching import (
     check_environment,
     check_launch,
     check_trackers,
+    keep_freed_memory,
     set_cpu_threads,
 )
 from pretraining.recipe import UsageError
@@ -176,3 +179,26 @@ def test_what_our_own_files_ask_for_is_done(workshop, config):
     assert asked["ACCELERATE_MIXED_PRECISION"] == "no"  # the recipe's precision decides
     plugins = {name for name in ("FSDP", "DEEPSPEED") if f"ACCELERATE_USE_{name}" in asked}
     assert plugins == {"d": set(), "f": {"FSDP"}, "z": {"DEEPSPEED"}}[config[0]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_freed_memory_is_kept():
+    """A tensor as large as one just freed takes its pages: none is cleared anew."""
+
+    def faults_of_the_second():
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(1 << 24)  # 64 MB; glibc gives back what is above 32
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    child = os.fork()  # the setting is the process's
+    if child == 0:
+        is_kept = keep_freed_memory({"PATH": "/bin"})
+        os._exit(0 if is_kept and faults_of_the_second() < 100 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "LD_PRELOAD"])
+def test_a_choice_of_memory_stands(name, monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", None)
+    assert keep_freed_memory({name: "1"}) is False
