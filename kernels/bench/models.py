@@ -3,6 +3,7 @@
     make bench                                     operators (cpu.py), then this
     python kernels/bench/models.py --only rwkv7    some of ours, with Mistral
     python kernels/bench/models.py --sizes "6 x 512" --dtypes float32 --tasks "step 1,generate 1"
+    python kernels/bench/models.py --compile       what torch.compile gives, for some of them
     python kernels/bench/models.py --table         README.md's tables, from results/models.json
 
 Every architecture of ours at two sizes, in float32 and bfloat16: prefill of 1,024 tokens, decoding
@@ -28,7 +29,15 @@ from pathlib import Path
 import torch
 
 from zoo.kernels.bench.cpu_models import tables
-from zoo.kernels.bench.cpu_models.contenders import GROUPS, MISTRAL, PEERS, QUICK, SIZES
+from zoo.kernels.bench.cpu_models.contenders import (
+    COMPILABLE,
+    COMPILED,
+    GROUPS,
+    MISTRAL,
+    PEERS,
+    QUICK,
+    SIZES,
+)
 from zoo.kernels.bench.cpu_models.measuring import Group, measure
 from zoo.kernels.bench.cpu_models.peers import missing
 
@@ -36,8 +45,8 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "models.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TASKS = tuple(tables.COLUMNS)
-# Rounds of each task, by the number of layers; of decoding each is of 4 tokens.
-ROUNDS = {2: (3, 3, 2), 6: (5, 10, 3), 12: (2, 5, 2)}
+# Rounds of prefill, of decoding one text and eight (4 tokens each), of training, by layers.
+ROUNDS = {2: (3, 3, 2, 2), 6: (4, 8, 4, 2), 12: (2, 4, 2, 1)}
 
 
 def device():
@@ -86,7 +95,7 @@ def run(options, output, sizes):
             record = old
     this_commit, started = commit(), time.process_time()
     for size_name, size in sizes.items():
-        for group, names in chosen(options.only).items():
+        for group, names in chosen(options.only, options.compile).items():
             models = Group(size, [MISTRAL, *names])
             for dtype_name, task in orders(options.dtypes, options.tasks):
                 name = tables.key(size_name, dtype_name, task, group)
@@ -97,9 +106,9 @@ def run(options, output, sizes):
                     continue
                 dtype = DTYPES[dtype_name]
                 # Weights stay float32 while a model trains: autocast rounds them.
-                contenders = models.contenders(torch.float32 if task == "training" else dtype)
-                prefills, steps, trainings = ROUNDS[size.layers]
-                rounds = {"prefill": prefills, "training": trainings}.get(task, steps)
+                contenders = models.contenders(torch.float32 if task == "training" else dtype, task)
+                kinds = dict(zip(("prefill", "1", "8", "training"), ROUNDS[size.layers]))
+                rounds = options.rounds * kinds[task.split()[-1]]
                 entry = measure(task, contenders, dtype, rounds)
                 entry["by"] |= {x: {"failed": why} for x, why in models.broken.items()}
                 asked = [*old["asked"], *(x for x in models.names if x not in old["asked"])]
@@ -121,8 +130,11 @@ def orders(dtypes, tasks):
     return own + [("bfloat16", x) for x in tasks if "bfloat16" in dtypes and x != "training"]
 
 
-def chosen(only):
+def chosen(only, is_compiled):
     """The groups, of those names alone if there are any; peers that are missing are told."""
+    if is_compiled:
+        names = [x for x in COMPILABLE if not only or x in only]
+        return {"compiled": [y for x in names for y in (x, x + COMPILED) if y != MISTRAL]}
     found = {}
     for group, names in GROUPS.items():
         names = [x for x in names + PEERS[group] if not only or x in only]
@@ -173,11 +185,14 @@ def main(arguments=None):
         return read
 
     names = [x for group in (GROUPS, PEERS) for found in group.values() for x in found]
+    names.append(MISTRAL)
     parser.add_argument("--only", type=some(names), default=[], help="contenders beside Mistral")
     parser.add_argument("--sizes", type=some(list(SIZES)), default=list(SIZES))
     parser.add_argument("--dtypes", type=some(list(DTYPES)), default=list(DTYPES))
     parser.add_argument("--tasks", type=some(TASKS), default=list(TASKS))
     parser.add_argument("--again", action="store_true", help="measure what is there, too")
+    parser.add_argument("--compile", action="store_true", help="what torch.compile gives some")
+    parser.add_argument("--rounds", type=int, default=1, help="so many times the samples")
     parser.add_argument("--quick", action="store_true", help="tiny models, to test this script")
     parser.add_argument("--table", action="store_true", help="rewrite README.md's tables alone")
     parser.add_argument("--output", type=Path, help="result file (default: results/models.json)")

@@ -188,6 +188,17 @@ def test_table_marks_what_misses_a_target():
     assert "vector float32 20.0 GB/s" in text and "commit abc" in text
 
 
+def test_table_of_what_compiling_gives():
+    by = {tables.MISTRAL: {"seconds": 0.03, "ratio": 1.0}, "rwkv7": {"seconds": 0.03, "ratio": 1.0}}
+    record = record_of(**by)
+    entry = {"commit": "abc", "ceilings": {}, "by": by | {"rwkv7 compiled": {"seconds": 0.02}}}
+    record["cases"]["6 x 512, float32, step 1, compiled"] = entry
+    lines = tables.tables(record).splitlines()
+    assert lines[-1] == "| rwkv7 | 6 x 512, float32 | step, ms | 30 | 20 | 1.50 |"
+    # And no row of its own among the others.
+    assert not any("6 x 512" in line for line in lines[:-1])
+
+
 def test_the_readme_has_the_results():
     """If not: python kernels/bench/models.py --table"""
     text = tables.README.read_text()
@@ -196,6 +207,7 @@ def test_the_readme_has_the_results():
         assert tables.with_tables(text, json.loads(models.RESULTS.read_text())) == text
 
 
+@pytest.mark.slow
 def test_a_run_and_going_on(tmp_path, monkeypatch, capsys):
     """Every task of one architecture and a peer; what is there already is not run again."""
     monkeypatch.setattr(models, "commit", lambda: "abc")
@@ -218,9 +230,12 @@ def test_a_run_and_going_on(tmp_path, monkeypatch, capsys):
     models.main([*arguments, "--only", "rwkv7", "--tasks", "step 1"])
     assert capsys.readouterr().out == "" and path.read_bytes() == before
     # Nor for one that cannot do the task: the package does not train.
-    more = [*arguments, "--only", "rwkv7,rwkv package RWKV-7", "--tasks", "training"]
+    more = [*arguments, "--only", "rwkv7,rwkv package RWKV-7", "--tasks", "step 1,training"]
     models.main(more)
-    assert "rwkv7" in capsys.readouterr().out
+    cases = json.loads(path.read_text())["cases"]
+    assert cases["2 x 128, float32, step 1, rwkv"]["by"]["rwkv package RWKV-7"]["seconds"] > 0
+    assert "rwkv package RWKV-7" not in cases["2 x 128, float32, training, rwkv"]["by"]
+    capsys.readouterr()
     models.main(more)
     assert capsys.readouterr().out == ""
     # Another one beside it: what was measured stays.
@@ -231,6 +246,7 @@ def test_a_run_and_going_on(tmp_path, monkeypatch, capsys):
         tables.MISTRAL,
         "rwkv4",
         "rwkv7",
+        "rwkv package RWKV-7",
     }
     assert len(cases) == 6 and all("seconds" in x for e in cases.values() for x in e["by"].values())
 

@@ -23,6 +23,7 @@ from transformers import (
 import zoo
 from zoo.core.state import StateLayer, state_bytes
 
+COMPILED = " compiled"  # at the end of a name
 HEAD = 64  # width of a head
 LARGEST = 3 * 2**30  # bytes of a contender's state, of which several are held at once
 
@@ -56,6 +57,8 @@ PEERS = {
     "attention": ["llama.cpp Mistral"],
     "memories": [],
 }
+# With --compile: these by torch.compile, beside themselves without.
+COMPILABLE = ("rwkv7", "lightning", "sliding_window", MISTRAL)
 
 
 def theirs(name, size, mlp):
@@ -129,17 +132,22 @@ class Contender:
         size: of the model.
     """
 
-    has_batches = can_generate = can_train = True
+    has_batches = can_train = True
 
     def __init__(self, name, size):
         torch.manual_seed(0)
-        self.name, self.size, self.mlp = name, size, mlp_width(name, size)
-        config, kind = described(name, size, self.mlp)
+        self.name, plain = name, name.removesuffix(COMPILED)
+        self.is_compiled = plain != name
+        self.size, self.mlp = size, mlp_width(plain, size)
+        config, kind = described(plain, size, self.mlp)
         self.model = kind(config).eval()
+        self.call = torch.compile(self.model) if self.is_compiled else self.model
+        # It would compile nothing by itself: its cache would have to be static.
+        self.can_generate = not self.is_compiled
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.is_ours, self.prompts = name in zoo.MODELS, {}
+        self.is_ours, self.prompts = plain in zoo.MODELS, {}
         special = {"transformers RWKV-4": "state", "transformers Mamba2": "cache_params"}
-        self.cache_name = special.get(name, "past_key_values")
+        self.cache_name = special.get(plain, "past_key_values")
 
     def to(self, dtype):
         self.prompts = {}
@@ -148,7 +156,7 @@ class Contender:
     def read(self, ids_BT, cache=None):
         """The cache after some tokens; of their logits, the last token's are computed."""
         cached = {} if cache is None else {self.cache_name: cache}
-        output = self.model(ids_BT, **cached, use_cache=True, logits_to_keep=1)
+        output = self.call(ids_BT, **cached, use_cache=True, logits_to_keep=1)
         return getattr(output, self.cache_name)
 
     def prompt(self, ids_1T, rows):
@@ -157,7 +165,7 @@ class Contender:
         Raises:
             MemoryError: the state of so many rows would not fit beside the others'.
         """
-        of_one = self.is_ours or self.cache_name == "state" or self.name == MISTRAL
+        of_one = self.is_ours or self.cache_name == "state" or self.name.startswith(MISTRAL)
         read = 1 if of_one else rows  # who cannot repeat rows reads them all
         known = self.dtype(), ids_1T.shape[1], read
         if known not in self.prompts:
@@ -189,7 +197,7 @@ class Contender:
         )
 
     def loss(self, ids_BT):
-        return self.model(ids_BT, labels=ids_BT, use_cache=False).loss
+        return self.call(ids_BT, labels=ids_BT, use_cache=False).loss
 
     def flops(self, length, is_training):
         """Of a pass over a text by `flops_per_token`, or None; a prefill has one token's logits."""

@@ -4,8 +4,6 @@ import statistics
 
 import torch
 
-from zoo import MODELS
-
 from .contenders import MISTRAL, Contender
 from .peers import TWINS, peer
 from .tasks import (
@@ -21,6 +19,7 @@ from .tasks import (
     training,
 )
 
+FOR_PEERS = ("prefill", "step 1")  # what other people's programs are asked
 LIMIT = 10.0  # seconds of a contender in a case, after which it sits the remaining rounds out
 
 
@@ -31,11 +30,11 @@ class Group:
         self.size, self.names, self.dtype = size, names, torch.float32
         self.built, self.broken = {}, {}
 
-    def contenders(self, dtype):
-        """name -> contender, in that dtype; who cannot be is in `broken`."""
+    def contenders(self, dtype, task):
+        """name -> contender of a task, in that dtype; who cannot be is in `broken`."""
         if not self.built:
             for name in self.names:
-                if name in MODELS or name.startswith("transformers"):
+                if name not in self.others():
                     self.built[name] = Contender(name, self.size)
         if dtype != self.dtype:
             for name, x in self.built.items():
@@ -43,7 +42,7 @@ class Group:
                     x.to(dtype)
             self.built = {k: x for k, x in self.built.items() if k not in self.others()}
             self.dtype = dtype
-        for name in self.others():
+        for name in self.others() if task in FOR_PEERS else ():
             if name not in self.built and name not in self.broken:
                 try:
                     twin = self.built.get(TWINS.get(name))
@@ -56,7 +55,7 @@ class Group:
 
     def others(self):
         """Names of what is not a PyTorch module of ours or of transformers'."""
-        return [x for x in self.names if x not in MODELS and not x.startswith("transformers")]
+        return [x for x in self.names if x in TWINS]
 
 
 def turns_of(task, contenders, dtype):
@@ -75,11 +74,12 @@ def turns_of(task, contenders, dtype):
 def _turns(task, x, dtype):
     """(turn, the same to warm up) of a contender, or None if it cannot do this."""
     kind, _, rows = task.partition(" ")
+    short = LENGTH if x.is_compiled else 64  # another length would compile another program
     if kind == "training":
         autocast = None if dtype == torch.float32 else dtype
-        return (training(x, autocast), training(x, autocast, 64)) if x.can_train else None
+        return (training(x, autocast), training(x, autocast, short)) if x.can_train else None
     if kind == "prefill":
-        return prefill(x), prefill(x, 64)
+        return prefill(x), prefill(x, short)
     if kind == "step" and (x.has_batches or rows == "1"):
         return 2 * (step(x, int(rows)),)
     return 2 * (generation(x, int(rows)),) if kind == "generate" and x.can_generate else None

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -104,16 +105,16 @@ def silence():
 
 def rwkv_module(version):
     """The package's module for a version: it decides when it is imported which it knows."""
-    os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": str(int(version == 7))}
+    os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}  # which it reads later, too
     sys.modules.pop("rwkv.model", None)
-    with silence():
+    with silence(), mock.patch.dict(os.environ, {"RWKV_V7_ON": str(int(version == 7))}):
         return importlib.import_module("rwkv.model")
 
 
 class Peer:
     """What takes one text: as a `Contender`, without batches, `generate` and training."""
 
-    has_batches = can_generate = can_train = is_ours = False
+    has_batches = can_generate = can_train = is_ours = is_compiled = False
 
     def __init__(self, name, size, twin=None):
         self.name, self.size = name, size

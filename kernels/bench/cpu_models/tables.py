@@ -5,7 +5,7 @@ from pathlib import Path
 
 from zoo import MODELS
 
-from .contenders import MISTRAL
+from .contenders import COMPILED, MISTRAL
 from .tasks import LENGTH
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -33,7 +33,9 @@ def by_row(record):
     """{(size, dtype): {contender: {task: figures}}}; Mistral's are medians over its groups."""
     found, reference = {}, {}
     for name, entry in record["cases"].items():
-        size, dtype, task, _ = name.split(", ")
+        size, dtype, task, group = name.split(", ")
+        if group == "compiled":
+            continue
         rows = found.setdefault((size, dtype), {MISTRAL: {}})
         for contender, figures in entry["by"].items():
             if contender == MISTRAL:
@@ -142,7 +144,29 @@ def tables(record):
     ]
     for (size, dtype), rows in sorted(by_row(record).items()):
         parts.append(table(size, dtype, rows, record["models"]))
+    parts += compiled_table(record)
     return "\n\n".join(parts)
+
+
+def compiled_table(record):
+    """What torch.compile gives: time, and how many times as fast as the same without; or []."""
+    lines = []
+    for name, entry in record["cases"].items():
+        size, dtype, task, group = name.split(", ")
+        for who, x in entry["by"].items() if group == "compiled" else ():
+            plain = entry["by"].get(who.removesuffix(COMPILED), {})
+            if not who.endswith(COMPILED):
+                continue
+            heading, unit = COLUMNS[task]
+            cells = [who.removesuffix(COMPILED), f"{size}, {dtype}", heading]
+            if "seconds" in x and "seconds" in plain:
+                cells += [digits(plain["seconds"] * unit), digits(x["seconds"] * unit)]
+                cells += [f"{plain['seconds'] / x['seconds']:.2f}"]
+            else:
+                cells += ["", "failed", ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    heads = ["| `torch.compile` | | | without | with | ratio |", "|---|---|---|---|---|---|"]
+    return ["\n".join(heads + lines)] if lines else []
 
 
 def measured(record):
