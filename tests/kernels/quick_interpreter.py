@@ -7,6 +7,8 @@ The same checks, the same numbers (test_quick_interpreter.py). What it repeats, 
 - It asks in nine steps of its own language whether a sum of whole numbers overflows: NumPy says so
   in one, as exactly.
 - It describes the shape of each value anew, and writes NumPy's types down at each look at them.
+- It takes numbers apart into sign, exponent and digits to make bfloat16 of float32 and back, which
+  are the upper half of its bits. (What is too small for an exponent it gets wrong; here it is not.)
 """
 
 import contextlib
@@ -26,6 +28,7 @@ ORIGINALS = [
         (interpreter, "_patch_lang"),
         (interpreter.GridExecutor, "__call__"),
         (interpreter, "_get_np_dtype"),
+        (interpreter, "_convert_float"),
         (TritonSemantic, "binary_op_sanitize_overflow_impl"),
         (tl.block_type, "__init__"),
         (tl.tensor, "__init__"),
@@ -40,6 +43,7 @@ def quick_interpreter():
         _prepare_once_a_launch(patch)
         _describe_shapes_once(patch)
         patch.setattr(interpreter, "_get_np_dtype", _numpy_type)
+        patch.setattr(interpreter, "_convert_float", _convert)
         patch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", _refuse_overflow)
         yield
 
@@ -98,6 +102,17 @@ def _numpy_type(kind):
     if isinstance(kind, tl.block_type):
         kind = kind.element_ty
     return np.dtype(np.uint64) if isinstance(kind, tl.pointer_type) else _scalar_type(kind)
+
+
+_take_apart = interpreter._convert_float
+
+
+def _convert(numbers, kind, wanted, rounding):
+    if (kind, wanted, rounding) == (tl.bfloat16, tl.float32, None):
+        return numbers.view(np.uint16).astype(np.uint32) << 16
+    if (kind, wanted, rounding) == (tl.float32, tl.bfloat16, None):
+        return (np.ascontiguousarray(numbers).view(np.uint32) >> 16).astype(np.uint16)
+    return _take_apart(numbers, kind, wanted, rounding)
 
 
 _EXACTLY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}

@@ -2,11 +2,13 @@
 
 import operator
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from quick_interpreter import ORIGINALS
+from quick_interpreter import ORIGINALS, quick_interpreter
+from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled")
@@ -80,3 +82,18 @@ def test_numbers_are_those_of_triton(monkeypatch):
     # The interpreter cuts bfloat16 off where a GPU rounds: one unit of it for each of nine numbers.
     bound = 9 * 2**-7 * exact.abs().max()
     torch.testing.assert_close(results[0], exact + exact.sum(0) + 32 + 8, rtol=0, atol=bound)
+
+
+def test_bfloat16_is_that_of_triton():
+    """Of every bfloat16 but those too small for an exponent, and of what lies between two."""
+    bits = np.arange(2**16, dtype=np.uint16)
+    bits = bits[(bits & 0x7F80 > 0) | (bits & 0x7F == 0)].reshape(2, -1)
+    (theirs,) = (f for _, name, f in ORIGINALS if name == "_convert_float")
+    with quick_interpreter():
+        ours = interpreter._convert_float
+    wide = ours(bits, tl.bfloat16, tl.float32, None)
+    assert np.array_equal(wide, theirs(bits, tl.bfloat16, tl.float32, None))
+    between = (wide | np.where(bits & 0x7F80, 0xBEEF, 0)).astype(np.uint32).view(np.float32)
+    for numbers in (between, between[:, ::2]):
+        narrow = ours(numbers, tl.float32, tl.bfloat16, None)
+        assert np.array_equal(narrow, theirs(numbers, tl.float32, tl.bfloat16, None))
