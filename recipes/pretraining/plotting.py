@@ -20,7 +20,7 @@ def plot_loss(path, lines, gzip_bits_per_byte, title):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     styles = {
         "train": {"lw": 1, "alpha": 0.6},
@@ -52,7 +52,7 @@ def plot_loss(path, lines, gzip_bits_per_byte, title):
     axes.grid(alpha=0.3)
     axes.legend()
     beside = Path(path).with_name(Path(path).name + ".new")
-    figure.savefig(beside, format="png")
+    canvas.print_png(beside)  # savefig draws twice
     os.replace(beside, path)
 
 
@@ -69,7 +69,7 @@ def plot_task(path, lines, title):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
     trained = [line for line in lines if line["kind"] == "train"]
@@ -97,7 +97,7 @@ def plot_task(path, lines, title):
         axes.xaxis.set_major_formatter(lambda value, _: _si(value))
         axes.grid(alpha=0.3)
     beside = Path(path).with_name(Path(path).name + ".new")
-    figure.savefig(beside, format="png")
+    canvas.print_png(beside)  # savefig draws twice
     os.replace(beside, path)
 
 

@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import json
+import random
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -21,6 +23,19 @@ def step_seed(seed, step, rank):
         rank: the process.
     """
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def seed_generators(seed, device):
+    """Seeds what a step draws from.
+
+    Where there are no devices, accelerate's `set_seed` takes a millisecond to note that they are to
+    be seeded when they come.
+    """
+    if torch.accelerator.is_available() or device.type != "cpu":
+        return set_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def order_hash(windows, recipe):

@@ -6,7 +6,6 @@ import signal
 import time
 
 import torch
-from accelerate.utils import set_seed
 
 from .agreeing import together
 from .averaging import Average
@@ -30,7 +29,13 @@ from .sharding import prepare, run_in_bf16
 from .skipping import Spikes
 from .slicing import decoder_of, group_of, share_of
 from .starting import beginning
-from .stepping import accumulate_gradients, order_hash, settle_buckets, step_seed
+from .stepping import (
+    accumulate_gradients,
+    order_hash,
+    seed_generators,
+    settle_buckets,
+    step_seed,
+)
 from .synthetic import TaskBatches, load_task, sum_stacked
 from .zero import Zero, is_zero
 
@@ -284,7 +289,8 @@ class Run:
     def _train_step(self):
         recipe, accelerator = self.recipe, self.accelerator
         # Dropout draws from a generator of this step's own, so there is no state of it to restore.
-        set_seed(step_seed(recipe.seed, self.step, accelerator.process_index))
+        seed = step_seed(recipe.seed, self.step, accelerator.process_index)
+        seed_generators(seed, accelerator.device)
         rate = recipe.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]

@@ -7,15 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.commands import launch as accelerate_launch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from forks import Forks
+from undrawn import leave_figures
 
 ROOT = Path(__file__).resolve().parents[2]
 DEEPSPEED = ROOT / ".venv/deepspeed"
@@ -51,11 +54,10 @@ def free_port():
         return str(found.getsockname()[1])
 
 
-def launcher():
-    """What starts two processes on CPUs, before a script's name."""
+def two_on_cpus():
+    """Options of `accelerate launch` for two processes on CPUs."""
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    options += ["--main_process_port", free_port()]
-    return [sys.executable, "-m", "accelerate.commands.launch", *options]
+    return [*options, "--main_process_port", free_port()]
 
 
 def launched_with(config, processes):
@@ -82,7 +84,6 @@ class Workshop:
     """
 
     root = ROOT
-    launcher = staticmethod(launcher)
     launched_with = staticmethod(launched_with)
 
     def __init__(self, folder, cache_dir, forks):
@@ -96,26 +97,17 @@ class Workshop:
         places = ["--output_dir", str(self.folder), "--cache_dir", str(self.cache_dir)]
         return [str(ROOT / "recipes/pretrain.py"), str(self.recipe), *places, *arguments]
 
-    def start(self, *arguments, processes=1, launch=None):
-        """Starts recipes/pretrain.py on the tiny recipe, as users do."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        if processes > 1:
-            environment["ACCELERATE_USE_CPU"] = "true"
-            launch = launcher()
-        return subprocess.Popen(
-            [*(launch or [sys.executable]), *self._command(arguments)],
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def launch(self, *arguments, options=()):
+        """Starts `accelerate launch` on the tiny recipe, as users do; by default two processes.
 
-    def launch(self, *arguments, **options):
-        """The same, waiting for the end."""
-        process = self.start(*arguments, **options)
-        output, errors = process.communicate(timeout=240)
-        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+        The launcher has imported everything, what it starts has not.
+        """
+        words = [*(options or two_on_cpus()), *self._command(arguments)]
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if not options:
+            environment["ACCELERATE_USE_CPU"] = "true"
+        script = accelerate_launch.__file__
+        return self._forks().start(script, *words, cwd=self.folder, env=environment)
 
     def start_ranks(self, *arguments, processes=1, config=None, env=(), apart=False):
         """Starts processes that have imported everything, as torchrun would start them.
@@ -171,8 +163,15 @@ def started_forks():
 
     def get(deepspeed=False):
         if deepspeed not in started:
-            path, env = [ROOT, ROOT / "recipes"], {"OMP_NUM_THREADS": "1"}
-            modules = ["pretrain", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+            path = [ROOT, ROOT / "recipes", ROOT / "tests/recipes"]
+            env = {"OMP_NUM_THREADS": "1"}
+            modules = [
+                "pretrain",
+                "accelerate.commands.launch",
+                "torch.distributed.run",
+                "matplotlib.figure",
+                "begin_undrawn",
+            ]
             if deepspeed:
                 path, modules = [*path, DEEPSPEED], [*modules, "deepspeed"]
                 env["DS_ACCELERATOR"] = "cpu"
@@ -191,6 +190,15 @@ def forks():
     """What `started_forks` gives."""
     with started_forks() as get:
         yield get
+
+
+def wait_for_output(fork, text):
+    """Waits until a fork has written something to stdout."""
+    deadline = time.monotonic() + 120
+    while text not in fork.written()[0]:
+        assert fork.poll() is None, fork.written()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -229,6 +237,7 @@ def in_process(workshop, monkeypatch, capsys):
             for name, value in environment.items():
                 patch.setenv(name, value)
             patch.setattr(sys, "argv", [script, *words])
+            leave_figures(patch.setattr)
             pretrain.main()
         output, errors = capsys.readouterr()
         return SimpleNamespace(returncode=leaving.value.code, stdout=output, stderr=errors)

@@ -3,47 +3,51 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_for_output
 
 from pretraining import caching
 from pretraining.building import load_tokenizer
 from pretraining.corpus import load_corpus
 from pretraining.recipe import Recipe, UsageError
 
-ROOT = Path(__file__).resolve().parents[2]
 # Holds a lock as a process that tokenises does, until it is killed.
 HOLDER = """
 import sys, time
-sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from pretraining.caching import alone
-with alone(Path(sys.argv[2]), "waits"):
+with alone(Path(sys.argv[1]), "waits"):
     print("held", flush=True)
-    time.sleep(float(sys.argv[3]))
+    time.sleep(float(sys.argv[2]))
 """
 
 
 @pytest.fixture
-def hold():
+def hold(tmp_path, forks):
     """Starts a process that holds a lock."""
-    processes = []
+    processes, script = [], tmp_path / "holder.py"
+    script.write_text(HOLDER)
 
     def start(path, seconds=60):
-        command = [sys.executable, "-c", HOLDER, str(ROOT / "recipes"), str(path), str(seconds)]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        assert processes[-1].stdout.readline() == "held\n"
+        processes.append(forks().start(script, path, seconds, cwd=tmp_path))
+        wait_for_output(processes[-1], "held\n")
         return processes[-1]
 
     yield start
     for process in processes:
-        process.kill()
-        process.communicate()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def ended(process):
+    """How it ended."""
+    process.communicate()
+    return process.returncode
 
 
 def folders(cache_dir):
@@ -61,7 +65,7 @@ def test_others_wait_for_the_process_that_tokenises(tmp_path, hold, capsys, monk
     holder = hold(path, seconds=1.5)
     began = time.monotonic()
     with caching.alone(path, "tokenises some data"):
-        assert time.monotonic() - began > 1 and holder.wait() == 0
+        assert time.monotonic() - began > 1 and ended(holder) == 0
     line = "waiting for another process, which tokenises some data\n"
     assert capsys.readouterr().out == line
     # The kernel releases the lock of one that is killed. Of a launch, the first process speaks.
@@ -69,7 +73,7 @@ def test_others_wait_for_the_process_that_tokenises(tmp_path, hold, capsys, monk
     holder = hold(path)
     threading.Timer(1.3, holder.kill).start()
     with caching.alone(path, "tokenises some data"):
-        assert holder.wait() == -signal.SIGKILL
+        assert ended(holder) == -signal.SIGKILL
     assert capsys.readouterr().out == ""
 
 

@@ -15,7 +15,7 @@ from pretraining.recipe import Recipe, UsageError
 from pretraining.stepping import accumulate_gradients
 
 CARRY = ["--carry_state", "true", "--packing", "documents", "--learning_rate", "1e-3"]
-CARRY += ["--steps", "24", "--decay_steps", "4", "--checkpoint_every", "8", "--eval_every", "0"]
+CARRY += ["--steps", "12", "--decay_steps", "2", "--checkpoint_every", "4", "--eval_every", "0"]
 CARRY += ["--keep_checkpoints", "9", "--eval_batch_size", "11"]
 
 
@@ -111,7 +111,7 @@ def of_another(workshop, architecture):
 
 @pytest.mark.parametrize("architecture", ["retnet", "block_recurrent"])
 def test_states_are_saved(workshop, architecture):
-    """Killed after step 8 and resumed: the same numbers, and to rounding on two processes."""
+    """Killed after step 4 and resumed: the same numbers, and to rounding on two processes."""
     model = of_another(workshop, architecture)
     if architecture == "block_recurrent":
         model += ["--model.sliding_window", "16"]
@@ -124,12 +124,12 @@ def test_states_are_saved(workshop, architecture):
     for name, options, extra in ways:
         shutil.copytree(workshop.folder / "whole", workshop.folder / name)
         for step, folder in list_checkpoints(workshop.folder / name):
-            if step > 8:
+            if step > 4:
                 shutil.rmtree(folder)
         (workshop.folder / name / "model.safetensors").unlink()
         result = workshop.run("--name", name, "--resume", *CARRY, *model, *extra, **options)
         assert result.returncode == 0, result.stderr
-        assert "after step 8" in result.stdout
+        assert "after step 4" in result.stdout
         found = [line.get("loss") for line in workshop.curve(name)]
         if name == "same":
             assert found == expected

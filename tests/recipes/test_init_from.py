@@ -1,10 +1,7 @@
 """Continued training: the weights and config of another model, another run's among them."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -104,7 +101,7 @@ def test_the_first_loss_is_mistrals(in_process, workshop, mistral, batches):
     assert origin_of_checkpoint(workshop.folder / "tiny").license is None
 
 
-def test_the_first_loss_is_that_of_the_rwkv_package(in_process, workshop, batches):
+def test_the_first_loss_is_that_of_the_rwkv_package(in_process, workshop, batches, forks):
     pytest.importorskip("rwkv", reason="the package rwkv is not installed")
     folder = workshop.folder
     torch.save(random_weights(authors_shapes("7", layers=2, vocab=259)), folder / "source.pth")
@@ -114,10 +111,11 @@ def test_the_first_loss_is_that_of_the_rwkv_package(in_process, workshop, batche
     result = in_process(*COMMON, *short, "--init_from", str(folder / "converted"))
     assert result.returncode == 0, result.stderr
     torch.save(batches[0]["input_ids"], folder / "ids.pt")
-    environment = {**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
-    command = [sys.executable, "-c", PACKAGE, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    environment = {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    (folder / "package.py").write_text(PACKAGE)
+    package = forks().start(folder / "package.py", folder, cwd=folder, env=environment)
+    _, errors = package.communicate()
+    assert package.returncode == 0, errors
     logits, labels = torch.load(folder / "logits.pt"), batches[0]["shift_labels"]
     expected = cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
     # float32; the package rounds e^(-1/2) to six digits.

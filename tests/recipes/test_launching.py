@@ -67,9 +67,9 @@ def test_good_launches(environ, processes):
 
 @pytest.mark.slow
 def test_accelerate_launch_of_one_process_is_refused(workshop):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    result = workshop.launch(launch=[*launch, "--num_machines", "1"])
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    launch = ["--cpu", "--num_processes", "2", "--num_machines", "1"]
+    _, errors = workshop.launch(options=launch).communicate()
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert RIGHT in line
     assert not (workshop.folder / "tiny").exists()
 

@@ -20,6 +20,8 @@ STEPS = 20
 # within 4e-6 of those on record for 12 steps, and then off by up to 1e-2. That is the band's.
 SAME = 10
 DEMOS = sorted(path.stem for path in reference.CONFIGS.glob("*_demo.toml"))
+# Which of them is held to the band in all steps, whatever its text.
+LONGEST = "retnet_demo"
 
 
 def recorded(name):
@@ -47,12 +49,15 @@ def test_first_steps(name, tmp_path, cache_dir, monkeypatch):
     threads = torch.get_num_threads()
     try:
         run = Run(recipe, Accelerator(cpu=True), 1, Checkpoint())
-        found = [run._train_step()[0] for _ in range(STEPS)]
+        is_same_text = run.corpus.record["sha256"] == record["corpus_sha256"]
+        # What is the same to rounding needs no band. Training beyond is the same code for all.
+        steps = SAME if is_same_text and name != LONGEST else STEPS
+        found = [run._train_step()[0] for _ in range(steps)]
     finally:
         torch.set_num_threads(threads)
-    low, high = reference.band(np.array(losses)[:, :STEPS])
+    low, high = reference.band(np.array(losses)[:, :steps])
     assert (low < found).all() and (found < high).all(), (low, found, high)
-    if run.corpus.record["sha256"] == record["corpus_sha256"]:
+    if is_same_text:
         # The same text and random numbers: what is left is rounding, another processor's too.
         np.testing.assert_allclose(found[:SAME], losses[0][:SAME], rtol=1e-4)
 

@@ -3,21 +3,19 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import wait_for_output
 from safetensors import SafetensorError
 
 from pretraining.recipe import UsageError
 from pretraining.run_folder import check_run_dir, is_run, locked, remove_run
 
 SHORT = ["--steps", "26", "--eval_every", "0"]
-HOLD = "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-HOLD += "from pretraining.run_folder import locked\n"
-HOLD += "with locked(sys.argv[2]): print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pretraining.run_folder import locked\n"
+HOLD += "with locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
 
 
 def everything(folder):
@@ -111,12 +109,13 @@ def test_a_run_is_not_overwritten_by_accident(in_process, workshop):
     assert check_run_dir(run_dir, resume=True, start=False) is True
 
 
-def test_two_processes_on_one_folder(in_process, workshop):
+def test_two_processes_on_one_folder(in_process, workshop, forks):
     """The second is refused in one line; the lock of one that was killed is none."""
-    command = [sys.executable, "-c", HOLD, str(workshop.root / "recipes"), "tiny"]
-    holder = subprocess.Popen(command, cwd=workshop.folder, stdout=subprocess.PIPE, text=True)
+    script = workshop.folder / "hold.py"
+    script.write_text(HOLD)
+    holder = forks().start(script, "tiny", cwd=workshop.folder)
     try:
-        assert holder.stdout.readline() == "held\n"
+        wait_for_output(holder, "held\n")
         line = error_line(in_process(*SHORT))
         assert f"is being written by process {holder.pid} on {os.uname().nodename}" in line
         assert everything(workshop.folder / "tiny") == {"run.lock"}

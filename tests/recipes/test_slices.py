@@ -17,8 +17,8 @@ from pretraining.synthetic import TaskBatches
 from tasks import load
 
 # A rate at which rounding stays rounding. Of held-out text the last window is shorter.
-SHORT = ["--learning_rate", "1e-3", "--steps", "20", "--decay_steps", "4", "--warmup_steps", "2"]
-SHORT += ["--checkpoint_every", "8", "--keep_checkpoints", "9", "--eval_every", "0"]
+SHORT = ["--learning_rate", "1e-3", "--steps", "8", "--decay_steps", "2", "--warmup_steps", "2"]
+SHORT += ["--checkpoint_every", "3", "--keep_checkpoints", "9", "--eval_every", "0"]
 MEASURED = ["--eval_positions", "4", "--eval_lengths", "[3, 16]", "--eval_contexts", "[2, 20]"]
 MEASURED += ["--sample_prompts", '["def "]', "--sample_tokens", "4", "--ema_decay", "0.8"]
 RECOMPUTED = ["--gradient_checkpointing", "true"]
@@ -88,7 +88,7 @@ def test_slices_train_as_one(workshop, run, architecture):
     result = run("four", *arguments, *MEASURED, *RECOMPUTED * recomputes, **options)
     assert f"4 x cpu ({size} to a window)" in result.stdout
     assert_same(workshop, "four", "one", 1e-5)
-    assert len(of_kind(workshop, "one", "train")[1]) == 20
+    assert len(of_kind(workshop, "one", "train")[1]) == 8
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_the_same_weights_measured(workshop, run):
     arguments, options = four(4)
     result = run("four", "--resume", *arguments, *MEASURED, **options)
     assert "From here on sequence_parallel: 1 -> 4" in result.stdout
-    assert "step 20: held-out" in result.stdout and "| def" in result.stdout
+    assert "step 8: held-out" in result.stdout and "| def" in result.stdout
     assert_same(workshop, "four", "one", 1e-6)
 
 
@@ -140,7 +140,7 @@ def test_killed_and_resumed(workshop, run):
         rank.kill()
     for rank in ranks:
         rank.communicate()
-    assert done[-1][0] < 20
+    assert done[-1][0] < 8
     shutil.copytree(workshop.folder / "killed", workshop.folder / "alone")
     run("killed", "--resume", *arguments, **options)
     assert workshop.curve("killed") == workshop.curve("whole")

@@ -56,7 +56,8 @@ def on_a_task(workshop):
 
 
 def test_a_run_on_a_task(on_a_task, in_process):
-    whole = in_process("--name", "whole", "--ema_decay", "0.5", "--model.dropout", "0.1")
+    options = ["--name", "whole", "--ema_decay", "0.5", "--model.dropout", "0.1"]
+    whole = in_process(*options, DRAW="1")
     assert whole.returncode == 0, whole.stderr
     run_dir, curve = on_a_task.folder / "whole", on_a_task.curve("whole")
     last = curve[-1]
