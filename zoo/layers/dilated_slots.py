@@ -22,6 +22,7 @@ from ..kernels.dilated_attention import (
     write_slots,
 )
 from ..kernels.dilated_branches import branches_of
+from ..kernels.dilated_step import DecayTables, TokenPlan
 
 
 class DilatedSlots:
@@ -29,12 +30,44 @@ class DilatedSlots:
 
     Args:
         config: with num_attention_heads, head_dim, segment_lengths, dilation_rates, head_offsets.
+        log_decay: returns that of scores by distance, as of `DecayTables`; None: there is none. For
+            `plan` alone.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, log_decay=None):
         self.head_shape = config.num_attention_heads, config.head_dim
         self.branches = config.segment_lengths, config.dilation_rates
         self.offsets = {"offsets": config.head_offsets}
+        self.decays = None if log_decay is None else DecayTables(log_decay)
+
+    def plan(self, sequence, dtype):
+        """What a token per row reads and writes in every layer, a `TokenPlan`, or None.
+
+        Where the host knows the clocks: on a CPU, when nothing is compiled. Without gradients.
+
+        Args:
+            sequence: the `Sequence`.
+            dtype: of scores and sums.
+        """
+        clock_B1 = sequence.clock
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or sequence.shape[1] > 1
+            or sequence.cu_seqlens is not None
+            or sequence.ranks is not None
+            or type(clock_B1) is not torch.Tensor
+            or clock_B1.device.type != "cpu"
+        ):
+            return None
+        clocks = clock_B1[:, 0].tolist()
+        if len(clocks) < sequence.shape[0]:
+            clocks = clocks * sequence.shape[0]
+        if sequence.keep is not None:
+            clocks = [n if kept else None for n, kept in zip(clocks, sequence.keep.tolist())]
+        branches = branches_of(*self.branches)
+        offsets = self.offsets["offsets"]
+        return TokenPlan(clocks, branches, self.head_shape[0], offsets, self.decays, dtype)
 
     def state_specs(self, dtype):
         """Keys and values of selected tokens."""
@@ -56,7 +89,7 @@ class DilatedSlots:
             total += mean_of_segments(length, branch.length, count)
         return total
 
-    def attend(self, q_BTHK, k_BTHK, v_BTHV, sequence, state, dtype, **how):
+    def attend(self, q_BTHK, k_BTHK, v_BTHV, sequence, state, dtype, plan=None, **how):
         """Dilated attention after what the state holds, which is brought up to date: [B, T, H, V].
 
         Args:
@@ -64,6 +97,7 @@ class DilatedSlots:
             sequence: how the tokens lie.
             state: before them.
             dtype: of the state; None: of what comes.
+            plan: of a step, where there is one.
             how: log_decay and weight_gradient, as of `dilated_attention`.
         """
         is_step = q_BTHK.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
@@ -71,6 +105,8 @@ class DilatedSlots:
         new = {"keys_BHMK": k_BTHK, "values_BHMV": v_BTHV}
         if sequence.ranks is not None:
             self._bring(new, sequence, state)
+        elif is_step and plan is not None and q_BTHK.device.type == "cpu":
+            return self._attend_planned(q_BTHK, new, state, dtype, plan)
         return run(q_BTHK, new, sequence, state, dtype, **how, **self.offsets)
 
     def _attend_pass(self, q_BTHK, new, sequence, state, dtype, **how):
@@ -124,6 +160,17 @@ class DilatedSlots:
             options = self.head_shape[0], self.offsets, sequence
             kept["slots"] = [_Way(branch, *options) for branch in branches_of(*self.branches)]
         return kept["slots"]
+
+    def _attend_planned(self, q_BTHK, new, state, dtype, plan):
+        """`_attend_step`, where the host knows what to look at."""
+        for name, x_BTHK in new.items():
+            slots, may_overwrite = getattr(state, name), state.may_overwrite
+            if slots is None:
+                shape = self.state_specs(dtype)[name].shape
+                slots = x_BTHK.new_zeros(x_BTHK.shape[0], *shape, dtype=dtype)
+                may_overwrite = True
+            setattr(state, name, plan.write(slots.contiguous(), x_BTHK, may_overwrite))
+        return plan.attend(q_BTHK, state.keys_BHMK, state.values_BHMV)
 
     def _attend_step(self, q_BTHK, new, sequence, state, dtype, **how):
         """One token per row: writes its slots, and looks at those it sees."""

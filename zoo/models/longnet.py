@@ -40,6 +40,7 @@ from ..core.heads import (
 from ..core.length_limit import length_limit
 from ..core.state import SlidingStateLayer, dtype_of
 from ..kernels.dilated_branches import branches_of
+from ..kernels.linear_recurrence import accumulator_dtype
 from ..layers.dilated_slots import DilatedSlots, tokens_behind
 from ..layers.positions import check_positions, rotate, rotation_of
 from ..layers.torchscale_block import (
@@ -198,7 +199,7 @@ class DilatedAttention(nn.Module):
         keys = self.slots.mean_keys(length)
         return linear_flops(self) + 4 * self.config.head_dim * keys
 
-    def forward(self, x_BTD, sequence, state, rotation=None):
+    def forward(self, x_BTD, sequence, state, rotation=None, plan=None):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
         q_BTHK, k_BTHK, v_BTHV = (
             proj(x_BTD).unflatten(-1, self.head_shape)
@@ -213,6 +214,7 @@ class DilatedAttention(nn.Module):
             sequence,
             state,
             dtype_of(self.k_proj),
+            plan,
             log_decay=None if self.log_decay is None else self.log_decay(x_BTD.device),
             weight_gradient=self.config.branch_weight_gradient,
         )
@@ -248,6 +250,8 @@ class LongNetModel(LongNetPreTrainedModel, ZooModel):
 
     def __init__(self, config):
         super().__init__(config)
+        log_decay = functools.partial(xpos_log_decay, config) if config.xpos else None
+        self.slots = DilatedSlots(config, log_decay)
         if config.xpos:
             self.angle = Constant(functools.partial(xpos_angles, config))
         if length_limit(config) is not None:
@@ -274,10 +278,13 @@ class LongNetModel(LongNetPreTrainedModel, ZooModel):
         return self.embed_norm(embeds_BTD) if self.config.embedding_norm else embeds_BTD
 
     def mixer_inputs(self, x_BTD, sequence):
-        """The rotation of each position, the same in all layers."""
-        if not self.config.xpos:
-            return {}
-        return {"rotation": rotation_of(sequence.positions, self.angle(x_BTD.device))}
+        """The rotation of each position and what a token sees, the same in all layers."""
+        dtype = accumulator_dtype(x_BTD)
+        inputs = {"plan": self.slots.plan(sequence, dtype)}
+        if self.config.xpos:
+            rotation = rotation_of(sequence.positions, self.angle(x_BTD.device))
+            inputs["rotation"] = tuple(x.to(dtype) for x in rotation)
+        return inputs
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, ZooForCausalLM, GenerationMixin):
