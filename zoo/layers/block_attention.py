@@ -116,7 +116,7 @@ class WindowAttention(nn.Module):
         flops += 0 if self.memory is None else self.memory.flops_per_token(length)
         return flops + per_key * keys
 
-    def forward(self, x_BTD, sequence, state, read=None):
+    def forward(self, x_BTD, sequence, state, read=None, step=None):
         """Mixes a sequence [B, T, D]; returns it with the state after it.
 
         Args:
@@ -125,6 +125,7 @@ class WindowAttention(nn.Module):
             state: before them.
             read: keys [N, M, H, K] and values of the states that tokens of each document read: of
                 each row, if dense. For feedback, where a document has one window in a pass.
+            step: the `WindowStep` of a step, where there is one.
         """
         v_BTHV = self.v_proj(x_BTD).unflatten(-1, (self.num_heads, -1))
         dtype = v_BTHV.dtype
@@ -135,8 +136,12 @@ class WindowAttention(nn.Module):
             self.bring(k_BTHK, v_BTHV, sequence, state)
         is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None
         is_step = is_step and state.keys_BWHK is not None
-        attend = self.attend_step if is_step else self.attend
-        y_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, sequence, state)
+        is_planned = is_step and step is not None and x_BTD.device.type == "cpu"
+        if is_planned:
+            y_BTHV = self.attend_planned(q_BTHK, state, step)
+        else:
+            attend = self.attend_step if is_step else self.attend
+            y_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, sequence, state)
         if self.memory is not None:
             tokens = unit_BTHK, q_BTHK, k_BTHK, v_BTHV
             spec_dtype = dtype_of(self.k_proj)
@@ -146,11 +151,15 @@ class WindowAttention(nn.Module):
             q_BTHK = scaled(q_BTHK, self.state_scale, dtype)
             if self.is_recurrent:
                 tokens = q_BTHK, k_BTHK, v_BTHV
-                y2_BTHV, state.states_BMD = self.cell(sequence, state, tokens)
+                own = step if is_planned else None
+                y2_BTHV, state.states_BMD = self.cell(sequence, state, tokens, own)
             else:
                 y2_BTHV = self.look_by_document(q_BTHK, *read, sequence)
             y_BTHV = torch.cat([y_BTHV, y2_BTHV], dim=2)
-        if state.is_kept:
+        if is_planned:
+            for name, x_BTHK in (("keys_BWHK", k_BTHK), ("values_BWHV", v_BTHV)):
+                setattr(state, name, step.write(getattr(state, name), x_BTHK, state.may_overwrite))
+        elif state.is_kept:
             self.keep(k_BTHK, v_BTHV, sequence, state)
         return self.out_proj(y_BTHV.flatten(2)), state
 
@@ -234,6 +243,34 @@ class WindowAttention(nn.Module):
             # A token does not see itself: a gradient of zero for what it writes.
             y_BTHV = y_BTHV + 0 * (k_BTHK + v_BTHV)
         return y_BTHV
+
+    def attend_planned(self, q_BTHK, state, step):
+        """`attend_step`, where the host knows what to look at."""
+        dtype, size, bias_HC = accumulator_dtype(q_BTHK), state.keys_BWHK.shape[1], None
+
+        def split(x_W):
+            """A tensor by distance: (of what is seen, in its order; of what precedes the text)."""
+            return x_W[step.distances(size)], x_W[step.count :]
+
+        if self.has_table:
+            seen_C, before_R = step.kept_for_all_layers(
+                ("buckets", size), lambda: split(self.buckets(q_BTHK.device).long())
+            )
+            table_HN = self.relative_bias.to(dtype) * self.scale.to(dtype).abs()[:, None]
+            bias_HC, rest_HR = table_HN.index_select(1, seen_C), table_HN.index_select(1, before_R)
+        else:
+            seen_C, before_R = step.kept_for_all_layers(
+                ("distances", size), lambda: split(torch.arange(1, self.window + 1, device="cpu"))
+            )
+            if self.has_alibi:
+                slope_H1 = self.log_decay(q_BTHK.device).to(dtype)[:, None]
+                bias_HC, rest_HR = slope_H1 * seen_C, slope_H1 * before_R
+            else:
+                rest_HR = q_BTHK.new_zeros(self.num_heads, len(before_R), dtype=dtype)
+        extra_H = rest_HR.new_full((self.num_heads,), EXTRA_LOGIT)
+        if rest_HR.shape[1]:
+            extra_H = torch.logaddexp(extra_H, rest_HR.logsumexp(1))
+        return step.attend(q_BTHK, state.keys_BWHK, state.values_BWHV, bias_HC, extra_H)
 
     def keep(self, k_BTHK, v_BTHV, sequence, state):
         """Brings keys and values of the state up to date."""

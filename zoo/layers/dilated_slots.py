@@ -23,6 +23,7 @@ from ..kernels.dilated_attention import (
 )
 from ..kernels.dilated_branches import branches_of
 from ..kernels.dilated_step import DecayTables, TokenPlan
+from .host_clocks import host_clocks
 
 
 class DilatedSlots:
@@ -43,28 +44,15 @@ class DilatedSlots:
     def plan(self, sequence, dtype):
         """What a token per row reads and writes in every layer, a `TokenPlan`, or None.
 
-        Where the host knows the clocks: on a CPU, when nothing is compiled. Without gradients.
+        Where the host knows the clocks, that is (zoo/layers/host_clocks.py).
 
         Args:
             sequence: the `Sequence`.
             dtype: of scores and sums.
         """
-        clock_B1 = sequence.clock
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or sequence.shape[1] > 1
-            or sequence.cu_seqlens is not None
-            or sequence.ranks is not None
-            or type(clock_B1) is not torch.Tensor
-            or clock_B1.device.type != "cpu"
-        ):
+        clocks = host_clocks(sequence)
+        if clocks is None:
             return None
-        clocks = clock_B1[:, 0].tolist()
-        if len(clocks) < sequence.shape[0]:
-            clocks = clocks * sequence.shape[0]
-        if sequence.keep is not None:
-            clocks = [n if kept else None for n, kept in zip(clocks, sequence.keep.tolist())]
         branches = branches_of(*self.branches)
         offsets = self.offsets["offsets"]
         return TokenPlan(clocks, branches, self.head_shape[0], offsets, self.decays, dtype)

@@ -22,9 +22,12 @@ The paper's LSTM gate has a tanh around y; the code has one in "single" alone, f
 code knows "full" but no configuration of its authors uses it.
 """
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import initialization as init
 
 from ..core.flops import linear_flops
@@ -35,6 +38,8 @@ from ..kernels.linear_recurrence import accumulator_dtype
 
 GATES = ("bias", "full", "lstm")
 CONFIGURATIONS = ("skip", "dual", "single")
+# States -> (their cell, what is read of them), for as long as there are such states.
+_READ = WeakTensorKeyDictionary()
 # Of a normal distribution cut off at two of its standard deviations, its standard deviation.
 TRUNCATED_STD = 0.87962566103423978
 
@@ -172,7 +177,7 @@ class RecurrentCell(nn.Module):
         attention = 4 * config.num_attention_heads * config.head_dim * keys
         return config.num_states * (linear_flops(self) + attention)
 
-    def forward(self, sequence, state, tokens=None):
+    def forward(self, sequence, state, tokens=None, step=None):
         """What there is to read of the states before a pass; with tokens, what these read of them.
 
         All that uses a parameter of the cell is called from here: offloading and sharding bring a
@@ -182,12 +187,17 @@ class RecurrentCell(nn.Module):
             sequence: how the tokens of the pass lie.
             state: before the pass.
             tokens: (queries for the states [B, T, H, K], keys, values [B, T, H, V]), or None.
+            step: a `WindowStep` (zoo/layers/window_step.py), where there is one.
 
         Returns:
             Without tokens keys rk [N, M, H, K] and values rv of the states of each document; with
             them (what they see [B, T, H, V], the states after the pass [B, M, D] or None if nobody
             keeps them).
         """
+        is_unchanged = step is not None and not step.changes_states
+        if is_unchanged and state.states_BMD is not None:
+            read = self.read_again(state.states_BMD)
+            return read if tokens is None else (look(tokens[0], *read), state.states_BMD)
         if tokens is not None:
             return self.walk(*tokens, sequence, state)
         return self.keys_values(self.states_before(sequence, state.states_BMD))[1:]
@@ -203,6 +213,18 @@ class RecurrentCell(nn.Module):
         v_NMHV = self.v_proj(n_NMD).unflatten(-1, (heads, -1))
         k_NMHK = unit_heads(self.k_proj(n_NMD), heads).to(v_NMHV.dtype)
         return n_NMD, k_NMHK, v_NMHV
+
+    def read_again(self, states_BMD):
+        """What is read of states that stay as they are until their window ends.
+
+        Keys and values, made when the first token of a window asks for them, as those of tokens
+        are. They live as long as the states, and are of these very tensors: a copy has its own.
+        """
+        cell, read = _READ.get(states_BMD, (None, None))
+        if cell is None or cell() is not self:
+            read = self.keys_values(states_BMD)[1:]
+            _READ[states_BMD] = weakref.ref(self), read
+        return read
 
     def update(self, state_NMD, read, keys_NSHK, values_NSHV):
         """The states after a window.

@@ -73,6 +73,7 @@ from ..layers.meliad_block import (
     check_memory,
     check_states,
 )
+from ..layers.window_step import window_step
 
 _SMALL = {"sliding_window": 16, "num_states": 5, "recurrent_layers": [0]}
 _MEMORIZING = {"sliding_window": 16, "num_states": 0, "memory_layers": [-1], "memory_size": 64}
@@ -228,6 +229,10 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel, ZooModel):
         """Embeddings of variance 1."""
         init.normal_(self.embed_tokens.weight)
 
+    def mixer_inputs(self, x_BTD, sequence):
+        """What a token sees, the same in all layers."""
+        return {"step": window_step(sequence, self.config.sliding_window)}
+
     def _run_blocks(self, *args, **kwargs):
         run = self._run_windows if self.config.feedback else super()._run_blocks
         return run(*args, **kwargs)
@@ -239,7 +244,9 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel, ZooModel):
         layers, source = self.layers, self.config.recurrent_layers[-1]
 
         def reads(own, states):
-            return {"read": layers[source].mixer.cell(own, states[source])}
+            step = window_step(own, self.config.sliding_window)
+            read = layers[source].mixer.cell(own, states[source], step=step)
+            return {"read": read, "step": step}
 
         is_recorded = kwargs.get("output_hidden_states") or self.config.output_hidden_states
         window = self.config.sliding_window
