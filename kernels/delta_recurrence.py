@@ -25,12 +25,14 @@ Decays only appear as products of numbers between 0 and 1, so any decay stays fi
 bound on how strong it is, -inf (forget everything) included.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .delta_recurrence_sizes import CHUNK_LENGTH, MAX_KERNEL_DIM
+from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence import (
     _walk_dense,
     _walk_packed,
@@ -83,6 +85,19 @@ def delta_recurrence(
         ValueError: shapes that do not fit, no tokens, a positive log decay, an unknown backend or
             one that cannot run this call.
     """
+    key, tensors = None, (q, k, v, log_decay, a, b, initial_state, cu_seqlens)
+    if can_be_known(q, scale):
+        key = (
+            (backend, scale, output_final_state, torch.is_grad_enabled(), q.device),
+            (q.shape, q.dtype, k.shape, k.dtype, v.shape, v.dtype),
+            (a.shape, a.dtype, b.shape, b.dtype),
+            None if log_decay is None else form(log_decay),
+            None if initial_state is None else form(initial_state),
+            None if cu_seqlens is None else form(cu_seqlens),
+        )
+        call = _known.prepared.get(key)
+        if call is not None:
+            return call(*tensors)
     chosen = choose_backend("delta_recurrence", backend, q)
     if backend == "auto" and max(q.shape[-1], v.shape[-1]) > MAX_KERNEL_DIM:
         chosen = "torch"
@@ -92,19 +107,22 @@ def delta_recurrence(
             raise ValueError(
                 f"delta_recurrence: {name} has the shape of q {list(q.shape)}, got {list(x.shape)}."
             )
+    keyword = {
+        "scale": scale,
+        "initial_state": initial_state,
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    if chosen == "triton" and key is not None:
+        prepare = functools.partial(_prepare_triton, tensors, scale, output_final_state)
+        call = _known.meet(key, prepare)
+        if call is not None:
+            return call(*tensors)
     run = {"torch": _run_torch, "triton": _run_triton, "fla": _run_fla}[chosen]
-    return run(
-        q,
-        k,
-        v,
-        log_decay,
-        a,
-        b,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-    )
+    return run(q, k, v, log_decay, a, b, **keyword)
+
+
+_known = KnownCalls()
 
 
 def _run_torch(q, k, v, log_decay, a, b, **keyword):
@@ -127,6 +145,30 @@ def _run_triton(q, k, v, log_decay, a, b, **keyword):
         o, state = delta_recurrence_step(q, k, v, log_decay, a, b, scale=scale, state=state)
         return o, state if keyword["output_final_state"] else None
     return delta_recurrence_triton(q, k, v, log_decay, a, b, **keyword)
+
+
+def _prepare_triton(tensors, scale, output_final_state):
+    """What to keep for calls of this form; None for one token with gradients, or without."""
+    from .delta_recurrence_triton import PASSES
+    from .ready_triton import prepared_call
+
+    def run(q, k, v, log_decay, a, b, initial_state, cu_seqlens):
+        return _run_triton(
+            q,
+            k,
+            v,
+            log_decay,
+            a,
+            b,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )
+
+    if tensors[0].shape[1] == 1 and torch.is_grad_enabled():
+        return None
+    return prepared_call(PASSES, (float(scale), output_final_state), run)
 
 
 def _run_fla(q, k, v, log_decay, a, b, **keyword):

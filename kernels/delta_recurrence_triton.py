@@ -49,7 +49,8 @@ from .launch_triton import (
     rounded,
     target_of,
 )
-from .operator_triton import narrow, nothing
+from .operator_triton import is_traced, narrow, nothing, without_none
+from .ready_triton import Passes, Ready
 from .segments_triton import overridden
 
 # Log decays are at least this, and blocks without a boundary this long: see above.
@@ -964,14 +965,14 @@ def forward(q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, output_f
     """Raw forward pass on contiguous tensors of one dtype; no autograd.
 
     Returns:
-        (o, final state, empty unless asked for).
+        (o, final state or None).
     """
     if _configs_of(q) is None:
         return walk_forward(
             q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, output_final_state
         )
     call = _Call(q, v, log_decay, cu_seqlens, scale)
-    o, final = torch.empty_like(v), nothing(q)
+    o, final = torch.empty_like(v), None
     if output_final_state:
         final = call.empty(call.num_documents, call.heads, call.key_dim, call.value_dim)
     prepared = call.prepare(q, k, v, a, b, o=o)
@@ -980,7 +981,7 @@ def forward(q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, output_f
         1,
         o=o,
         initial=initial_state,
-        final=final if output_final_state else None,
+        final=final,
         **prepared,
     )
     return o, final
@@ -1074,12 +1075,14 @@ _INPUTS = (
     "Tensor? cu_seqlens"
 )
 
-_forward_operator = torch.library.custom_op(
+
+@torch.library.custom_op(
     f"{_NAMESPACE}::forward",
-    forward,
     mutates_args=(),
     schema=f"({_INPUTS}, float scale, bool output_final_state) -> (Tensor, Tensor)",
 )
+def _forward_operator(q, *others):
+    return without_none(q, forward(q, *others))
 
 
 @_forward_operator.register_fake
@@ -1170,17 +1173,34 @@ def delta_recurrence_triton(
     Raises:
         ValueError: K above 512, or V where no chunk kernel fits.
     """
+    tensors = q, k, v, log_decay, a, b, initial_state, cu_seqlens
+    numbers = float(scale), output_final_state
+    if not is_traced(q):
+        return Ready(PASSES, numbers, is_kept=False)(*tensors)
+    o, final = _forward_operator(*_prepared(*tensors), *numbers)
+    return o.to(v.dtype), final if output_final_state else None
+
+
+def _prepared(q, k, v, log_decay, a, b, initial_state, cu_seqlens):
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v, a, b)))
     dtype = torch.float32 if dtype == torch.float64 else dtype
-    q, k, values, a, b = (x.to(dtype).contiguous() for x in (q, k, v, a, b))
+    q, k, v, a, b = (x.to(dtype).contiguous() for x in (q, k, v, a, b))
     if log_decay is not None:
         log_decay = narrow(log_decay)
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
-    o, final = _forward_operator(
-        q, k, values, log_decay, a, b, initial_state, cu_seqlens, float(scale), output_final_state
-    )
-    return o.to(v.dtype), final if output_final_state else None
+    return q, k, v, log_decay, a, b, initial_state, cu_seqlens
+
+
+PASSES = Passes(
+    prepare=_prepared,
+    forward=forward,
+    backward=backward,
+    outputs=2,
+    values=2,
+    saved=slice(0, 0),
+    ask=lambda numbers, wanted: (numbers[0], wanted[3], wanted[6]),
+)
 
 
 def delta_recurrence_step(q, k, v, log_decay, a, b, *, scale=1.0, state=None, in_place=False):
@@ -1208,7 +1228,8 @@ def delta_recurrence_step(q, k, v, log_decay, a, b, *, scale=1.0, state=None, in
     log_decay = None if log_decay is None else narrow(log_decay)
     if not in_place:
         state = None if state is None else state.float().contiguous()
-        return _step_operator(q, k, v, log_decay, a, b, state, float(scale))
+        run = _step_operator if is_traced(q) else _run_fresh_step
+        return run(q, k, v, log_decay, a, b, state, float(scale))
     check_replaceable("delta_recurrence_step", state)
     return _run_step(q, k, v, log_decay, a, b, state, float(scale), state), state
 
@@ -1245,6 +1266,11 @@ def _run_step(q, k, v, log_decay, a, b, before, scale, after):
     return o
 
 
+def _run_fresh_step(q, k, v, log_decay, a, b, before, scale):
+    after = q.new_empty((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    return _run_step(q, k, v, log_decay, a, b, before, scale, after), after
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::step", mutates_args=())
 def _step_operator(
     q: torch.Tensor,
@@ -1256,8 +1282,7 @@ def _step_operator(
     state: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    after = q.new_empty((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
-    return _run_step(q, k, v, log_decay, a, b, state, scale, after), after
+    return _run_fresh_step(q, k, v, log_decay, a, b, state, scale)
 
 
 @_step_operator.register_fake

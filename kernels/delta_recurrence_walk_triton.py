@@ -391,7 +391,7 @@ def forward(q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, output_f
     final = walk.state() if output_final_state else None
     inputs = {"q": q, "k": k, "v": v, "a": a, "b": b, "initial": initial_state}
     walk.over_v(_walk_outputs, o=o, u=None, final=final, **inputs)
-    return o, nothing(q) if final is None else final
+    return o, final
 
 
 def backward(

@@ -22,11 +22,13 @@ is not over: sum_i ceil(w_i / r_i) slots per head, at any length. `hold` makes t
 `write_slots` after a token, `Held` hands them to the next pass, `dilated_attention_step` decodes.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 from .dilated_branches import branches_of
+from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence import accumulator_dtype, check_boundaries, choose_backend
 
 OFFSETS = ("grouped", "modulo")
@@ -97,16 +99,56 @@ def dilated_attention(
             "dilated_attention: backend is one of auto, torch, triton, got 'fla', which has no "
             'such attention; use backend="auto".'
         )
-    backend = choose_backend("dilated_attention", backend, q)
+    held_tensors = (None,) * 4 if held is None else (held.keys, held.values, held.count, held.row)
+    key, tensors = None, (q, k, v, *held_tensors, log_decay, cu_seqlens)
+    if can_be_known(q, 1.0 if scale is None else scale):
+        learns = torch.is_grad_enabled()
+        key = (
+            (backend, tuple(segment_lengths), tuple(dilation_rates), scale, offsets, q.device),
+            (q.shape, q.dtype, k.shape, k.dtype, v.shape, v.dtype),
+            learns and (q.requires_grad or k.requires_grad or v.requires_grad),
+            (learns, weight_gradient, held is not None and _form_of(held, learns)),
+            None if log_decay is None else form(log_decay),
+            None if cu_seqlens is None else form(cu_seqlens),
+        )
+        call = _known.prepared.get(key)
+        if call is not None:
+            return call(*tensors)[0]
+    chosen = choose_backend("dilated_attention", backend, q)
     branches = check_arguments(
         q, k, v, segment_lengths, dilation_rates, offsets, log_decay, cu_seqlens, held
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "triton":
+    if chosen == "triton" and key is not None:
+        prepare = functools.partial(
+            _prepare_triton, tensors, branches, scale, offsets, weight_gradient
+        )
+        call = _known.meet(key, prepare)
+        if call is not None:
+            return call(*tensors)[0]
+    if chosen == "triton":
         from .dilated_attention_triton import dilated_attention_triton as run
     else:
         run = _run_torch
     return run(q, k, v, branches, scale, offsets, log_decay, cu_seqlens, held, weight_gradient)
+
+
+_known = KnownCalls()
+
+
+def _form_of(held, learns):
+    """What a key says about a `Held`."""
+    is_differentiated = learns and (held.keys.requires_grad or held.values.requires_grad)
+    return (is_differentiated, *(None if x is None else form(x) for x in held))
+
+
+def _prepare_triton(tensors, branches, scale, offsets, weight_gradient):
+    """What to keep for calls of this form: it returns the output in a tuple."""
+    from .dilated_attention_triton import PASSES, numbers_of
+    from .ready_triton import Ready, prepared_call
+
+    numbers = numbers_of(tensors, branches, scale, offsets, weight_gradient)
+    return prepared_call(PASSES, numbers, Ready(PASSES, numbers, is_kept=False))
 
 
 def check_arguments(q, k, v, segment_lengths, dilation_rates, offsets, log_decay, cu_seqlens, held):

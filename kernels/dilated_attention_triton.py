@@ -40,6 +40,7 @@ from .launch_triton import (
     target_of,
 )
 from .operator_triton import is_traced, nothing
+from .ready_triton import Passes, Ready
 from .segments_triton import kept, overridden
 
 # Tiles of `chunk` slots for the program's own, of `slice` for those it walks over, by the widest
@@ -682,54 +683,54 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:9], *output)
 
 
-def _gradients(ctx, do, run):
-    grads = run(*ctx.saved_tensors, do.contiguous(), *ctx.numbers)
+def _gradients(ctx, do, dlog, dpart):
+    grads = backward_operator(*ctx.saved_tensors, do.contiguous(), *ctx.numbers)
     grads = (x if wanted else None for x, wanted in zip(grads, ctx.needs_input_grad[:5]))
     return *grads, *[None] * 9
 
 
-forward_operator.register_autograd(
-    lambda ctx, do, dlog, dpart: _gradients(ctx, do, backward_operator),
-    setup_context=_setup_context,
+forward_operator.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _prepared(q, k, v, held_k, held_v, count, row, log_decay, cu_seqlens):
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    inputs = [None if x is None else x.to(dtype).contiguous() for x in (q, k, v, held_k, held_v)]
+    if log_decay is not None:
+        log_decay = log_decay.detach().float().contiguous()
+    return *inputs, count, row, log_decay, cu_seqlens
+
+
+PASSES = Passes(
+    prepare=_prepared,
+    forward=forward,
+    backward=backward,
+    outputs=1,
+    values=2,
+    saved=slice(0, 3),
+    ask=lambda numbers, wanted: numbers,
 )
 
 
-class _Eager(torch.autograd.Function):
-    """The same as `forward_operator`, without its dispatch."""
+def numbers_of(tensors, branches, scale, offsets, weight_gradient):
+    """The last arguments of both passes.
 
-    @staticmethod
-    def forward(ctx, *inputs):
-        results = forward(*inputs)
-        _setup_context(ctx, inputs, results)
-        return results[0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do):
-        return _gradients(ctx, do, backward)
+    Args: the tensors of the call, in the order of `forward`; the rest as of `dilated_attention`.
+    """
+    lengths, rates = ([branch[n] for branch in branches] for n in (0, 1))
+    is_differentiated = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in tensors[:5]
+    )
+    parts = is_differentiated and not weight_gradient
+    return lengths, rates, float(scale), offsets == "modulo", parts
 
 
 def dilated_attention_triton(
     q, k, v, branches, scale, offsets, log_decay, cu_seqlens, held, weight_gradient
 ):
     """`dilated_attention` on a GPU; arguments are checked by it, and `Branch`es for lengths."""
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    inputs = [x.to(dtype).contiguous() for x in (q, k, v)]
-    count = row = None
-    if held is None:
-        inputs += [None, None]
-    else:
-        inputs += [x.to(dtype).contiguous() for x in held[:2]]
-        count, row = held.count, held.row
-    if log_decay is not None:
-        log_decay = log_decay.detach().float().contiguous()
-    lengths, rates = ([branch[n] for branch in branches] for n in (0, 1))
-    is_differentiated = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in inputs
-    )
-    parts = is_differentiated and not weight_gradient
-    numbers = lengths, rates, float(scale), offsets == "modulo", parts
-    arguments = *inputs, count, row, log_decay, cu_seqlens, *numbers
+    held = [None] * 4 if held is None else [held.keys, held.values, held.count, held.row]
+    tensors = q, k, v, *held, log_decay, cu_seqlens
+    numbers = numbers_of(tensors, branches, scale, offsets, weight_gradient)
     if is_traced(q):
-        return forward_operator(*arguments)[0].to(v.dtype)
-    return _Eager.apply(*arguments).to(v.dtype)
+        return forward_operator(*_prepared(*tensors), *numbers)[0].to(v.dtype)
+    return Ready(PASSES, numbers, is_kept=False)(*tensors)[0]

@@ -2,7 +2,8 @@
 
 Every launch goes through `launch`, by keyword. Under `recording` the same calls are written down,
 with or without running: the resource table, the count of launches and the count of bytes come from
-what the operators really launch, not from a list kept beside them.
+what the operators really launch, not from a list kept beside them. Under `taping` a thread's
+launches become lines of a program (programs_triton.py).
 
 On a CPU the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 was set before the first
 import of them.
@@ -10,6 +11,7 @@ import of them.
 
 import functools
 import re
+import threading
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -81,7 +83,8 @@ class _Recorder(NamedTuple):
     target: str | None
 
 
-_recorders = []
+# While there are some, every pass runs as it stands.
+recorders = []
 
 
 @contextmanager
@@ -97,29 +100,74 @@ def recording(run=True, target=None):
         A list that receives a `Launch` each.
     """
     launches = []
-    _recorders.append(_Recorder(launches, run, target))
+    recorders.append(_Recorder(launches, run, target))
     try:
         yield launches
     finally:
-        _recorders.pop()
+        recorders.pop()
+
+
+_tapes = threading.local()
+
+
+def tape():
+    """What writes down what this thread does, or None."""
+    return getattr(_tapes, "current", None)
+
+
+@contextmanager
+def taping(writer):
+    """Lets `writer` write down a block of code.
+
+    Args:
+        writer: has `run_launch`, of the arguments of `launch`, the last ones as a dict; `run_whole`
+            of a function and its arguments, and `run_constant` of the same.
+    """
+    _tapes.current = writer
+    try:
+        yield writer
+    finally:
+        _tapes.current = None
+
+
+def whole(function):
+    """Decorates a function of which a program holds the call, as its results hang on values."""
+
+    @functools.wraps(function)
+    def call(*args):
+        if torch.compiler.is_compiling() or tape() is None:
+            return function(*args)
+        return tape().run_whole(function, args)
+
+    return call
+
+
+def constant(make, *args):
+    """make(*args): a tensor that is made once and is part of a program."""
+    return make(*args) if tape() is None else tape().run_constant(make, args)
 
 
 def launch(kernel, grid, num_warps, num_stages, **arguments):
     """Runs a kernel; `arguments` are its parameters by name."""
-    if _recorders:
-        recorder = _recorders[-1]
+    if recorders:
+        recorder = recorders[-1]
         recorder.launches.append(Launch(kernel, grid, arguments, num_warps, num_stages))
         if not recorder.run:
             return
     if 0 in grid:
         return
-    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+    # Triton launches on the current device, whichever it is that the tensors are on.
+    with torch.cuda.device_of(next(x for x in arguments.values() if torch.is_tensor(x))):
+        if tape() is None:
+            kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        else:
+            tape().run_launch(kernel, grid, num_warps, num_stages, arguments)
 
 
 def target_of(device):
     """Which of `TARGETS` holds the configurations for a device."""
-    if _recorders and _recorders[-1].target:
-        return _recorders[-1].target
+    if recorders and recorders[-1].target:
+        return recorders[-1].target
     if device.type != "cuda":
         return "sm_90"
     return _cuda_target(device.index)

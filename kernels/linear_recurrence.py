@@ -16,6 +16,7 @@ Call `linear_recurrence`. `linear_recurrence_reference` is the definition, one s
 Decay only ever appears as exp of a non-positive number, so nothing overflows.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence_channels import channel_scan
 
 BACKENDS = ("auto", "torch", "triton", "fla")
@@ -74,22 +76,40 @@ def linear_recurrence(
     Raises:
         ValueError: shapes that do not fit, no tokens, a positive log decay, an unknown backend.
     """
-    backend = choose_backend("linear_recurrence", backend, q)
+    key, tensors = None, (q, k, v, log_decay, bonus, initial_state, cu_seqlens)
+    if can_be_known(q, scale):
+        key = (
+            (backend, scale, output_final_state, torch.is_grad_enabled(), q.device),
+            (q.shape, q.dtype, k.shape, k.dtype, v.shape, v.dtype),
+            None if log_decay is None else form(log_decay),
+            None if bonus is None else form(bonus),
+            None if initial_state is None else form(initial_state),
+            None if cu_seqlens is None else form(cu_seqlens),
+        )
+        call = _known.prepared.get(key)
+        if call is not None:
+            return call(*tensors)
+    chosen = choose_backend("linear_recurrence", backend, q)
     check_arguments(
-        "linear_recurrence", q, k, v, log_decay, bonus, initial_state, cu_seqlens, backend
+        "linear_recurrence", q, k, v, log_decay, bonus, initial_state, cu_seqlens, chosen
     )
-    run = {"torch": _run_torch, "triton": _run_triton, "fla": _run_fla}[backend]
-    return run(
-        q,
-        k,
-        v,
-        log_decay,
-        bonus=bonus,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-    )
+    keyword = {
+        "bonus": bonus,
+        "scale": scale,
+        "initial_state": initial_state,
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    if chosen == "triton" and key is not None:
+        prepare = functools.partial(_prepare_triton, tensors, scale, output_final_state)
+        call = _known.meet(key, prepare)
+        if call is not None:
+            return call(*tensors)
+    run = {"torch": _run_torch, "triton": _run_triton, "fla": _run_fla}[chosen]
+    return run(q, k, v, log_decay, **keyword)
+
+
+_known = KnownCalls()
 
 
 def _run_torch(q, k, v, log_decay, **keyword):
@@ -123,6 +143,33 @@ def _run_triton(q, k, v, log_decay, **keyword):
 
         return linear_recurrence_channels_triton(q, k, v, log_decay, **keyword)
     return linear_recurrence_triton(q, k, v, log_decay, **keyword)
+
+
+def _prepare_triton(tensors, scale, output_final_state):
+    """What to keep for calls of this form; None for one token with gradients, or without."""
+    from .linear_recurrence_channels_triton import PASSES as PER_CHANNEL
+    from .linear_recurrence_triton import PASSES as PER_HEAD
+    from .ready_triton import prepared_call
+
+    def run(q, k, v, log_decay, bonus, initial_state, cu_seqlens):
+        return _run_triton(
+            q,
+            k,
+            v,
+            log_decay,
+            bonus=bonus,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )
+
+    q, _, _, log_decay, *_ = tensors
+    if q.shape[1] == 1 and torch.is_grad_enabled():
+        return None
+    is_per_channel = log_decay is not None and log_decay.ndim == 4
+    passes = PER_CHANNEL if is_per_channel else PER_HEAD
+    return prepared_call(passes, (float(scale), output_final_state), run)
 
 
 def _run_fla(q, k, v, log_decay, **keyword):

@@ -34,6 +34,7 @@ except ImportError:
 
 from .launch_triton import (
     Config,
+    constant,
     dot,
     dot_add,
     dot_precision,
@@ -653,7 +654,8 @@ class _Call:
         self.q_start = torch.empty_like(q, dtype=stored)
         self.k_end = torch.empty_like(k, dtype=stored)
         self.scores = q.new_empty((*q.shape[:3], self.chunk), dtype=stored)
-        self.reaches = _reaches(self.chunk, bonus is not None, stored, self.device)
+        strict = bonus is not None
+        self.reaches = constant(_reaches, self.chunk, strict, stored, self.device)
         self.whole = self.empty(self.num_slots, self.heads, self.key_dim)
         launch(
             _within,
@@ -897,6 +899,6 @@ def num_slices(q, v, log_decay, bonus):
     return -(-v.shape[-1] // config.slice)
 
 
-linear_recurrence_channels_triton, _forward_operator, _backward_operator = make_operator(
+linear_recurrence_channels_triton, _forward_operator, _backward_operator, PASSES = make_operator(
     __name__, forward, backward, num_slices
 )

@@ -740,7 +740,7 @@ def num_slices(q, v, log_decay, bonus):
     return -(-value_dim // config.slice)
 
 
-linear_recurrence_triton, _forward_operator, _backward_operator = make_operator(
+linear_recurrence_triton, _forward_operator, _backward_operator, PASSES = make_operator(
     __name__, forward, backward, num_slices
 )
 

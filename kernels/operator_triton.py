@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .launch_triton import operator_namespace
+from .launch_triton import operator_namespace, whole
+from .ready_triton import Passes, Ready
 from .segments_triton import count_segments
 
 # What both operators begin with, as PyTorch writes it.
@@ -27,11 +28,13 @@ class Operator(NamedTuple):
     Attributes:
         run: arguments and results as `linear_recurrence`; they are not checked.
         forward, backward: the custom operators.
+        passes: what eager calls of it consist of.
     """
 
     run: Callable
     forward: torch.library.CustomOpDef
     backward: torch.library.CustomOpDef
+    passes: Passes
 
 
 def make_operator(module, raw_forward, raw_backward, num_slices):
@@ -55,7 +58,7 @@ def make_operator(module, raw_forward, raw_backward, num_slices):
         schema=f"({_INPUTS}, float scale, bool output_final_state) -> (Tensor, Tensor, Tensor)",
     )
     def forward_operator(q, *others):
-        return _without_none(q, raw_forward(q, *others))
+        return without_none(q, raw_forward(q, *others))
 
     @forward_operator.register_fake
     def _(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state):
@@ -78,7 +81,7 @@ def make_operator(module, raw_forward, raw_backward, num_slices):
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     )
     def backward_operator(q, *others):
-        return _without_none(q, raw_backward(q, *others))
+        return without_none(q, raw_backward(q, *others))
 
     @backward_operator.register_fake
     def _(q, k, v, log_decay, bonus, initial_state, cu_seqlens, *others):
@@ -98,33 +101,26 @@ def make_operator(module, raw_forward, raw_backward, num_slices):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output[2])
 
-    def gradients(ctx, do, dfinal, run):
+    def gradients(ctx, do, dfinal, _):
         *inputs, entering = ctx.saved_tensors
         do = torch.zeros_like(inputs[2]) if do is None else do.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
         wanted = ctx.needs_input_grad[:6]
-        found = run(*inputs, entering, do, dfinal, ctx.scale, wanted[3], wanted[5])
+        found = backward_operator(*inputs, entering, do, dfinal, ctx.scale, wanted[3], wanted[5])
         found = (x if is_wanted else None for x, is_wanted in zip(found, wanted, strict=True))
         return *found, None, None, None
 
-    forward_operator.register_autograd(
-        lambda ctx, do, dfinal, _: gradients(ctx, do, dfinal, backward_operator),
-        setup_context=setup_context,
+    forward_operator.register_autograd(gradients, setup_context=setup_context)
+
+    passes = Passes(
+        prepare=_prepare,
+        forward=raw_forward,
+        backward=raw_backward,
+        outputs=2,
+        values=2,
+        saved=slice(2, 3),
+        ask=lambda numbers, wanted: (numbers[0], wanted[3], wanted[5]),
     )
-
-    class Eager(torch.autograd.Function):
-        """The same as `forward_operator`, without its 30 microseconds of dispatch."""
-
-        @staticmethod
-        def forward(ctx, *inputs):
-            results = raw_forward(*inputs)
-            setup_context(ctx, inputs, results)
-            return results[:2]
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, do, dfinal):
-            return gradients(ctx, do, dfinal, raw_backward)
 
     def run(
         q,
@@ -142,15 +138,22 @@ def make_operator(module, raw_forward, raw_backward, num_slices):
 
         Tensors of different dtypes are computed in the widest, in float32 or narrower.
         """
-        dtype = functools.reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))
-        inputs = [x.to(dtype).contiguous() for x in (q, k, v)]
-        inputs += [None if x is None else narrow(x) for x in (log_decay, bonus)]
-        inputs.append(None if initial_state is None else initial_state.float().contiguous())
-        inputs += [cu_seqlens, float(scale), output_final_state]
-        o, final = forward_operator(*inputs)[:2] if is_traced(q) else Eager.apply(*inputs)
+        tensors = q, k, v, log_decay, bonus, initial_state, cu_seqlens
+        numbers = float(scale), output_final_state
+        if not is_traced(q):
+            return Ready(passes, numbers, is_kept=False)(*tensors)
+        o, final, _ = forward_operator(*_prepare(*tensors), *numbers)
         return o.to(v.dtype), final if output_final_state else None
 
-    return Operator(run, forward_operator, backward_operator)
+    return Operator(run, forward_operator, backward_operator, passes)
+
+
+def _prepare(q, k, v, log_decay, bonus, initial_state, cu_seqlens):
+    dtype = functools.reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))
+    inputs = [x.to(dtype).contiguous() for x in (q, k, v)]
+    inputs += [None if x is None else narrow(x) for x in (log_decay, bonus)]
+    inputs.append(None if initial_state is None else initial_state.float().contiguous())
+    return *inputs, cu_seqlens
 
 
 def nothing(like):
@@ -158,7 +161,7 @@ def nothing(like):
     return like.new_empty(0, dtype=torch.float32)
 
 
-def _without_none(like, results):
+def without_none(like, results):
     """What an operator may return: tensors only, all different."""
     return tuple(nothing(like) if x is None else x for x in results)
 
@@ -172,6 +175,7 @@ def is_traced(x):
 _narrowed = WeakTensorKeyDictionary()
 
 
+@whole
 def narrow(x):
     """Contiguous and in float32 at most. That of a constant is kept: nothing runs at each call."""
     if x.dtype != torch.float64 and x.is_contiguous():

@@ -16,7 +16,7 @@ try:  # transformers asks for every library that code from the Hub imports, but 
 except ImportError:
     raise
 
-from .launch_triton import num_processors
+from .launch_triton import num_processors, whole
 
 # Segments shorter than this cost more in states than they bring in programs.
 SHORTEST_SEGMENT = 1024
@@ -132,6 +132,7 @@ def _num_segments(programs, processors, most):
 _kept = {}
 
 
+@whole
 def kept(make, tensors, numbers):
     """make(*tensors, *numbers), kept until the same function is asked for something else.
 

@@ -14,6 +14,7 @@ Call `wkv4`. `wkv4_reference` is the definition, one step at a time; `wkv4_chunk
 numbers with all chunks of positions side by side, and its gradients by formula.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence import (
     accumulator_dtype,
     check_boundaries,
@@ -76,9 +78,24 @@ def wkv4(
             "wkv4: backend is one of auto, torch, triton, got 'fla', whose RWKV-4 has no packed "
             'documents; use backend="auto".'
         )
-    backend = choose_backend("wkv4", backend, k)
+    key, tensors = None, (w, u, k, v, initial_state, cu_seqlens)
+    if can_be_known(k):
+        key = (
+            (backend, output_final_state, torch.is_grad_enabled(), k.device),
+            (w.shape, w.dtype, u.shape, u.dtype, k.shape, k.dtype, v.shape, v.dtype),
+            None if initial_state is None else form(initial_state),
+            None if cu_seqlens is None else form(cu_seqlens),
+        )
+        call = _known.prepared.get(key)
+        if call is not None:
+            return call(*tensors)
+    chosen = choose_backend("wkv4", backend, k)
     check_arguments(w, u, k, v, initial_state, cu_seqlens)
-    run = _run_triton if backend == "triton" else _run_torch
+    if chosen == "triton" and key is not None:
+        call = _known.meet(key, functools.partial(_prepare_triton, tensors, output_final_state))
+        if call is not None:
+            return call(*tensors)
+    run = _run_triton if chosen == "triton" else _run_torch
     return run(
         w,
         u,
@@ -88,6 +105,9 @@ def wkv4(
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+_known = KnownCalls()
 
 
 def _run_torch(w, u, k, v, **keyword):
@@ -111,6 +131,27 @@ def _run_triton(w, u, k, v, **keyword):
         return wkv4_triton(w, u, k, v, **keyword)
     y, state = wkv4_step(w, u, k, v, state=keyword["initial_state"])
     return y, state if keyword["output_final_state"] else None
+
+
+def _prepare_triton(tensors, output_final_state):
+    """What to keep for calls of this form; None for one token with gradients, or without."""
+    from .ready_triton import prepared_call
+    from .wkv4_triton import PASSES
+
+    def run(w, u, k, v, initial_state, cu_seqlens):
+        return _run_triton(
+            w,
+            u,
+            k,
+            v,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )
+
+    if tensors[2].shape[1] == 1 and torch.is_grad_enabled():
+        return None
+    return prepared_call(PASSES, (output_final_state,), run)
 
 
 def check_arguments(w, u, k, v, initial_state, cu_seqlens):

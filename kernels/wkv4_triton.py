@@ -48,6 +48,8 @@ from .launch_triton import (
     operator_namespace,
     target_of,
 )
+from .operator_triton import is_traced
+from .ready_triton import Passes, Ready
 from .segments_triton import segment_bounds, segment_table
 
 # The max of a state that has seen nothing, as in wkv4.py.
@@ -776,11 +778,36 @@ _forward_operator.register_autograd(_backward, setup_context=_setup_context)
 
 def wkv4_triton(w, u, k, v, *, initial_state=None, output_final_state=False, cu_seqlens=None):
     """`wkv4` on a GPU; arguments and results as there, checked by it."""
-    inputs = (x.contiguous() for x in (w, u, k, v))
+    tensors = w, u, k, v, initial_state, cu_seqlens
+    if not is_traced(k):
+        return Ready(PASSES, (output_final_state,), is_kept=False)(*tensors)
+    y, final, _ = _forward_operator(*_prepared(*tensors))
+    return y, final if output_final_state else None
+
+
+def _prepared(w, u, k, v, initial_state, cu_seqlens):
+    w, u, k, v = (x.contiguous() for x in (w, u, k, v))
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
-    y, final, _ = _forward_operator(*inputs, initial_state, cu_seqlens)
-    return y, final if output_final_state else None
+    return w, u, k, v, initial_state, cu_seqlens
+
+
+def _forward_as_asked(*tensors):
+    """`forward` with one more argument and result: the final state, None where not asked for."""
+    *tensors, output_final_state = tensors
+    y, final, entering = forward(*tensors)
+    return y, final if output_final_state else None, final, entering
+
+
+PASSES = Passes(
+    prepare=_prepared,
+    forward=_forward_as_asked,
+    backward=backward,
+    outputs=2,
+    values=3,
+    saved=slice(2, 4),
+    ask=lambda numbers, wanted: (),
+)
 
 
 def wkv4_step(w, u, k, v, *, state=None, in_place=False):
@@ -801,7 +828,8 @@ def wkv4_step(w, u, k, v, *, state=None, in_place=False):
     inputs = (x.contiguous() for x in (w, u, k, v))
     if not in_place:
         state = None if state is None else state.float().contiguous()
-        return _step_operator(*inputs, state)
+        run = _step_operator if is_traced(k) else _run_fresh_step
+        return run(*inputs, state)
     check_replaceable("wkv4_step", state)
     return _run_step(*inputs, state, state), state
 
@@ -828,6 +856,11 @@ def _run_step(w, u, k, v, before, after):
     return y
 
 
+def _run_fresh_step(w, u, k, v, before):
+    after = k.new_empty((k.shape[0], 3, k.shape[-1]), dtype=torch.float32)
+    return _run_step(w, u, k, v, before, after), after
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::step", mutates_args=())
 def _step_operator(
     w: torch.Tensor,
@@ -836,8 +869,7 @@ def _step_operator(
     v: torch.Tensor,
     state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    after = k.new_empty((k.shape[0], 3, k.shape[-1]), dtype=torch.float32)
-    return _run_step(w, u, k, v, state, after), after
+    return _run_fresh_step(w, u, k, v, state)
 
 
 @_step_operator.register_fake
