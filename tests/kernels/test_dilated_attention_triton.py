@@ -14,6 +14,7 @@ from zoo.kernels.dilated_attention import (
     dilated_attention_reference,
 )
 from zoo.kernels.launch_triton import Config, recording
+from zoo.kernels.ready_triton import Ready
 from zoo.kernels.segments_triton import overridden, override
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
@@ -119,10 +120,13 @@ def test_as_operators_of_pytorch():
         (*inputs, *numbers),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
-    eager, graph = kernels._Eager.apply, lambda *x: kernels.forward_operator(*x)[0]
+    others, settings = numbers[:4], numbers[4:]
+    ready = Ready(kernels.PASSES, settings, is_kept=False)
     results = []
-    for function in (eager, graph):
-        o = function(*inputs, *numbers)
+    for o in (
+        ready(*inputs, *others)[0],
+        kernels.forward_operator(*inputs, *others, *settings)[0],
+    ):
         results.append([o, *torch.autograd.grad(o.square().sum(), inputs)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -132,8 +132,8 @@ class FocusedAttention(SegmentAttention):
         self.write(k_BTHK, v_BTHV, clock_B, sequence, state)
         keys_BWHK, values_BWHV = state.keys_BWHK, state.values_BWHV
         size, device = keys_BWHK.shape[1], clock_B.device
-        slots_L, rows_B1 = torch.arange(self.length, device=device), torch.arange(q_BTHK.shape[0])
-        rows_B1 = rows_B1.to(device)[:, None]
+        slots_L = torch.arange(self.length, device=device)
+        rows_B1 = torch.arange(q_BTHK.shape[0], device=device)[:, None]
         begin_B = clock_B // self.length * self.length
         place_BL = begin_B[:, None] + slots_L
         place_BL = place_BL.clamp(max=size - 1) if self.windows is None else place_BL % size
