@@ -3,27 +3,6 @@
 import subprocess
 
 import pytest
-from forks import Forks
-
-# What the contract's script imports before it loads an exported folder, and what transformers does
-# as soon as a folder's code asks for a PreTrainedModel.
-IMPORTED = [
-    "torch",
-    "safetensors.torch",
-    "transformers.models.auto.modeling_auto",
-    "transformers.modeling_utils",
-    "transformers.generation.utils",
-]
-
-
-@pytest.fixture(scope="session")
-def forks_without_zoo(tmp_path_factory):
-    """Forks that have imported transformers and no zoo."""
-    # Read when transformers is imported.
-    modules = {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
-    forks = Forks(IMPORTED, env=modules | {"HF_HUB_OFFLINE": "1"})
-    yield forks
-    forks.close()
 
 
 @pytest.fixture

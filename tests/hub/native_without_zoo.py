@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+assert "zoo" not in sys.modules
 for name in ("zoo", "kernels", "triton", "fla"):
     sys.modules[name] = None
 

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -76,7 +74,7 @@ def model(folder):
 
 
 @pytest.fixture(scope="module")
-def elsewhere(folder, model):
+def elsewhere(folder, model, forks_without_zoo):
     """What happened in a process that cannot import the zoo: check -> result."""
     ids = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -95,28 +93,16 @@ def elsewhere(folder, model):
     save_file(reference, folder / "reference.safetensors")
     (folder / "work").mkdir()
     # What huggingface_hub keeps of a repository that it has downloaded.
-    cached = folder / "home" / "hub" / "models--owner--tiny"
+    cached = forks_without_zoo.home / "hub" / "models--owner--tiny"
     shutil.copytree(folder / "tiny", cached / "snapshots" / COMMIT)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(COMMIT)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "home"),
-        "HF_MODULES_CACHE": str(folder / "modules"),
-        "OMP_NUM_THREADS": "1",
-    }
     script = shutil.copy(Path(__file__).parent / "without_zoo.py", folder)
     paths = [folder / name for name in ("tiny", "tied", "reference.safetensors", "work")]
-    result = subprocess.run(
-        [sys.executable, script, *map(str, paths)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.rpartition("RESULTS ")[2])
+    fork = forks_without_zoo.start(script, *paths, cwd=folder)
+    output, errors = fork.communicate()
+    assert fork.returncode == 0, errors
+    return json.loads(output.rpartition("RESULTS ")[2])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,7 @@
 """An export for transformers' own class gives the same logits, in a process without the zoo."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -95,23 +92,16 @@ def models(folder):
 
 
 @pytest.fixture(scope="module")
-def elsewhere(folder, models):
+def elsewhere(folder, models, forks_without_zoo):
     """Token ids, and what a process that cannot import the zoo made of them: logits and more."""
     ids = torch.randint(256, (2, 23), generator=torch.Generator().manual_seed(0))
     save_file({"ids": ids}, folder / "ids.safetensors")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
     script = shutil.copy(Path(__file__).parent / "native_without_zoo.py", folder)
     paths = [folder / name for name in ("ids.safetensors", "logits.safetensors", *models)]
-    result = subprocess.run(
-        [sys.executable, script, *map(str, paths)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    results = json.loads(result.stdout.rpartition("RESULTS ")[2])
+    fork = forks_without_zoo.start(script, *paths, cwd=folder)
+    output, errors = fork.communicate()
+    assert fork.returncode == 0, errors
+    results = json.loads(output.rpartition("RESULTS ")[2])
     return ids, load_file(folder / "logits.safetensors"), results
 
 

@@ -1,6 +1,8 @@
 """Exports of every format version load, by zoo and by the code that lies in them."""
 
 import json
+import shutil
+import subprocess
 import sys
 import tarfile
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from compat import judge, load
 from freeze import FROZEN
-from load_exports import ERROR, RECORDED
+from load_exports import ERROR, OWNER, RECORDED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -74,8 +76,26 @@ def test_by_zoo(frozen, recorded, name, tmp_path):
         compare(model, name, recorded)
 
 
+@pytest.fixture
+def forked(forks_without_zoo, monkeypatch):
+    """What compat.py runs is a fork that has imported transformers already."""
+
+    def run(command, cwd, **_):
+        fork = forks_without_zoo.start(*command[1:], cwd=cwd)
+        output, errors = fork.communicate()
+        return subprocess.CompletedProcess(command, fork.returncode, output, errors)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    yield
+    # Of each version under the same names, and with the same commit.
+    home = forks_without_zoo.home
+    shutil.rmtree(home / "modules/transformers_modules" / OWNER)
+    for folder in home.glob(f"hub/models--{OWNER}--*"):
+        shutil.rmtree(folder)
+
+
 @pytest.mark.slow
-def test_by_their_own_code(frozen):
+def test_by_their_own_code(frozen, forked):
     """In a process without zoo, by name from huggingface_hub's cache."""
     result = load(sys.executable, "by-id", frozen)
     assert "models" in result, result

@@ -86,7 +86,7 @@ def _draw(curves, path):
     from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     styles = {"train": {"lw": 1, "alpha": 0.6}, "held_out": {"lw": 2, "marker": "o", "ms": 4}}
     # What is measured in another unit has an axis of its own.
@@ -106,7 +106,7 @@ def _draw(curves, path):
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.legend(handles=drawn)
-    figure.savefig(path, format="png")
+    canvas.print_png(path)  # savefig draws twice
 
 
 def _leave_out_the_start(axes, curves):

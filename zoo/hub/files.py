@@ -5,6 +5,7 @@ that no export writes, is neither deleted nor uploaded.
 """
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -82,13 +83,19 @@ def code_files(config, read):
         if name in found:
             continue
         found.add(name)
-        try:
-            nodes = list(ast.walk(ast.parse(read(name) or "")))
-        except (SyntaxError, ValueError):
-            continue
-        imports = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module]
-        waiting += [node.module for node in imports if node.module.isidentifier()]
+        waiting += _imported_modules(read(name) or "")
     return found
+
+
+@functools.lru_cache(256)  # the same files lie beside many models
+def _imported_modules(source):
+    """What a file imports by `from .module import name`; () of one that is no Python."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError):
+        return ()
+    imports = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module]
+    return tuple(node.module for node in imports if node.module.isidentifier())
 
 
 def read_text(path):
