@@ -24,7 +24,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, str_to_bool
 
 from pretraining.agreeing import together
-from pretraining.building import REPOSITORY, build_config, build_model, tokenizer_of
+from pretraining.building import build_config, build_model, tokenizer_of
 from pretraining.checkpointing import MANIFEST, Checkpoint, newest_checkpoint
 from pretraining.continuing import check_changes
 from pretraining.costs import describe
@@ -51,7 +51,7 @@ from pretraining.precision import (
     settle,
 )
 from pretraining.recipe import Recipe, UsageError, describe_keys, read_recipe
-from pretraining.reporting import Lasting, environment
+from pretraining.reporting import Lasting, versions
 from pretraining.run_folder import (
     check_run_dir,
     locked,
@@ -196,11 +196,10 @@ def make_plan(options, overrides, environ, held):
     # Where files are may differ from machine to machine; what is in them may not.
     places = ("output_dir", "cache_dir", "data", "sources", "tokenizer", "init_from")
     values = {**dataclasses.asdict(recipe), "precision": precision.name}
-    versions = environment(REPOSITORY)["versions"]
     facts = {
         "recipe": {key: value for key, value in values.items() if key not in places},
         "checkpoint": found,
-        "versions": {name: versions[name] for name in versions if name != "python"},
+        "versions": {name: x for name, x in versions().items() if name != "python"},
     }
     return Plan(recipe, precision, product, resume, checkpoint, changes), facts
 

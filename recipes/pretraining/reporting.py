@@ -150,22 +150,28 @@ def bits_per_byte(nats, num_bytes):
     return nats / math.log(2) / num_bytes
 
 
-def environment(repository):
-    """Versions and the source's commit, for run.json."""
-    versions = {"python": platform.python_version()}
+def versions():
+    """Those of Python and of the packages that a run depends on, as far as they are installed."""
+    found = {"python": platform.python_version()}
     for package in "longzoo torch transformers accelerate datasets numpy tokenizers".split():
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def environment(repository):
+    """Versions and the source's commit, for run.json."""
+    found = {"versions": versions()}
     git = ["git", "-C", str(repository)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
         source = {"git_commit": commit.stdout.strip(), "git_changed": bool(changes.stdout.strip())}
     except FileNotFoundError:
-        return {"versions": versions}
-    return {"versions": versions, **source} if commit.returncode == 0 else {"versions": versions}
+        return found
+    return found | source if commit.returncode == 0 else found
 
 
 def write_json(path, value):

@@ -24,11 +24,19 @@ class Processes:
     """Runs a script in several processes that make one group."""
 
     def __init__(self):
-        self._forks = Forks(IMPORTED, [ROOT, ROOT / "tests", ROOT / "tests/parallel"], ENVIRONMENT)
+        self._started = None  # of two workers of pytest one finds what the other has run
+
+    @property
+    def _forks(self):
+        if self._started is None:
+            path = [ROOT, ROOT / "tests", ROOT / "tests/parallel"]
+            self._started = Forks(IMPORTED, path, ENVIRONMENT)
+        return self._started
 
     def close(self):
-        """Ends the process that is forked."""
-        self._forks.close()
+        """Ends the process that is forked, if there is one."""
+        if self._started is not None:
+            self._started.close()
 
     def run(self, folder, script, size, *arguments, patience=PATIENCE):
         """Runs `script RANK SIZE STORE OUT *arguments`.
