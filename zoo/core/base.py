@@ -36,6 +36,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .chunked_loss import can_take_gradient_at_once, chunked_cross_entropy, is_plain_linear
 from .flops import linear_flops
 from .generation import StateGeneration
 from .joining import join_states
@@ -905,15 +906,9 @@ def cross_entropy_and_square(logits_TV, target_T):
 def _fused_linear_cross_entropy(head, hidden_TD, z_loss):
     """Liger's projection and cross entropy in one, where it is installed, else None.
 
-    On a CUDA device only, and only for a plain linear head with its whole weight at hand: it goes
-    around the module, and so around adapters, hooks and sharding.
+    On a CUDA device only, and only for a plain linear head.
     """
-    if (
-        not hidden_TD.is_cuda
-        or type(head) is not nn.Linear
-        or type(head.weight) is not nn.Parameter
-        or "forward" in vars(head)  # accelerate's hooks, which bring an offloaded weight
-    ):
+    if not hidden_TD.is_cuda or not is_plain_linear(head):
         return None
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -1054,6 +1049,16 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=LOSS_IGNORES)
         target_T = shift_labels.flatten().to(hidden_BTD.device)
         hidden_TD = hidden_BTD.flatten(0, 1)
+        if num_items_in_batch is None:
+            num_items_in_batch = (target_T != LOSS_IGNORES).sum()
+        elif torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(hidden_TD.device)
+        if logits is None and can_take_gradient_at_once(self.lm_head, hidden_TD):
+            scale, size = 1 / num_items_in_batch, self.loss_chunk_size
+            loss, z_loss = chunked_cross_entropy(
+                self.lm_head, hidden_TD, target_T, LOSS_IGNORES, size, scale, self.z_loss
+            )
+            return loss, z_loss if self.z_loss else None
         fused = None
         if logits is None:
             fused = _fused_linear_cross_entropy(self.lm_head, hidden_TD, self.z_loss)
@@ -1067,10 +1072,6 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
             for chunk in zip(hidden_TD.split(size), target_T.split(size), strict=True):
                 # Recomputing a chunk's logits in backward is what keeps them from being stored.
                 sums = sums + checkpoint(self._summed_loss, *chunk, use_reentrant=False)
-        if num_items_in_batch is None:
-            num_items_in_batch = (target_T != LOSS_IGNORES).sum()
-        elif torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(hidden_TD.device)
         if not self.z_loss:
             return sums / num_items_in_batch, None
         if fused is not None:
