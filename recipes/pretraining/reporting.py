@@ -1,6 +1,7 @@
 """What a run leaves to read: metrics.jsonl, run.json, loss.png, lines on the terminal."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -152,13 +153,19 @@ def bits_per_byte(nats, num_bytes):
 
 def versions():
     """Those of Python and of the packages that a run depends on, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for package in "longzoo torch transformers accelerate datasets numpy tokenizers".split():
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    packages = "longzoo torch transformers accelerate datasets numpy tokenizers".split()
+    found = {package: _version(package) for package in packages}
+    found = {package: version for package, version in found.items() if version}
+    return {"python": platform.python_version()} | found
+
+
+@functools.cache
+def _version(package):
+    """Of a package, or None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def environment(repository):
