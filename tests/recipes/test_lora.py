@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,13 @@ from zoo.hub.origin import origin_of_checkpoint
 
 OPTIONS = ["--warmup_steps", "0", "--schedule", "constant", "--eval_every", "0", "--steps", "6"]
 OPTIONS += ["--checkpoint_every", "3", "--model.dropout", "0"]
+
+
+def with_adapter(base, folder):
+    """A model with the adapter in a folder, by peft, which takes two seconds to import."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, folder).eval()
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def test_the_mixers_are_adapted_and_merged(in_process, workshop, source, monkeyp
     linear = {n for n in before if ".mixer." in n and n.endswith("proj.weight")}
     assert changed(before, after) == linear and len(linear) == 10
     base = AutoModelForCausalLM.from_pretrained(source)
-    adapted = PeftModel.from_pretrained(base, run_dir / "adapter").eval()
+    adapted = with_adapter(base, run_dir / "adapter")
     ids = torch.arange(40)[None]
     merged = AutoModelForCausalLM.from_pretrained(run_dir).eval()
     # float32: products of two matrices in place of their sum.
@@ -137,7 +143,7 @@ def test_embeddings_norms_and_more_are_trained_whole(in_process, workshop, archi
     merged = AutoModelForCausalLM.from_pretrained(run_dir).eval()
     assert merged.lm_head.weight is merged.get_input_embeddings().weight
     ids = torch.arange(40)[None]
-    adapted = PeftModel.from_pretrained(base, run_dir / "adapter").eval()
+    adapted = with_adapter(base, run_dir / "adapter")
     # float32: products of two matrices in place of their sum.
     torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
     export(run_dir / "checkpoint-6", workshop.folder / "exported")
