@@ -26,6 +26,7 @@ from accelerate.utils import GradientAccumulationPlugin, str_to_bool
 from pretraining.agreeing import together
 from pretraining.building import build_config, build_model, tokenizer_of
 from pretraining.checkpointing import MANIFEST, Checkpoint, newest_checkpoint
+from pretraining.compiling import check_compiler
 from pretraining.continuing import check_changes
 from pretraining.costs import describe
 from pretraining.full_attention import settle_full_attention
@@ -167,6 +168,7 @@ def make_plan(options, overrides, environ, held):
     state = PartialState()
     recipe = read_recipe(options.recipe, overrides)
     check_slicing(recipe, state.num_processes, environ)
+    check_compiler(environ, state.device)
     recipe.windows_per_process(state.num_processes)
     if recipe.sequence_parallel > 1 and is_on(environ.get("ACCELERATE_USE_FSDP")):
         check_walk(recipe, without_memory(recipe))

@@ -8,12 +8,27 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from pretraining.checkpointing import MANIFEST
+from pretraining.compiling import check_compiler
 from pretraining.measuring import diagnostics
 from zoo.hub.files import file_hash
 
 SHORT = ["--eval_every", "0", "--checkpoint_every", "0", "--schedule", "constant"]
-COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "EAGER"}
+BACKEND = "ACCELERATE_DYNAMO_BACKEND"
+COMPILED = {BACKEND: "EAGER"}
 REGIONS = {**COMPILED, "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true"}
+DOCUMENTS = ["--packing", "documents"]
+WITH = {
+    "replay": ["retnet", *DOCUMENTS, "--replay_segment_length", "8"],
+    "recomputing": ["sliding_window", *DOCUMENTS, "--gradient_checkpointing", "true"],
+    "carried states": ["sliding_window", *DOCUMENTS, "--carry_state", "true"],
+    "bf16": ["retnet", "--precision", "bf16"],
+}
+
+
+@pytest.fixture
+def instructions(monkeypatch):
+    """Those for bf16, which a CPU can emulate."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True}, raising=False)
 
 
 @pytest.fixture
@@ -52,6 +67,70 @@ def test_compiled_and_not_continue_each_other(in_process, workshop, recipe):
         assert run(name, 12, "--resume", **then) == plain
         # Sums may be in another order where operations are fused.
         assert losses(workshop, name) == pytest.approx(losses(workshop, "plain"), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", WITH.values(), ids=WITH)
+def test_compiled_with(in_process, workshop, recipe, instructions, options):
+    """AOTAutograd traces forward and backward too, and fuses nothing: all but inductor's code."""
+    found = []
+    for name, environment in (("plain", {}), ("compiled", {**COMPILED, BACKEND: "AOT_EAGER"})):
+        words = [*SHORT, "--steps", "8", "--name", name, "--architecture", *options]
+        result = in_process(*words, **environment)
+        assert result.returncode == 0, result.stderr
+        assert ("compiled by aot_eager" in result.stdout) == bool(environment)
+        lines = workshop.curve(name)
+        found.append([x["loss" if "loss" in x else "bits_per_byte"] for x in lines])
+    assert len(found[0]) == 9  # what is held out is measured with the compiled model too
+    rounding = 3e-3 if "bf16" in options else 1e-5
+    assert found[1] == pytest.approx(found[0], rel=rounding)
+
+
+def test_without_a_compiler_it_is_one_line(in_process, workshop, recipe):
+    """Inductor writes C++, and a machine without a compiler says so before anything is written."""
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)}):
+        result = in_process(*SHORT, "--steps", "8", **{BACKEND: "INDUCTOR"})
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: the launcher asks for torch.compile (--dynamo_backend inductor)")
+    assert "No working C++ compiler" in line and "--dynamo_backend no" in line
+    assert not (workshop.folder / "tiny").exists()
+
+
+def test_what_else_the_launcher_compiles_with():
+    """Is not tried before: what needs no compiler has none."""
+    for backend in (None, "", "no", "NO", "EAGER", "aot_eager"):
+        check_compiler({BACKEND: backend}, torch.device("cpu"), compile=None)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(in_process, workshop, recipe):
+    """As users do: one argument of the launcher, begun, evaluated, continued, sampled from."""
+    found = []
+    for name, environment in (("plain", {}), ("compiled", {BACKEND: "INDUCTOR"})):
+        for steps, more in ((8, []), (12, ["--resume"])):
+            words = [*SHORT, "--steps", str(steps), "--name", name, *more]
+            result = in_process(*words, "--sample_prompts", "3 sq", **environment)
+            assert result.returncode == 0, result.stderr
+            assert ("compiled by inductor" in result.stdout) == bool(environment)
+            assert "  | 3 sq" in result.stdout
+        record = json.loads((workshop.folder / name / "run.json").read_text())
+        found.append(losses(workshop, name) + [record["results"]["held_out_bits_per_byte"]])
+        assert record["compiler"] == ("inductor" if environment else None)
+    assert len(found[0]) == 13
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_by_two_processes(workshop, recipe):
+    """Graphs are cut where data parallelism sums gradients, and the sums stay what they are."""
+    for name, more in (("one", {}), ("two", {"processes": 2, "env": COMPILED})):
+        result = workshop.run(*SHORT, "--steps", "8", "--name", name, **more)
+        assert result.returncode == 0, result.stderr
+        assert ("2 x cpu" in result.stdout) == bool(more)
+        assert ("compiled by eager" in result.stdout) == bool(more)
+    assert losses(workshop, "two") == pytest.approx(losses(workshop, "one"), rel=1e-5)
 
 
 def test_a_compiled_model_keeps_its_data_parallelism():
