@@ -46,6 +46,22 @@ def test_floor_of_a_step():
     assert model.decode_bytes(5, 3, cache) == 4 * expected
 
 
+def test_floors_of_the_same_model_are_the_same():
+    """Ours and transformers', and a peer's, which gives no cache to look at."""
+    ids = torch.ones(1, 5, dtype=torch.long)
+    ours, theirs = (contenders.Contender(x, SIZE) for x in ("rwkv4", "transformers RWKV-4"))
+    with torch.inference_mode():
+        caches = [x.prompt(ids, 2) for x in (ours, theirs)]
+    found = [x.decode_bytes(5, 2, cache) for x, cache in zip((ours, theirs), caches)]
+    assert found[0] == found[1] == ours.decode_bytes(5, 2)
+    assert ours.flops(32, False) == theirs.flops(32, False)
+    pair = [contenders.Contender(x, SIZE) for x in ("sliding_window", contenders.MISTRAL)]
+    with torch.inference_mode():
+        cache = pair[0].prompt(ids, 2)
+    assert pair[0].decode_bytes(5, 2, cache) == pair[1].decode_bytes(5, 2)
+    assert pair[0].flops(32, True) == pair[1].flops(32, True)
+
+
 def test_floor_of_a_window_is_what_it_has_seen():
     """Not its ring, which may have room for more; nor the head's weights twice where it is tied."""
     tied = contenders.Contender("transformer_xl", SIZE)

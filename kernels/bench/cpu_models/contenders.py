@@ -57,6 +57,8 @@ PEERS = {
     "attention": ["llama.cpp Mistral"],
     "memories": [],
 }
+# Whose formula of FLOPs theirs is, at the same width of the MLP.
+SAME = {MISTRAL: "sliding_window", "transformers RWKV-4": "rwkv4"}
 # With --compile: these by torch.compile, beside themselves without.
 COMPILABLE = ("rwkv7", "lightning", "sliding_window", MISTRAL)
 
@@ -136,7 +138,8 @@ class Contender:
 
     def __init__(self, name, size):
         torch.manual_seed(0)
-        self.name, plain = name, name.removesuffix(COMPILED)
+        self.name, self.plain = name, name.removesuffix(COMPILED)
+        plain = self.plain
         self.is_compiled = plain != name
         self.size, self.mlp = size, mlp_width(plain, size)
         config, kind = described(plain, size, self.mlp)
@@ -201,31 +204,44 @@ class Contender:
 
     def flops(self, length, is_training):
         """Of a pass over a text by `flops_per_token`, or None; a prefill has one token's logits."""
+        model = self.model
         if not self.is_ours:
-            return None
-        per_token = self.model.flops_per_token(length)
+            if self.plain not in SAME:
+                return None
+            model = on_meta(SAME[self.plain], self.size, self.mlp)
+        per_token = model.flops_per_token(length)
         if is_training:
             return 3 * per_token * length
         head = 2 * self.model.get_output_embeddings().weight.numel()
         return per_token * length - head * (length - 1)
 
-    def decode_bytes(self, length, rows, cache):
+    def decode_bytes(self, length, rows, cache=None):
         """Bytes that a step cannot do without: weights, rows of embeddings, state, or None.
 
         A recurrent state is read and written; of keys and values, those of the tokens so far are
         read, or as many as there is room for (a ring may be larger than the text).
+
+        Args:
+            length: tokens so far.
+            rows: texts.
+            cache: of all rows; a recurrent state or Mistral's needs none.
         """
-        if not self.is_ours:
-            return None
         head = self.model.get_output_embeddings().weight
         tables = [m.weight for m in self.model.modules() if isinstance(m, nn.Embedding)]
         looked_up = [x for x in tables if x is not head]
         skipped = {id(x) for x in looked_up}
         total = sum(p.nbytes for p in self.model.parameters() if id(p) not in skipped)
         total += rows * sum(x[0].nbytes for x in looked_up)
-        element = head.element_size()
-        keys = 2 * length * self.size.width * element
+        keys = rows * 2 * length * self.size.width * head.element_size()
+        if self.plain == MISTRAL:
+            return total + self.size.layers * keys
+        if self.cache_name == "state":
+            return total + 2 * sum(x.nbytes for x in cache)
+        if not self.is_ours:
+            return None
+        if cache is None:
+            return total + 2 * rows * self.model.state_size(length)
         for layer in cache.layers:
             held = sum(x.nbytes for x in layer.tensors.values())
-            total += 2 * held if type(layer) is StateLayer else min(held, rows * keys)
+            total += 2 * held if type(layer) is StateLayer else min(held, keys)
         return total

@@ -144,7 +144,7 @@ class Peer:
         return self.twin.flops(length, is_training)
 
     def decode_bytes(self, length, rows, cache):
-        return None
+        return self.twin.decode_bytes(length, rows)
 
 
 class RwkvPackage(Peer):

@@ -31,7 +31,7 @@ def key(size, dtype, task, group):
 
 def by_row(record):
     """{(size, dtype): {contender: {task: figures}}}; Mistral's are medians over its groups."""
-    found, reference = {}, {}
+    found, reference, shares = {}, {}, {}
     for name, entry in record["cases"].items():
         size, dtype, task, group = name.split(", ")
         if group == "compiled":
@@ -41,11 +41,15 @@ def by_row(record):
             if contender == MISTRAL:
                 of_task = reference.setdefault((size, dtype, task), [])
                 of_task += [figures["seconds"]] if "seconds" in figures else []
+                of_share = shares.setdefault((size, dtype, task), [])
+                of_share += [figures["share"]] if "share" in figures else []
             else:
                 rows.setdefault(contender, {})[task] = figures
     for (size, dtype, task), seconds in reference.items():
         if seconds:
             middle = {"seconds": statistics.median(seconds), "ratio": 1.0}
+            if shares[size, dtype, task]:
+                middle["share"] = statistics.median(shares[size, dtype, task])
             found[size, dtype][MISTRAL][task] = middle
     return found
 
