@@ -21,10 +21,15 @@ MAY_BE_NOT_RUN += ("it has no output embeddings",)
 # Windows that are walked through one after the other are twice as wide in the points that take
 # longest: the 67 tokens compiled are two of them and a rest still, and 131 are four at least.
 WIDE = 32
+WALKED = {
+    "block_recurrent": "sliding_window",
+    "rmt": "segment_length",
+    "transformer_xl": "segment_length",
+}
 
 
 def fields_of(name, variant, point):
-    walked = {"block_recurrent": "sliding_window", "rmt": "segment_length"}.get(name, "")
+    walked = WALKED.get(name, "")
     fields = variants_of(name)[variant]
     if "num_memory_tokens" in fields:
         walked = "segment_length"

@@ -38,6 +38,7 @@ def low_precision(subject, checks):
     length = min(4200, getattr(subject.config, "max_position_embeddings", None) or 4200)
     many = subject.ids(1, length)
     largest_output = functools.cache(functools.partial(_largest_output, subject, many))
+    largest_gradients = {}  # by factor; in exact numbers, so both types ask for the same
     for dtype in (torch.bfloat16, torch.float16):
         name = NAMES[dtype]
         with checks.case(name), torch.no_grad():
@@ -65,7 +66,7 @@ def low_precision(subject, checks):
             checks.below("error / plain error", _error(logits, exact) / plain, 2)
             _state_dtypes(checks, model, cache)
         with checks.case(f"{name}, extremes"), torch.no_grad():
-            _extremes(subject, checks, dtype, many, largest_output)
+            _extremes(subject, checks, dtype, many, largest_output, largest_gradients)
     with checks.case("bf16"), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         subject.model(torch.float32).save_pretrained(folder)
         model = subject.model(torch.float32).to(torch.bfloat16)
@@ -137,7 +138,7 @@ def _state_dtypes(checks, model, cache):
     checks.below("state tensors of another dtype than declared", wrong, 0)
 
 
-def _extremes(subject, checks, dtype, ids, largest_output):
+def _extremes(subject, checks, dtype, ids, largest_output, largest_gradients):
     length, factors = ids.shape[1], [1]
     limit = torch.finfo(dtype).max
     if subject.pretrained is None:
@@ -146,15 +147,19 @@ def _extremes(subject, checks, dtype, ids, largest_output):
         factors.append(next((x for x in (8, 4, 2) if largest_output(x) <= limit), 1))
     while factors:
         factor = factors.pop(0)
+        if largest_gradients.get(factor, 0) > limit:
+            # Of what feeds back they grow by a factor with each segment, in exact numbers too.
+            factors.append(factor // 2)
+            continue
         model = _enlarged(subject, factor).to(dtype)
         with torch.enable_grad():
             runs = {"whole": subject.run(model, ids)}
             grads = gradients(model, loss_of(runs["whole"][0]))
-        is_beyond = factor > 1 and _not_finite(grads.values())
-        if is_beyond and _largest_gradient(subject, ids, factor) > limit:
-            # Of what feeds back they grow by a factor with each segment, in exact numbers too.
-            factors.append(factor // 2)
-            continue
+        if factor > 1 and factor not in largest_gradients and _not_finite(grads.values()):
+            largest_gradients[factor] = _largest_gradient(subject, ids, factor)
+            if largest_gradients[factor] > limit:
+                factors.append(factor)
+                continue
         runs["in pieces of 1000"] = subject.run(model, ids, cut(length, (1000,)))
         name = f"{length} tokens" + (f", weights x {factor}" if factor > 1 else "")
         results = {
