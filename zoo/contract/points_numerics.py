@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import functools
+import itertools
 import math
 import sys
 import tempfile
@@ -144,12 +145,12 @@ def _extremes(subject, checks, dtype, ids, largest_output, largest_gradients):
     if subject.pretrained is None:
         # Eight times the weights of a trained model overflow the MLP of any architecture in fp16,
         # and RWKV-7's output is of the fourth power in its weights: as far as numbers reach.
-        factors.append(next((x for x in (8, 4, 2) if largest_output(x) <= limit), 1))
+        factors += itertools.islice((x for x in (8, 4, 2) if largest_output(x) <= limit), 1)
     while factors:
         factor = factors.pop(0)
         if largest_gradients.get(factor, 0) > limit:
             # Of what feeds back they grow by a factor with each segment, in exact numbers too.
-            factors.append(factor // 2)
+            factors += [factor // 2] if factor > 2 else []
             continue
         model = _enlarged(subject, factor).to(dtype)
         with torch.enable_grad():
