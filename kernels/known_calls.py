@@ -51,10 +51,10 @@ def can_be_known(x, number=1.0):
     Args: a tensor of the call; a number of it, which may also be given as a tensor.
     """
     return (
-        not torch.compiler.is_compiling()
+        x.device.type == KIND
         and type(x) is torch.Tensor
         and type(number) in (float, int)
-        and x.device.type == KIND
+        and not torch.compiler.is_compiling()
     )
 
 

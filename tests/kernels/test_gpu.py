@@ -475,9 +475,10 @@ def test_the_host_never_waits(name, packed):
 @pytest.mark.alone
 @pytest.mark.parametrize("name", OPERATORS)
 def test_host_time(name):
-    """The benchmark reports it, and 60 us is the aim; this notices work that does not belong there.
+    """60 us are the aim, and hosts differ: this notices work that does not belong there.
 
-    Building a tensor on the host or reading one back costs that much by itself.
+    Building a tensor on the host or reading one back costs that much by itself. What of it is not
+    the launch, test_host.py bounds without a GPU.
     """
     function, x = operator(name)
     samples = []
@@ -488,7 +489,7 @@ def test_host_time(name):
             for _ in range(10):
                 function(**x, backend="triton")
             samples.append((time.perf_counter() - start) / 10)
-    assert statistics.median(samples) < 300e-6
+    assert statistics.median(samples) < 100e-6
 
 
 @gpu_only

@@ -4,6 +4,7 @@ The bounds count launches and calls of Python functions, on the road that tensor
 (kernels/bench/host.py): seconds would say how busy this machine is.
 """
 
+import contextlib
 import gc
 
 import pytest
@@ -291,16 +292,25 @@ def test_one_tensor_in_two_places(on_kernels):
     assert torch.equal(got[0], expected[0])
 
 
-def test_launches_are_seen_and_choices_heeded(on_kernels):
+def test_launches_are_seen_and_choices_heeded(on_kernels, monkeypatch):
     """Who records or overrides gets them all, also of calls that are known."""
-    for seed in range(3):
-        results("scan H", seed, True)
+    for gradients in (True, False):
+        for seed in range(3):
+            results("scan H", seed, gradients)
     with recording() as launches:
         results("scan H", 3, True)
     assert [x.name for x in launches] == ["_scan"] * 4
-    with override(segment=8), recording() as launches:
+    asked, launch = [], linear_recurrence_triton.launch
+    monkeypatch.setattr(
+        linear_recurrence_triton,
+        "launch",
+        lambda kernel, *args, **rest: asked.append(kernel) or launch(kernel, *args, **rest),
+    )
+    results("scan H", 3, False)
+    assert not asked
+    with override(segment=8):
         results("scan H", 3, False)
-    assert [x.name for x in launches] == ["_segment_states", "_combine", "_scan"]
+    assert len(asked) == 3
 
 
 def test_gradients_of_gradients_are_refused(on_kernels):
@@ -354,6 +364,29 @@ def test_hooks_of_launches_are_called(monkeypatch):
         monkeypatch.setattr(hooks, "calls", [print])
         linear_module.linear_recurrence(*x)
         assert asked
+
+
+def test_tensors_of_another_device_than_the_current(monkeypatch):
+    """Triton launches on the current one: for the launches it becomes the tensors'."""
+    current, entered = [0], []
+
+    @contextlib.contextmanager
+    def on_device(index):
+        before, current[0] = current[0], index
+        entered.append(index)
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", on_device)
+    with host.without_a_gpu(), torch.no_grad():
+        triton.runtime.driver.active.get_current_device = lambda: current[0]
+        x = Random(0)(1, 8, 2, 16), Random(1)(1, 8, 2, 16), Random(2)(1, 8, 2, 16)
+        for _ in range(3):
+            linear_module.linear_recurrence(*x)
+        assert not entered
+        current[0] = 1
+        launched = host.calls_of(lambda: linear_module.linear_recurrence(*x))["launches"]
+    assert (launched, entered, current) == (1, [0], [1])
 
 
 @pytest.mark.parametrize("missing", ["packed_metadata", "function"])
