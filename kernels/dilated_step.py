@@ -87,6 +87,10 @@ class TokenPlan:
         offsets: "grouped" or "modulo".
         decays: `DecayTables`; None: no decay.
         dtype: of scores and sums.
+
+    Attributes:
+        turn: [B or 1, 1, 1, K / 2], complex: what pairs (2j, 2j + 1) of queries and keys are
+            multiplied by; None: nothing. Set by the model.
     """
 
     def __init__(self, clocks, branches, num_heads, offsets, decays, dtype):
@@ -107,6 +111,7 @@ class TokenPlan:
                 indices_2I = indices_I2.T.contiguous()
                 self.runs.append(Rows(slice(start, end), self._pieces(clock), *indices_2I))
             start = end
+        self.turn = None
         self.is_whole = len(self.runs) == 1 and self.runs[0].rows == slice(0, len(clocks))
 
     def _heads(self, branch, clock):
@@ -151,6 +156,11 @@ class TokenPlan:
         if self.decays is not None:
             decay_CK = self.decays.factors(branch.rate, newest, count, self.dtype)
         return Piece(heads, slice(branch.first, branch.first + count), decay_CK, bias)
+
+    def turned(self, x_B1HK):
+        """A query or key, as `rotate` (zoo/layers/positions.py) turns it by pairs side by side."""
+        pairs_B1HK = torch.view_as_complex(x_B1HK.to(self.dtype).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs_B1HK * self.turn).flatten(-2).to(x_B1HK.dtype)
 
     def write(self, held, new, may_overwrite=False):
         """As `write_slots`; `held` [B, H, M, K] lies in one piece, and new is [B, 1, H, K]."""

@@ -39,6 +39,7 @@ class DilatedSlots:
         self.head_shape = config.num_attention_heads, config.head_dim
         self.branches = config.segment_lengths, config.dilation_rates
         self.offsets = {"offsets": config.head_offsets}
+        self.laid_out = branches_of(*self.branches)
         self.decays = None if log_decay is None else DecayTables(log_decay)
 
     def plan(self, sequence, dtype):
@@ -53,13 +54,12 @@ class DilatedSlots:
         clocks = host_clocks(sequence)
         if clocks is None:
             return None
-        branches = branches_of(*self.branches)
-        offsets = self.offsets["offsets"]
-        return TokenPlan(clocks, branches, self.head_shape[0], offsets, self.decays, dtype)
+        options = self.head_shape[0], self.offsets["offsets"], self.decays, dtype
+        return TokenPlan(clocks, self.laid_out, *options)
 
     def state_specs(self, dtype):
         """Keys and values of selected tokens."""
-        (heads, head_dim), last = self.head_shape, branches_of(*self.branches)[-1]
+        (heads, head_dim), last = self.head_shape, self.laid_out[-1]
         slots = StateSpec((heads, last.first + last.count, head_dim), dtype=dtype)
         return {"keys_BHMK": slots, "values_BHMV": slots}
 
@@ -85,7 +85,7 @@ class DilatedSlots:
             sequence: how the tokens lie.
             state: before them.
             dtype: of the state; None: of what comes.
-            plan: of a step, where there is one.
+            plan: the `TokenPlan` of a step; None: there is none, or it is not to be followed.
             how: log_decay and weight_gradient, as of `dilated_attention`.
         """
         is_step = q_BTHK.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
@@ -93,7 +93,7 @@ class DilatedSlots:
         new = {"keys_BHMK": k_BTHK, "values_BHMV": v_BTHV}
         if sequence.ranks is not None:
             self._bring(new, sequence, state)
-        elif is_step and plan is not None and q_BTHK.device.type == "cpu":
+        elif is_step and plan is not None:
             return self._attend_planned(q_BTHK, new, state, dtype, plan)
         return run(q_BTHK, new, sequence, state, dtype, **how, **self.offsets)
 

@@ -26,6 +26,7 @@ per head at any length. Segments and distances count tokens, from each document'
 import functools
 from typing import ClassVar, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin
@@ -205,19 +206,18 @@ class DilatedAttention(nn.Module):
             proj(x_BTD).unflatten(-1, self.head_shape)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if rotation is not None:
+        # In layers on other devices tensors alone know the clocks.
+        if plan is not None and not (state.is_kept and x_BTD.device.type == "cpu"):
+            plan = None
+        how = {"weight_gradient": self.config.branch_weight_gradient}
+        if plan is not None and plan.turn is not None:
+            q_BTHK, k_BTHK = plan.turned(q_BTHK), plan.turned(k_BTHK)
+        elif rotation is not None:
             q_BTHK, k_BTHK = (rotate(x, *rotation, interleaved=True) for x in (q_BTHK, k_BTHK))
-        y_BTHV = self.slots.attend(
-            q_BTHK,
-            k_BTHK,
-            v_BTHV,
-            sequence,
-            state,
-            dtype_of(self.k_proj),
-            plan,
-            log_decay=None if self.log_decay is None else self.log_decay(x_BTD.device),
-            weight_gradient=self.config.branch_weight_gradient,
-        )
+        if plan is None and self.log_decay is not None:
+            how["log_decay"] = self.log_decay(x_BTD.device)
+        dtype = dtype_of(self.k_proj)
+        y_BTHV = self.slots.attend(q_BTHK, k_BTHK, v_BTHV, sequence, state, dtype, plan, **how)
         y_BTD = y_BTHV.flatten(2)
         if self.config.sub_norm:
             y_BTD = self.inner_norm(y_BTD)
@@ -283,7 +283,9 @@ class LongNetModel(LongNetPreTrainedModel, ZooModel):
         inputs = {"plan": self.slots.plan(sequence, dtype)}
         if self.config.xpos:
             rotation = rotation_of(sequence.positions, self.angle(x_BTD.device))
-            inputs["rotation"] = tuple(x.to(dtype) for x in rotation)
+            inputs["rotation"] = cos_BTHK, sin_BTHK = tuple(x.to(dtype) for x in rotation)
+            if inputs["plan"] is not None:
+                inputs["plan"].turn = torch.complex(cos_BTHK, sin_BTHK)
         return inputs
 
 
