@@ -80,8 +80,7 @@ class ShortConvolution(nn.Module):
         if before_NWD is None:
             before_NWD = x_BTD.new_zeros(batch, self.weight.shape[-1] - 1, channels)
         x_BLD = torch.cat([before_NWD.to(x_BTD.dtype), x_BTD], dim=1)
-        y_BDT = F.conv1d(x_BLD.transpose(1, 2), self.weight, groups=channels)
-        return y_BDT.transpose(1, 2), x_BLD[:, time:]
+        return self._apply_weight(x_BLD), x_BLD[:, time:]
 
     def _convolve_packed(self, x_1TD, cu_seqlens, before_NWD):
         """Lays what came before each document into the stream, and leaves its outputs out again."""
@@ -99,5 +98,47 @@ class ShortConvolution(nn.Module):
         x_LD = x_1TD.new_zeros(time + documents * width, channels)
         x_LD = x_LD.index_copy(0, place_T, x_1TD[0])
         x_LD = x_LD.index_copy(0, before_L, before_NWD.to(x_1TD.dtype).flatten(0, 1))
-        y_DL = F.conv1d(x_LD.T, self.weight, groups=channels)
-        return y_DL.T[place_T - width][None], x_LD[last_NW]
+        return self._apply_weight(x_LD[None])[:, place_T - width], x_LD[last_NW]
+
+    def _apply_weight(self, x_BLD):
+        """The sum over a window that moves along: [B, L, D] to [B, L - size + 1, D].
+
+        On a CPU channels stay where they lie, side by side. PyTorch's convolution wants them apart,
+        and its backward there takes as long as the matrix products around it.
+        """
+        channels, _, size = self.weight.shape
+        if x_BLD.device.type != "cpu" or torch.compiler.is_exporting():
+            y_BDT = F.conv1d(x_BLD.transpose(1, 2), self.weight, groups=channels)
+            return y_BDT.transpose(1, 2)
+        # Under autocast a convolution has 16 bits.
+        is_autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if is_autocast else x_BLD.dtype
+        return _MovingSum.apply(x_BLD.to(dtype), self.weight[:, 0].to(dtype))
+
+
+class _MovingSum(torch.autograd.Function):
+    """y_t = sum_j weight_j x_{t + j}, each channel by itself; in float32 at least, rounded once."""
+
+    @staticmethod
+    def forward(ctx, x_BLD, weight_DW):
+        ctx.save_for_backward(x_BLD, weight_DW)
+        wide = accumulator_dtype(x_BLD)
+        x_BLD, weight_WD = x_BLD.to(wide), weight_DW.to(wide).T.contiguous()
+        time = x_BLD.shape[1] - len(weight_WD) + 1
+        y_BTD = x_BLD[:, :time] * weight_WD[0]
+        for j in range(1, len(weight_WD)):
+            y_BTD.addcmul_(x_BLD[:, j : j + time], weight_WD[j])
+        return y_BTD.to(weight_DW.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_BTD):
+        x_BLD, weight_DW = ctx.saved_tensors
+        dtype, wide, time = x_BLD.dtype, accumulator_dtype(x_BLD), dy_BTD.shape[1]
+        x_BLD, dy_BTD = x_BLD.to(wide), dy_BTD.to(wide)
+        weight_WD = weight_DW.to(wide).T.contiguous()
+        dx_BLD, dweight_WD = torch.zeros_like(x_BLD), torch.empty_like(weight_WD)
+        for j in range(len(weight_WD)):
+            dx_BLD[:, j : j + time].addcmul_(dy_BTD, weight_WD[j])
+            dweight_WD[j] = (dy_BTD * x_BLD[:, j : j + time]).sum((0, 1))
+        return dx_BLD.to(dtype), dweight_WD.T.to(dtype)
