@@ -4,6 +4,7 @@
 clocks are not known where a program is compiled or a GPU is ahead of its host. Where they are, a
 `TokenPlan` says once for all layers what the token reads and writes, and each layer does that:
 keys and values are read where they lie, up to the token's own slot.
+`hold_known` is `hold` likewise.
 
 The weighted sum of the branches' softmaxes is one softmax over all that they see (equation 10), in
 which a token counts once for each branch that sees it. A branch of rate 1 has every token of its
@@ -77,6 +78,16 @@ class Rows(NamedTuple):
     slots: torch.Tensor
 
 
+def heads_of(branch, u, num_heads, offsets):
+    """The heads that a branch has for a token at u of its segment."""
+    offset = u % branch.rate
+    if offsets == "modulo":
+        return slice(offset, num_heads, branch.rate)
+    group = branch.group_size(num_heads)
+    first = min(offset * group, num_heads)
+    return slice(first, min(first + group, num_heads))
+
+
 class TokenPlan:
     """What one token per row reads and writes, for all layers.
 
@@ -105,7 +116,7 @@ class TokenPlan:
                 written = [
                     (head, head * size + b.first + clock % b.length // b.rate)
                     for b in branches
-                    for head in range(num_heads)[self._heads(b, clock)]
+                    for head in range(num_heads)[heads_of(b, clock % b.length, num_heads, offsets)]
                 ]
                 indices_I2 = torch.tensor(written, dtype=torch.long, device="cpu").view(-1, 2)
                 indices_2I = indices_I2.T.contiguous()
@@ -114,15 +125,6 @@ class TokenPlan:
         self.turn = None
         self.is_whole = len(self.runs) == 1 and self.runs[0].rows == slice(0, len(clocks))
 
-    def _heads(self, branch, clock):
-        """The heads that a token has in a branch."""
-        offset = clock % branch.length % branch.rate
-        if self.offsets == "modulo":
-            return slice(offset, self.num_heads, branch.rate)
-        group = branch.group_size(self.num_heads)
-        first = min(offset * group, self.num_heads)
-        return slice(first, min(first + group, self.num_heads))
-
     def _pieces(self, clock):
         """What all heads read of a branch of rate 1, then what is before that, by branch."""
         whole = [b for b in self.branches if b.rate == 1]
@@ -130,7 +132,7 @@ class TokenPlan:
         start = clock if base is None else clock - clock % base.length
         pieces, counts_HC = [], None
         for branch in self.branches:
-            heads = self._heads(branch, clock)
+            heads = heads_of(branch, clock % branch.length, self.num_heads, self.offsets)
             if branch is base or heads.start >= heads.stop:
                 continue
             u = clock % branch.length
@@ -211,3 +213,39 @@ class TokenPlan:
             to_BG1V.lerp_(o_BG1V, weight_BG11)
             to_BG1.copy_(torch.logaddexp(to_BG1, log_BG1))
         return torch.zeros_like(q_BH1K) if o_BH1V is None else o_BH1V
+
+
+def hold_known(x, held, branches, offsets, rows):
+    """As `hold`, of numbers that the host knows: copies what changes, and nothing else.
+
+    Args:
+        x: [B, T, H, K], keys or values of the pass.
+        held: [R, H, M, K], the slots before it; None: there were none.
+        branches: `branches_of` the configuration.
+        offsets: "grouped" or "modulo".
+        rows: for each of R rows where its document begins in the flattened batch, how many of its
+            tokens came before the pass, and how many there are after it.
+    """
+    num_heads, x_TK = x.shape[2], x.flatten(0, 1)
+    slots = branches[-1].first + branches[-1].count
+    after_RHMK = x.new_zeros(len(rows), num_heads, slots, x.shape[-1])
+    if held is not None:
+        after_RHMK = held.clone()
+    for own_HMK, (first, start, after) in zip(after_RHMK, rows):
+        if held is not None and start == 0:
+            own_HMK.zero_()
+        own_THK = x_TK[first : first + after - start]
+        for branch in branches:
+            w, r = branch.length, branch.rate
+            # The tokens of the newest segment, and those of the one before behind them.
+            segments = {(after - 1) // w, max(after - w, 0) // w}
+            for begin in (segment * w for segment in segments):
+                low, high = max(start, after - w, begin), min(after, begin + w)
+                for u in range(min(r, num_heads)):
+                    heads = heads_of(branch, u, num_heads, offsets)
+                    token = begin + u + max(-(-(low - begin - u) // r), 0) * r
+                    if token < high and heads.start < heads.stop:
+                        new_CHK = own_THK[token - start : high - start : r, heads]
+                        slot = branch.first + (token - begin) // r
+                        own_HMK[heads, slot : slot + len(new_CHK)] = new_CHK.transpose(0, 1)
+    return after_RHMK

@@ -6,8 +6,8 @@ import pytest
 import torch
 from ladder import worst
 
-from zoo.kernels.dilated_attention import branches_of, dilated_attention_step, write_slots
-from zoo.kernels.dilated_step import DecayTables, TokenPlan
+from zoo.kernels.dilated_attention import branches_of, dilated_attention_step, hold, write_slots
+from zoo.kernels.dilated_step import DecayTables, TokenPlan, hold_known
 
 # (heads, segments, rates): as the paper's; what nothing divides; one without a branch of rate 1;
 # two with it, the longer one last; heads that no branch has.
@@ -95,3 +95,28 @@ def test_decays_are_made_once_and_grow_by_doubling():
     with torch.device("meta"):  # as a model is built that is given its weights later
         assert decays.factors(3, 40, 1, torch.float32).device.type == "cpu"
     assert pickle.loads(pickle.dumps(decays)).tables == {}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("offsets", ["grouped", "modulo"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_holds_what_a_pass_leaves(shape, offsets):
+    """Rows that begin, go on, have no token, and pass several segments; after slots and none."""
+    torch.manual_seed(0)
+    heads, *settings = shape
+    branches = branches_of(*settings)
+    x = normal(1, 150, heads, SIZE)
+    slots = branches[-1].first + branches[-1].count
+    start, count = torch.tensor([0, 0, 5, 31, 17, 0]), torch.tensor([3, 90, 0, 1, 50, 0])
+    first = count.cumsum(0) - count
+    where = first, start, start + count
+    for held in (None, normal(6, heads, slots, SIZE)):
+        if held is not None:  # slots that never had a token hold zeros
+            held = hold(
+                x, held, *settings, first, torch.full_like(start, 200), start, offsets=offsets
+            )
+        expected = hold(x, held, *settings, *where, offsets=offsets)
+        before = None if held is None else held.clone()
+        rows = list(zip(*(n.tolist() for n in where)))
+        assert torch.equal(hold_known(x, held, branches, offsets, rows), expected)
+        assert held is None or torch.equal(held, before)

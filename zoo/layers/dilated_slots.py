@@ -22,8 +22,8 @@ from ..kernels.dilated_attention import (
     write_slots,
 )
 from ..kernels.dilated_branches import branches_of
-from ..kernels.dilated_step import DecayTables, TokenPlan
-from .host_clocks import host_clocks
+from ..kernels.dilated_step import DecayTables, TokenPlan, hold_known
+from .host_clocks import host_clocks, is_known
 
 
 class DilatedSlots:
@@ -111,6 +111,11 @@ class DilatedSlots:
             for name, x_BTHK in new.items():
                 slots, x_BTHK = getattr(state, name), x_BTHK.to(dtype)
                 slots = None if slots is None else slots.to(x_BTHK.dtype)
+                if is_known(sequence.clock):
+                    rows = list(zip(*(n.tolist() for n in where)))
+                    slots = hold_known(x_BTHK, slots, self.laid_out, rows=rows, **self.offsets)
+                    setattr(state, name, slots)
+                    continue
                 slots = hold(x_BTHK, slots, *self.branches, *where, **self.offsets)
                 setattr(state, name, slots)
         return y_BTHV

@@ -3,6 +3,16 @@
 import torch
 
 
+def is_known(clock):
+    """Whether the host knows the values of clocks, and no gradient is wanted of what it does."""
+    return (
+        type(clock) is torch.Tensor
+        and clock.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
 def host_clocks(sequence):
     """Each row's token's number in its document, None for a row that has none here; or None.
 
@@ -16,15 +26,8 @@ def host_clocks(sequence):
         A list of B numbers, or None.
     """
     clock_B1 = sequence.clock
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or sequence.shape[1] > 1
-        or sequence.cu_seqlens is not None
-        or sequence.ranks is not None
-        or type(clock_B1) is not torch.Tensor
-        or clock_B1.device.type != "cpu"
-    ):
+    is_step = sequence.shape[1] == 1 and sequence.cu_seqlens is None and sequence.ranks is None
+    if not is_step or not is_known(clock_B1):
         return None
     clocks = clock_B1[:, 0].tolist()
     if len(clocks) < sequence.shape[0]:
