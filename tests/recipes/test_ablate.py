@@ -146,9 +146,15 @@ def test_what_crashes_and_diverges_stops_nothing(sweeps):
     """A learning rate that diverges is one more point; a model that crashes may run again."""
     changed = SWEEP.replace("[1e-2]", "[1e-2, 1e9]").replace("steps = 60", "steps = 10")
     changed += '[models.broken]\narchitecture = "retnet"\ninit_from = "./nothing"\n'
-    (sweeps.folder / "tiny.toml").write_text(changed)
+    (sweeps.folder / "tiny.toml").write_text(changed.replace('"fp32"', '"auto"'))
     code, output, errors = sweeps.run()
     assert code == 1 and "2 trials crashed" in output, errors
+    # What to compute in was decided once, for those that crash too.
+    decided = json.loads((sweeps.trials().parent / "precision.json").read_text())["precision"]
+    said = [path.read_text() for path in sweeps.trials().glob("*/recipe.toml")]
+    assert len(said) == 6 and all(f'precision = "{decided}"\n' in text for text in said)
+    runs = [json.loads(path.read_text()) for path in sweeps.trials().glob("*/run/run.json")]
+    assert {run["precision"] for run in runs} == {decided}
     assert "| error: init_from: ./nothing is no such folder" in output
     assert re.search(r"text retnet 1e\+09 seed 0 select +diverged", output)
     marks = {path: path.stat().st_mtime_ns for path in sweeps.trials().glob("*/[DF]*")}
