@@ -40,6 +40,7 @@ from .linear_recurrence import (
     check_arguments,
     choose_backend,
 )
+from .recurrence_steps import delta_recurrence_step, is_plain_step
 
 
 def delta_recurrence(
@@ -127,6 +128,8 @@ _known = KnownCalls()
 
 def _run_torch(q, k, v, log_decay, a, b, **keyword):
     """Chunks one after the other; in a program that is being exported, in operators alone."""
+    if is_plain_step(q, keyword["cu_seqlens"]):
+        return delta_recurrence_step(q, k, v, log_decay, a, b, **keyword)
     if torch.compiler.is_exporting():
         from .delta_recurrence_export import delta_recurrence_exported
 

@@ -26,6 +26,7 @@ import torch
 
 from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence_channels import channel_scan
+from .recurrence_steps import is_plain_step, linear_recurrence_step
 
 BACKENDS = ("auto", "torch", "triton", "fla")
 _IS_INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("triton", "fla")}
@@ -114,6 +115,8 @@ _known = KnownCalls()
 
 def _run_torch(q, k, v, log_decay, **keyword):
     """Chunks one after the other; in a program that is being exported, in operators alone."""
+    if is_plain_step(q, keyword["cu_seqlens"]):
+        return linear_recurrence_step(q, k, v, log_decay, **keyword)
     if torch.compiler.is_exporting():
         from .linear_recurrence_export import linear_recurrence_exported
 

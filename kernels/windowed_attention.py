@@ -21,6 +21,7 @@ band of keys it can see. `windowed_attention_reference` is the definition, with 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 # Queries per block: a block of C sees a band of C + W - 1 keys, so small blocks waste less of it,
 # and large ones make larger matrix products.
@@ -381,6 +382,23 @@ def attention_step(
     q_BGRCK = grouped(q).to(dtype) * scale
     o_BGRCV = _attend(q_BGRCK, k_BGSK, v_BGSV, visible[:, None], extra, logits, bias_BGRCS)
     return o_BGRCV.flatten(1, 2).transpose(1, 2).to(v.dtype)
+
+
+def attention_step_to_all(q, k, v, scale):
+    """`attention_step` to all keys alike, without gradients.
+
+    Args: q, k, v and scale as there.
+
+    Returns:
+        o [B, 1, H, V], in float32 at least.
+    """
+    # In 16 bits, PyTorch's own attention of one query is slower than all in float32.
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
+    # The queries that share keys, as queries of one head.
+    rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3) if q.shape[1] != k.shape[1] else q
+    o = F.scaled_dot_product_attention(rows, k, v, scale=scale)
+    return o.flatten(1, 2)[:, None] if rows is not q else o.transpose(1, 2)
 
 
 class _SinkBlocks:

@@ -29,6 +29,7 @@ from .linear_recurrence import (
     check_not_positive,
     choose_backend,
 )
+from .recurrence_steps import is_plain_step, wkv4_step
 
 # The max of a state that has seen nothing; its den is 0. Finite, as -inf - (-inf) is not a number.
 EMPTY_MAX = -1e38
@@ -112,6 +113,14 @@ _known = KnownCalls()
 
 def _run_torch(w, u, k, v, **keyword):
     """Chunks one after the other; in a program that is being exported, in operators alone."""
+    if is_plain_step(k, keyword["cu_seqlens"]):
+        state_N3D, dtype = keyword["initial_state"], accumulator_dtype(k)
+        if state_N3D is None:
+            state_N3D = _empty_state(k.shape[0], w.to(dtype))
+        before = state_N3D.to(dtype).unbind(1)
+        y, after = wkv4_step(w.to(dtype), u.to(dtype), k[:, 0], v[:, 0], before)
+        after = torch.stack(after, dim=1) if keyword["output_final_state"] else None
+        return y.to(v.dtype)[:, None], after
     if torch.compiler.is_exporting():
         from .wkv4_export import wkv4_exported
 

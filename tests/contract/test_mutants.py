@@ -82,7 +82,7 @@ MUTANTS = {
         Sequence,
         "_dense",
         "position_ids = clock if shift is None else clock + shift[:, None]",
-        "position_ids = steps.expand_as(clock)",
+        "position_ids = torch.arange(shape[1], device=clock.device).expand_as(clock)",
         1,
         ("token by token, fp64: logits", "in pieces of 13, fp64: state"),
     ),

@@ -654,7 +654,9 @@ class ZooModel(ZooPreTrainedModel):
             cache.layers[0].is_one_document = False
         x_BTD = self.embed(inputs.embeds_BTD, sequence)
         # Who takes turns as a whole makes no exchange on the way.
-        own = replace(sequence, ranks=None) if self.walks_segments else sequence
+        own = sequence
+        if sequence.ranks is not None and self.walks_segments:
+            own = replace(sequence, ranks=None)
         run = functools.partial(
             self._run_blocks, sequence.pack(x_BTD), own, inputs=inputs, return_dict=True
         )
@@ -755,8 +757,16 @@ class ZooModel(ZooPreTrainedModel):
         Returns:
             (x_BTD, and what the last layer returns beside its state).
         """
+        # What is in a state, a step that takes on all of it need not know.
+        takes_all = (
+            cache is not None
+            and sequence.keep is sequence.continues is sequence.last_document is None
+            and sequence.ranks is None
+        )
         for index, layer in enumerate(self.layers):
-            specs = layer.state_specs()
+            specs = None
+            if not (takes_all and cache.layers[index].tensors):
+                specs = layer.state_specs()
             if cache is None:
                 state = State(dict.fromkeys(specs), is_kept=False)
             else:

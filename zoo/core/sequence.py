@@ -10,6 +10,7 @@ A document starts at a row's first token and wherever `position_ids` restarts, `
 is 0: then it is a new document. Positions and clocks count from each document's own start.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -177,8 +178,9 @@ class Sequence:
             if continues is not None:
                 clock_before = torch.where(continues, clock_before, 0)
                 shift = None if shift is None else torch.where(continues, shift, 0)
-        steps = torch.arange(shape[1], device=clock_before.device)
-        clock = clock_before[:, None] + steps
+        clock = clock_before[:, None]
+        if shape[1] > 1 or torch.compiler.is_exporting():
+            clock = clock + torch.arange(shape[1], device=clock_before.device)
         if position_ids is None:
             position_ids = clock if shift is None else clock + shift[:, None]
         return cls(
@@ -278,6 +280,17 @@ class Sequence:
             last_document=last_document,
             shift_after=shift_after,
         )
+
+    @functools.cached_property
+    def common_clock(self):
+        """Of a plain step: the clock of all rows as a number; None if they differ, or one is left.
+
+        None as well in a program that is compiled, where values are not known.
+        """
+        if torch.compiler.is_compiling() or self.keep is not None:
+            return None
+        clocks = self.clock.flatten().tolist()
+        return clocks[0] if clocks.count(clocks[0]) == len(clocks) else None
 
     def starts_anew(self, has_state):
         """Whether a row holds more than one document, or leaves the one of its state.

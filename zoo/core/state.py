@@ -83,12 +83,13 @@ class State:
 
     def tensors(self):
         """The tensors by name."""
-        flags = ("is_kept", "may_overwrite")
-        return {name: value for name, value in vars(self).items() if name not in flags}
+        tensors = dict(vars(self))
+        del tensors["is_kept"], tensors["may_overwrite"]
+        return tensors
 
     def copy(self):
         """A state whose attributes can be set without changing this one's."""
-        return State(self.tensors(), self.is_kept, self.may_overwrite)
+        return State(vars(self), self.is_kept, self.may_overwrite)
 
     def to(self, device, non_blocking=False):
         """The same state on another device."""
@@ -209,9 +210,9 @@ class StateLayer(CacheLayerMixin):
         """The state each document of the sequence starts from, as a `State`."""
         if not self.tensors:
             return State(dict.fromkeys(specs), is_kept=True)
-        tensors = {}
+        tensors, device = {}, sequence.clock.device
         for name, x in self.tensors.items():
-            x = x.to(sequence.clock.device)
+            x = x if x.device == device else x.to(device)
             if sequence.row_of_document is not None:
                 x = x.index_select(0, sequence.row_of_document)
             if sequence.continues is not None:
@@ -369,7 +370,10 @@ class SlidingStateLayer(StateLayer):
         """The state of each row, as a `State`."""
         if not self.tensors:
             return State(dict.fromkeys(specs), is_kept=True)
-        tensors = {name: x.to(sequence.clock.device) for name, x in self.tensors.items()}
+        tensors, device = dict(self.tensors), sequence.clock.device
+        for name, x in self.tensors.items():
+            if x.device != device:
+                tensors[name] = x.to(device)
         if sequence.continues is not None and sequence.row_of_document is None:
             held = sequence.continues
             if sequence.keep is not None:

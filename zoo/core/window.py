@@ -114,6 +114,14 @@ def write_slot(held_BSHK, new_BHK, slot_B, is_written_B, may_overwrite):
     return held_BSHK
 
 
+def write_common_slot(held_BSHK, new_B1HK, slot, may_overwrite):
+    """`write_slot` of one slot, a number, in all rows."""
+    if not may_overwrite:
+        held_BSHK = held_BSHK.clone()
+    held_BSHK.narrow(1, slot, 1).copy_(new_B1HK)
+    return held_BSHK
+
+
 def ring_after(x_BTHK, held_BSHK, spec, sequence, may_overwrite):
     """A ring of the last tokens after a pass or a single step, [B, S, H, K].
 

@@ -85,6 +85,39 @@ def write_segment(
     return after_NHKV, torch.where(is_complete, 0, partial_NHKV)
 
 
+def remember_step(
+    q_B1HK, k_B1HK, v_B1HV, memory_BHKV, partial_BHKV, is_complete, is_delta, strength_B1H=None
+):
+    """`recall` and `write_segment` of one token of each row, at the same place of its segment.
+
+    Args:
+        q_B1HK, k_B1HK, v_B1HV: as projected.
+        memory_BHKV, partial_BHKV: before the token, as of `write_segment`.
+        is_complete: whether it completes the segment.
+        is_delta, strength_B1H: as there.
+
+    Returns:
+        (what the query recalls [B, 1, H, V], memory and sums after the token).
+    """
+    (batch, groups, key_dim), dtype = memory_BHKV.shape[:3], memory_BHKV.dtype
+    k_BGRK = k_B1HK.view(batch, groups, 1, key_dim)
+    rows_BGRK = torch.cat([q_B1HK.view(batch, groups, -1, key_dim), k_BGRK], dim=2).to(dtype)
+    rows_BGRK = rows_BGRK.clamp(max=0).exp_().add_(rows_BGRK.relu())  # `feature_map`
+    read_BGRV = (rows_BGRK.flatten(0, 1) @ memory_BHKV.flatten(0, 1)).view(*rows_BGRK.shape[:3], -1)
+    read_BGRV, z_BGR1 = read_BGRV.split([read_BGRV.shape[-1] - 1, 1], dim=-1)
+    read_BGRV = read_BGRV / z_BGR1.clamp(min=SMALLEST_DENOMINATOR)
+    v_BG1V = v_B1HV.view(batch, groups, 1, -1).to(dtype)
+    if is_delta:
+        v_BG1V = v_BG1V - read_BGRV[:, :, -1:]
+    if strength_B1H is not None:
+        v_BG1V = v_BG1V * strength_B1H.view(batch, groups, 1, 1).to(dtype)
+    k_BGK1 = rows_BGRK[:, :, -1, :, None]
+    partial_BHKV = torch.addcmul(partial_BHKV, k_BGK1, F.pad(v_BG1V, (0, 1), value=1.0))
+    if is_complete:
+        memory_BHKV, partial_BHKV = memory_BHKV + partial_BHKV, torch.zeros_like(partial_BHKV)
+    return read_BGRV[:, :, :-1].flatten(1, 2)[:, None], memory_BHKV, partial_BHKV
+
+
 def segments_of(sequence, length, state, specs):
     """The `SegmentStep` or `SegmentPass` of a forward pass.
 

@@ -30,6 +30,8 @@ FEW_OF_ALL = 2
 class ExtendedAttention(SoftmaxAttention):
     """Softmax attention with RoPE and a `rope_extension`; arguments as of `SoftmaxAttention`."""
 
+    has_plain_step = False
+
     def __init__(self, config, layer_idx, **options):
         super().__init__(config, layer_idx, **options)
         self.near_window = near_window(config.rope_extension)

@@ -7,6 +7,7 @@ describes them; other architectures have their own.
 import difflib
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..core.base import Constant
 from ..core.length_limit import length_limit
+from ..kernels.recurrence_steps import takes_plain_step
 
 # The fields of `rope_parameters` that each rope_type has to have, and those it may have.
 ROPE_FIELDS = {
@@ -56,6 +58,69 @@ def rotate(x_BTHK, cos_BTHK, sin_BTHK, interleaved=False):
     turned = a_BTHK * cos_BTHK - b_BTHK * sin_BTHK, b_BTHK * cos_BTHK + a_BTHK * sin_BTHK
     joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
     return joined.to(x_BTHK.dtype)
+
+
+class StepRotation(NamedTuple):
+    """A rotation made ready for a step, in which each layer turns one token of each row.
+
+    As a pair's channels come to (a cos - b sin, b cos + a sin), the whole is x cos + y sin with y
+    the partners of x, and of sin the sign that goes with each channel.
+
+    Attributes:
+        cos, sin: for each channel that is turned, [B, 1, H or 1, K].
+        interleaved: as of `rotate`.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+
+    @classmethod
+    def of(cls, rotation, like, interleaved=False):
+        """That of (cos, sin) of each pair's angle, in at least float32 and the dtype of `like`."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        cos_BTHK, sin_BTHK = (x.to(dtype) for x in rotation)
+        if interleaved:
+            sin_BTHK = torch.stack([-sin_BTHK, sin_BTHK], dim=-1).flatten(-2)
+            return cls(cos_BTHK.repeat_interleave(2, dim=-1), sin_BTHK, True)
+        both = torch.cat([cos_BTHK, cos_BTHK], dim=-1), torch.cat([-sin_BTHK, sin_BTHK], dim=-1)
+        return cls(*both, False)
+
+    @classmethod
+    def if_step(cls, rotation, sequence, x_BTD, interleaved=False):
+        """`of` where the pass is a plain step, else the rotation itself.
+
+        Args:
+            rotation: (cos, sin).
+            sequence, x_BTD: of the pass.
+            interleaved: as of `rotate`.
+        """
+        if takes_plain_step(sequence, x_BTD):
+            return cls.of(rotation, x_BTD, interleaved)
+        return rotation
+
+    def turn(self, x_BTHK):
+        """As `rotate`."""
+        size, dtype = self.cos.shape[-1], x_BTHK.dtype
+        if size < x_BTHK.shape[-1]:
+            rest_BTHK = x_BTHK[..., size:]
+            return torch.cat([self.turn(x_BTHK[..., :size]), rest_BTHK], dim=-1)
+        if self.interleaved:
+            partners_BTHK = x_BTHK.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        else:
+            partners_BTHK = x_BTHK.roll(size // 2, -1)
+        return torch.addcmul(x_BTHK * self.cos, partners_BTHK, self.sin).to(dtype)
+
+    def times(self, factor):
+        """That turns and multiplies, by a number or a tensor [B, 1, H or 1, 1]."""
+        return self._replace(cos=self.cos * factor, sin=self.sin * factor)
+
+
+def turned(x_BTHK, rotation, interleaved=False):
+    """`rotate` by (cos, sin) or by a `StepRotation`."""
+    if isinstance(rotation, StepRotation):
+        return rotation.turn(x_BTHK)
+    return rotate(x_BTHK, *rotation, interleaved)
 
 
 def num_rotated_channels(config):

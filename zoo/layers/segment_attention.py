@@ -15,11 +15,14 @@ from ..core.base import Constant
 from ..core.flops import linear_flops, mean_of_segments, mean_visible
 from ..core.halo import last_before
 from ..core.state import StateSpec, dtype_of
+from ..core.window import write_common_slot
 from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.recurrence_steps import takes_plain_step
+from ..kernels.windowed_attention import attention_step_to_all
 from .compressive_memory import segments_of
 from .position_bias import position_bias
 from .position_fields import TURNED_TYPES, position_type_of
-from .positions import RotaryPositions, rotate
+from .positions import RotaryPositions, turned
 from .xpos import xpos_log_decay
 
 
@@ -71,6 +74,10 @@ class SegmentAttention(nn.Module):
             state: before them.
             rotation: (cos, sin) of each token's place in its segment, for types that turn.
         """
+        slot = self.common_slot(x_BTD, sequence, state)
+        if slot is not None:
+            y_B1HV = self.local_step(*self.project(x_BTD), slot, state, rotation)
+            return self.out_proj(y_B1HV.to(x_BTD.dtype).flatten(2)), state
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD)
         if sequence.ranks is not None:
             need = "segment", lambda clock: clock % self.config.segment_length
@@ -113,11 +120,34 @@ class SegmentAttention(nn.Module):
         bias = None if self.position_type in ("rope", None) else self.bias
         return segments.attend(*local, v_BTHV, self.scale, bias)
 
+    def common_slot(self, x_BTD, sequence, state):
+        """Where a plain step's token comes to lie, if it is the same in all rows; else None.
+
+        The slots before it are then filled, and nothing has to be hidden.
+        """
+        if not (state.is_kept and takes_plain_step(sequence, x_BTD)):
+            return None
+        if state.keys_BLHK is None or self.position_type not in ("rope", None):
+            return None
+        clock = sequence.common_clock
+        return None if clock is None else clock % self.config.segment_length
+
+    def local_step(self, q_B1HK, k_B1HK, v_B1HV, slot, state, rotation):
+        """`attend` of a token in a `common_slot`, [B, 1, H, V]."""
+        q_B1HK, k_B1HK = self.turned(q_B1HK, rotation), self.turned(k_B1HK, rotation)
+        keys_BLHK, values_BLHV = (
+            write_common_slot(held, new, slot, state.may_overwrite)
+            for held, new in ((state.keys_BLHK, k_B1HK), (state.values_BLHV, v_B1HV))
+        )
+        state.keys_BLHK, state.values_BLHV = keys_BLHK, values_BLHV
+        seen = keys_BLHK[:, : slot + 1], values_BLHV[:, : slot + 1]
+        return attention_step_to_all(q_B1HK, *seen, self.scale)
+
     def turned(self, x_BTHK, rotation):
         """Queries or keys by their places, for types that turn; None stays None."""
         if x_BTHK is None or self.position_type not in TURNED_TYPES:
             return x_BTHK
-        return rotate(x_BTHK, *rotation, interleaved=self.position_type == "xpos")
+        return turned(x_BTHK, rotation, interleaved=self.position_type == "xpos")
 
     def bias(self, distance, q_BTHK):
         """What distances do to scores, as `SegmentPass.attend` takes it."""

@@ -82,6 +82,15 @@ class ShortConvolution(nn.Module):
         x_BLD = torch.cat([before_NWD.to(x_BTD.dtype), x_BTD], dim=1)
         return self._apply_weight(x_BLD), x_BLD[:, time:]
 
+    def step(self, x_BD, before_BWD):
+        """`forward` of one token of each row, without gradients: (outputs [B, D], last inputs)."""
+        if before_BWD is None:
+            before_BWD = x_BD.new_zeros(len(x_BD), self.weight.shape[-1] - 1, x_BD.shape[-1])
+        # Of the state, as it is kept: in float32 at least.
+        window_BLD = torch.cat([before_BWD, x_BD[:, None].to(before_BWD.dtype)], dim=1)
+        y_BD = (window_BLD * self.weight[:, 0].mT).sum(1)
+        return y_BD.to(x_BD.dtype), window_BLD[:, 1:].contiguous()
+
     def _convolve_packed(self, x_1TD, cu_seqlens, before_NWD):
         """Lays what came before each document into the stream, and leaves its outputs out again."""
         time, channels = x_1TD.shape[1:]

@@ -26,12 +26,15 @@ from ..core.window import (
     gather_tokens,
     ring_positions,
     row_spans,
+    write_common_slot,
     write_slot,
 )
 from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.recurrence_steps import takes_plain_step
 from ..kernels.windowed_attention import (
     Sinks,
     attention_step,
+    attention_step_to_all,
     windowed_attention,
     windowed_attention_reference,
 )
@@ -43,7 +46,7 @@ from .foreign_attention import (
 from .head_exchange import attend_by_heads
 from .position_bias import DistanceBias, position_bias
 from .position_fields import TURNED_TYPES, position_type_of, position_types
-from .positions import rotate
+from .positions import turned
 from .shifted_groups import attend_in_groups, mean_visible_in_groups
 from .xpos import xpos_log_decay, xpos_steepest
 
@@ -213,6 +216,7 @@ class SoftmaxAttention(nn.Module):
     is_causal = True
     shift_groups = None
     exchanges = True
+    has_plain_step = True
 
     def __init__(
         self,
@@ -245,6 +249,10 @@ class SoftmaxAttention(nn.Module):
         self.sink_logits = None
         if has_sink_logits:
             self.sink_logits = nn.Parameter(torch.empty(self.num_heads))
+        # Whether a step looks at keys alone, all of which count alike.
+        has_sinks = num_sinks > 0 or has_sink_logits
+        is_of_scores = self.position_bias is not None or self.log_decay is not None
+        self.is_plain = self.has_plain_step and not (has_sinks or is_of_scores or clip_qkv)
 
     def init_weights_of_paper(self):
         """Sink logits as gpt-oss; matrices as transformers does for any linear layer."""
@@ -283,6 +291,10 @@ class SoftmaxAttention(nn.Module):
             rotation: (cos, sin) of each position, for layers that turn queries and keys.
             sink_rotation: of each position as sinks are seen from it.
         """
+        if self.is_plain and state.is_kept and takes_plain_step(sequence, x_BTD):
+            y_BTD = self.plain_step(x_BTD, sequence, state, rotation)
+            if y_BTD is not None:
+                return y_BTD, state
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD)
         q_BTHK, k_BTHK, as_sinks = self.turn(q_BTHK, k_BTHK, rotation, sink_rotation)
         is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
@@ -291,6 +303,35 @@ class SoftmaxAttention(nn.Module):
             run = self.run_groups
         y_BTHV = run(q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state)
         return self.out_proj(y_BTHV.flatten(2)), state
+
+    def plain_step(self, x_BTD, sequence, state, rotation):
+        """`forward` of one token of each row, if all rows are as long; None: it is not so simple.
+
+        The slots that are filled are then the first ones, and nothing has to be hidden.
+        """
+        held_BWHK, name = state.keys_BWHK, self.config._attn_implementation
+        clock = sequence.common_clock
+        if clock is None or held_BWHK is None or name != "banded":
+            return None
+        batch, dtype = len(x_BTD), held_BWHK.dtype
+        q_B1HK = self.q_proj(x_BTD).view(batch, 1, self.num_heads, self.head_dim)
+        k_B1HK = self.k_proj(x_BTD).view(batch, 1, self.num_groups, self.head_dim)
+        v_B1HV = self.v_proj(x_BTD).view(batch, 1, self.num_groups, self.head_dim)
+        if self.position_type in TURNED_TYPES:
+            q_B1HK, k_B1HK = turned(q_B1HK, rotation), turned(k_B1HK, rotation)
+        for name, x_B1HK in (("keys_BWHK", k_B1HK), ("values_BWHV", v_B1HV)):
+            held_BWHK, x_B1HK = getattr(state, name), x_B1HK.to(dtype)
+            if self.window is None:
+                held_BWHK = torch.cat([held_BWHK[:, :clock], x_B1HK], dim=1)
+            else:
+                slot = clock % self.window
+                held_BWHK = write_common_slot(held_BWHK, x_B1HK, slot, state.may_overwrite)
+            setattr(state, name, held_BWHK)
+        seen = clock + 1 if self.window is None else min(clock + 1, self.window)
+        y_B1HV = attention_step_to_all(
+            q_B1HK, state.keys_BWHK[:, :seen], state.values_BWHV[:, :seen], self.scale
+        )
+        return self.out_proj(y_B1HV.to(v_B1HV.dtype).flatten(2))
 
     def project(self, x_BTD):
         """Queries [B, T, H, K], keys and values [B, T, groups, K] of hidden states [B, T, D]."""
@@ -306,13 +347,13 @@ class SoftmaxAttention(nn.Module):
         """Queries and keys, turned where this layer's type does that, and both as of sinks."""
         if self.position_type not in TURNED_TYPES:
             return q_BTHK, k_BTHK, (q_BTHK, k_BTHK)
-        turned = functools.partial(rotate, interleaved=self.position_type == "xpos")
-        turned_k_BTHK, as_sinks = turned(k_BTHK, *rotation), None
+        interleaved = self.position_type == "xpos"
+        turned_k_BTHK, as_sinks = turned(k_BTHK, rotation, interleaved), None
         if sink_rotation is not None:
             # At a distance that is a number, the same for all of them, it is the query that turns.
             sink_k_BTHK = turned_k_BTHK if self.sink_distance is None else k_BTHK
-            as_sinks = turned(q_BTHK, *sink_rotation), sink_k_BTHK
-        return turned(q_BTHK, *rotation), turned_k_BTHK, as_sinks
+            as_sinks = turned(q_BTHK, sink_rotation, interleaved), sink_k_BTHK
+        return turned(q_BTHK, rotation, interleaved), turned_k_BTHK, as_sinks
 
     def run_step(self, q_BTHK, k_BTHK, v_BTHV, as_sinks, sequence, state):
         """One token per row: writes its slot, and looks at all that are filled, in any order."""

@@ -5,9 +5,9 @@ process waits for the one before. Each finds the A and U of its own slice, all o
 these, and each puts together what enters it (LASP-2, Sun et al. 2025,
 https://arxiv.org/abs/2502.07563, and for transitions that are matrices).
 
-A mixer calls `linear_recurrence_of(sequence)(...)` for `linear_recurrence(...)`, and the same of
-`delta_recurrence` and `wkv4`: with the arguments of the operator, but for the initial state, which
-comes from the left.
+A mixer calls `linear_recurrence_of(sequence, x_BTD)(...)` for `linear_recurrence(...)`, the same of
+`delta_recurrence` and, without x_BTD, of `wkv4`: with the arguments of the operator, but for the
+initial state, which comes from the left. A plain step gets the operator's step.
 """
 
 import functools
@@ -18,23 +18,33 @@ from ..core.exchange import scan
 from ..core.tails import tail
 from ..kernels.delta_recurrence import delta_recurrence
 from ..kernels.linear_recurrence import accumulator_dtype, linear_recurrence
+from ..kernels.recurrence_steps import (
+    delta_recurrence_step,
+    linear_recurrence_step,
+    takes_plain_step,
+)
 from ..kernels.wkv4 import EMPTY_MAX, LOWEST, wkv4
 
 
-def linear_recurrence_of(sequence, name="memory_NHKV"):
+def linear_recurrence_of(sequence, x_BTD, name="memory_NHKV"):
     """`linear_recurrence` for the tokens of a sequence.
 
     Args:
         sequence: the `Sequence`; a slice, if it has ranks.
+        x_BTD: what the mixer was given.
         name: of the state that it carries on.
     """
+    if takes_plain_step(sequence, x_BTD):
+        return linear_recurrence_step
     if sequence.ranks is None:
         return linear_recurrence
     return functools.partial(_linear_over_slices, sequence.ranks, name)
 
 
-def delta_recurrence_of(sequence, name="memory_NHKV"):
+def delta_recurrence_of(sequence, x_BTD, name="memory_NHKV"):
     """`delta_recurrence` for the tokens of a sequence; arguments as above."""
+    if takes_plain_step(sequence, x_BTD):
+        return delta_recurrence_step
     if sequence.ranks is None:
         return delta_recurrence
     return functools.partial(_delta_over_slices, sequence.ranks, name)

@@ -25,6 +25,10 @@ class TorchscaleBlock(ZooBlock):
         self.pre_norm = config.pre_norm
         self.alpha = (2 * config.num_hidden_layers) ** 0.25 if config.deepnorm else 1.0
 
+    def scaled(self, x_BTD):
+        """The residual stream, with deepnorm times (2L)^(1/4)."""
+        return x_BTD if self.alpha == 1.0 else self.alpha * x_BTD
+
     def added(self, y_BTD):
         """What the output of mixer or MLP adds to the residual stream."""
         return y_BTD
@@ -33,11 +37,11 @@ class TorchscaleBlock(ZooBlock):
         """Returns (x_BTD, state); the state that came in is left as it was."""
         y_BTD = self.mixer_norm(x_BTD) if self.pre_norm else x_BTD
         y_BTD, state = self.mixer(y_BTD, sequence, state.copy(), **inputs)
-        x_BTD = self.alpha * x_BTD + self.added(y_BTD)
+        x_BTD = self.scaled(x_BTD) + self.added(y_BTD)
         if not self.pre_norm:
             x_BTD = self.mixer_norm(x_BTD)
         y_BTD = self.mlp(self.mlp_norm(x_BTD) if self.pre_norm else x_BTD)
-        x_BTD = self.alpha * x_BTD + self.added(y_BTD)
+        x_BTD = self.scaled(x_BTD) + self.added(y_BTD)
         return x_BTD if self.pre_norm else self.mlp_norm(x_BTD), state
 
 
@@ -110,7 +114,8 @@ class MLP(nn.Module):
             h_BTF = self.act(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
         else:
             h_BTF = self.act(self.up_proj(x_BTD))
-        h_BTF = self.dropout(h_BTF)
+        if self.dropout.training:
+            h_BTF = self.dropout(h_BTF)
         if not self.config.gated_mlp and not self.config.deepnorm:
             h_BTF = self.inner_norm(h_BTF)
         return self.down_proj(h_BTF)

@@ -45,6 +45,7 @@ from ..core.heads import (
 )
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.recurrence_steps import gated_delta_step, takes_plain_step
 from ..layers.mlp import GatedMLP
 from ..layers.norms import WideRMSNorm
 from ..layers.short_convolution import ShortConvolution
@@ -161,6 +162,8 @@ class GatedDeltaRule(nn.Module):
 
     def forward(self, x_BTD, sequence, state):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
+        if state.memory_NHKV is not None and takes_plain_step(sequence, x_BTD):
+            return self.step(x_BTD[:, 0], state)[:, None], state
         q_BTD, k_BTD, v_BTD = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         dtype = v_BTD.dtype
         qkv_BTD = torch.cat([q_BTD, k_BTD, v_BTD], dim=-1)
@@ -177,7 +180,7 @@ class GatedDeltaRule(nn.Module):
         step_BTH = F.softplus(self.a_proj(x_BTD).to(wide) + self.dt_bias)
         log_decay_BTH = -self.log_a.to(wide).exp() * step_BTH
         beta_BTH1 = self.b_proj(x_BTD).sigmoid()[..., None]
-        y_BTHV, state.memory_NHKV = delta_recurrence_of(sequence)(
+        y_BTHV, state.memory_NHKV = delta_recurrence_of(sequence, x_BTD)(
             q_BTHK,
             k_BTHK,
             in_range(beta_BTH1 * v_BTHV),
@@ -191,6 +194,31 @@ class GatedDeltaRule(nn.Module):
         )
         y_BTD = self.head_norm(y_BTHV).flatten(2).to(dtype)
         return self.out_proj(y_BTD * F.silu(self.gate_proj(x_BTD))), state
+
+    def step(self, x_BD, state):
+        """`forward` of one token of each row, [B, D] to the same; the state becomes that after."""
+        config, wide = self.config, accumulator_dtype(x_BD)
+        heads, key_heads = config.num_attention_heads, config.num_key_heads
+        qkv_BD = torch.cat([self.q_proj(x_BD), self.k_proj(x_BD), self.v_proj(x_BD)], dim=-1)
+        qkv_BD, conv_NWD = self.convolution.step(qkv_BD, state.conv_NWD)
+        qkv_BD = F.silu(qkv_BD).to(wide)
+        qk_BD, v_BD = qkv_BD.split([2 * self.widths[0], self.widths[2]], dim=-1)
+        qk_B2HK = qk_BD.view(len(x_BD), 2, key_heads, config.head_dim)
+        norm_B2H1 = torch.linalg.vector_norm(qk_B2HK, dim=-1, keepdim=True)
+        qk_B2HK = qk_B2HK * norm_B2H1.square_().add_(1e-6).rsqrt_()
+        if key_heads < heads:
+            qk_B2HK = qk_B2HK.repeat_interleave(heads // key_heads, dim=-2)
+        q_BHK, k_BHK = qk_B2HK.unbind(1)
+        step_BH = F.softplus(self.a_proj(x_BD).to(wide) + self.dt_bias)
+        decay_BH = (step_BH * self.log_a.to(wide).exp()).neg_().exp_()
+        beta_BH, v_BHV = self.b_proj(x_BD).sigmoid(), v_BD.view(len(x_BD), heads, -1)
+        y_B1HV, memory_NHKV = gated_delta_step(
+            q_BHK, k_BHK, v_BHV, decay_BH, beta_BH, state.memory_NHKV
+        )
+        if state.is_kept:
+            state.conv_NWD, state.memory_NHKV = conv_NWD, memory_NHKV
+        y_BD = self.head_norm(y_B1HV.mul_(config.head_dim**-0.5)).to(x_BD.dtype).flatten(1)
+        return self.out_proj(y_BD * F.silu(self.gate_proj(x_BD)))
 
     def unit(self, x_BTD):
         """Vectors of length 1 [B, T, H, K], computed in float32; each for its heads of v."""

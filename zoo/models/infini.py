@@ -44,12 +44,12 @@ from ..core.heads import (
 )
 from ..core.state import SlidingStateLayer, StateSpec
 from ..kernels.export_scan import without_autocast
-from ..layers.compressive_memory import memory_figures, recall
+from ..layers.compressive_memory import memory_figures, recall, remember_step
 from ..layers.memory_slices import SliceMemory, bring_segment
 from ..layers.mlp import GatedMLP
 from ..layers.norms import llama_or_gemma_norm
-from ..layers.position_fields import check_position_fields, turns
-from ..layers.positions import RotaryPositions
+from ..layers.position_fields import check_position_fields, position_types, turns
+from ..layers.positions import RotaryPositions, StepRotation
 from ..layers.segment_attention import SegmentAttention
 from ..layers.softmax_attention import check_key_value_heads, fill_heads
 
@@ -234,6 +234,10 @@ class InfiniAttention(SegmentAttention):
             rotation: (cos, sin) of each token's place in its segment, for types that turn.
             table: the same of every place, in a slice.
         """
+        slot = self.common_slot(x_BTD, sequence, state)
+        if slot is not None:
+            y_B1HV = self.step(x_BTD, sequence.common_clock, slot, state, rotation)
+            return self.out_proj(y_B1HV.to(x_BTD.dtype).flatten(2)), state
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD)
         strength_BTH = None
         if self.config.learned_update:
@@ -257,6 +261,30 @@ class InfiniAttention(SegmentAttention):
             # for one of every parameter.
             y_BTHV = y_BTHV + 0 * strength_BTH.sum().to(y_BTHV.dtype)
         return self.out_proj(y_BTHV.flatten(2)), state
+
+    def step(self, x_B1D, clock, slot, state, rotation):
+        """One token of each row, at the same clock and in the same slot; [B, 1, H, V]."""
+        config, (q_B1HK, k_B1HK, v_B1HV) = self.config, self.project(x_B1D)
+        y_B1HV = self.local_step(q_B1HK, k_B1HK, v_B1HV, slot, state, rotation)
+        if not self.has_memory:
+            return y_B1HV
+        strength_B1H = None
+        if config.learned_update:
+            strength_B1H = 1 - self.update_proj(x_B1D).sigmoid()
+        recalled_B1HV, state.memory_BHKV, state.partial_BHKV = remember_step(
+            q_B1HK,
+            k_B1HK,
+            v_B1HV,
+            state.memory_BHKV,
+            state.partial_BHKV,
+            slot == config.segment_length - 1,
+            config.memory_update == "delta",
+            strength_B1H,
+        )
+        share_H1 = self.gate.sigmoid()[:, None].to(y_B1HV.dtype)
+        if clock < config.segment_length and not config.gates_first_segment:
+            return torch.addcmul(y_B1HV, recalled_B1HV, share_H1)
+        return torch.lerp(y_B1HV, recalled_B1HV, share_H1)
 
     def bring_segments(self, k_BTHK, v_BTHV, strength_BTH, sequence, state, table):
         """A slice: the unfinished segments before it, as the state holds them and as written.
@@ -319,7 +347,10 @@ class InfiniModel(InfiniPreTrainedModel, ZooModel):
         if self.rotation is None:
             return {}
         length = self.config.segment_length
-        inputs = {"rotation": self.rotation(sequence.clock % length)}
+        rotation = self.rotation(sequence.clock % length)
+        if "xpos" not in position_types(self.config):
+            rotation = StepRotation.if_step(rotation, sequence, x_BTD)
+        inputs = {"rotation": rotation}
         if sequence.ranks is not None:
             slots_L = torch.arange(length, device=x_BTD.device)
             inputs["table"] = self.rotation(slots_L[None])

@@ -44,8 +44,8 @@ from ..layers.decay_slopes import check_slopes, log_decay
 from ..layers.minimax_block import MiniMaxBlock, MiniMaxBlockConfig, MiniMaxBlockPreTrainedModel
 from ..layers.mlp import GatedMLP
 from ..layers.norms import WideRMSNorm
-from ..layers.position_fields import turns
-from ..layers.positions import RotaryPositions
+from ..layers.position_fields import position_types, turns
+from ..layers.positions import RotaryPositions, StepRotation
 from ..layers.rope_extension import extended_rotation
 from ..layers.softmax_mixer import softmax_mixer
 from ..layers.split_recurrence import linear_recurrence_of
@@ -230,7 +230,7 @@ class LightningAttention(nn.Module):
         if self.has_lrpe:
             q_BTHK = self.rotate(q_BTHK, sequence.positions)
             k_BTHK = self.rotate(k_BTHK, sequence.positions)
-        y_BTHV, state.memory_BHKV = linear_recurrence_of(sequence, "memory_BHKV")(
+        y_BTHV, state.memory_BHKV = linear_recurrence_of(sequence, x_BTD, "memory_BHKV")(
             q_BTHK,
             k_BTHK,
             in_range(v_BTHV),
@@ -291,7 +291,10 @@ class LightningModel(LightningPreTrainedModel, ZooModel):
         extension = self.config.rope_extension
         if extension is not None:
             return {"rotation": extended_rotation(self.rotation, extension, sequence.clock)}
-        return {"rotation": self.rotation(sequence.positions)}
+        rotation = self.rotation(sequence.positions)
+        if "xpos" not in position_types(self.config):
+            rotation = StepRotation.if_step(rotation, sequence, x_BTD)
+        return {"rotation": rotation}
 
     def build_norm(self, config):
         """The norm after the last block."""

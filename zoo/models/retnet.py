@@ -20,7 +20,7 @@ flash-linear-attention, whose options are here, is said in zoo/hub/convert/fla_r
 
 import functools
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -36,8 +36,9 @@ from ..core.heads import (
     ZooForTokenClassification,
 )
 from ..core.state import StateSpec
+from ..kernels.recurrence_steps import decayed_step, takes_plain_step
 from ..layers.norms import WideRMSNorm
-from ..layers.positions import rotate
+from ..layers.positions import StepRotation, rotate
 from ..layers.split_recurrence import linear_recurrence_of
 from ..layers.torchscale_block import MLP, TorchscaleBlock, TorchscalePreTrainedModel, deepnorm_
 from ..layers.xpos import Rotation
@@ -216,11 +217,13 @@ class Retention(nn.Module):
 
     def forward(self, x_BTD, sequence, state, rotation):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
+        if isinstance(rotation, RetentionStep):
+            return self.step(x_BTD, state, rotation)
         q_BTHK, k_BTHK, v_BTHV, gate_BTHV = self.project(x_BTD, rotation)
         log_decay_H = self.log_decay(x_BTD.device)
         if self.config.normalize_retention:
             q_BTHK = self.normalize(q_BTHK, log_decay_H, sequence.clock)
-        y_BTHV, state.memory_BHKV = linear_recurrence_of(sequence, "memory_BHKV")(
+        y_BTHV, state.memory_BHKV = linear_recurrence_of(sequence, x_BTD, "memory_BHKV")(
             q_BTHK,
             k_BTHK,
             # The output is as large as three projections multiplied: too large for fp16's range.
@@ -232,6 +235,36 @@ class Retention(nn.Module):
         )
         y_BTHV = self.head_norm(y_BTHV).to(gate_BTHV.dtype)
         return self.out_proj((y_BTHV * nn.functional.silu(gate_BTHV)).flatten(2)), state
+
+    def step(self, x_BTD, state, shared):
+        """`forward` of one token of each row, where all layers share what its position says."""
+        shape, (heads, groups) = x_BTD.shape[:2], (self.num_heads, self.num_groups)
+        q_BTHK = shared.q.turn(self.q_proj(x_BTD).view(*shape, heads, self.key_dim))
+        k_BTHK = shared.k.turn(self.k_proj(x_BTD).view(*shape, groups, self.key_dim))
+        v_BTHV = self.v_proj(x_BTD).view(*shape, groups, self.value_dim)
+        if groups < heads:
+            k_BTHK, v_BTHV = (x.repeat_interleave(heads // groups, dim=2) for x in (k_BTHK, v_BTHV))
+        y_BTHV, memory_BHKV = decayed_step(
+            q_BTHK, k_BTHK, v_BTHV, shared.decay_H11, None, state.memory_BHKV
+        )
+        if state.is_kept:
+            state.memory_BHKV = memory_BHKV
+        y_BTHV = self.head_norm(y_BTHV.to(in_range(v_BTHV).dtype))
+        gate_BTD = nn.functional.silu(self.gate_proj(x_BTD))
+        return self.out_proj(y_BTHV.to(gate_BTD.dtype).view(gate_BTD.shape) * gate_BTD), state
+
+
+class RetentionStep(NamedTuple):
+    """What a step's position says to every layer.
+
+    Attributes:
+        q, k: the `StepRotation`s, with the scale of keys and the normalisation of queries.
+        decay_H11: gamma of each head.
+    """
+
+    q: StepRotation
+    k: StepRotation
+    decay_H11: torch.Tensor
 
 
 class RetNetBlock(TorchscaleBlock):
@@ -246,7 +279,7 @@ class RetNetBlock(TorchscaleBlock):
 
     def added(self, y_BTD):
         """What mixer and MLP add, with dropout."""
-        return self.dropout(y_BTD)
+        return self.dropout(y_BTD) if self.dropout.training else y_BTD
 
 
 class RetNetPreTrainedModel(TorchscalePreTrainedModel):
@@ -280,11 +313,22 @@ class RetNetModel(RetNetPreTrainedModel, ZooModel):
             embeds_BTD = embeds_BTD * self.config.hidden_size**0.5
         if self.config.embedding_norm:
             embeds_BTD = self.embed_norm(embeds_BTD)
-        return self.dropout(embeds_BTD)
+        return self.dropout(embeds_BTD) if self.dropout.training else embeds_BTD
 
     def mixer_inputs(self, x_BTD, sequence):
         """The rotation of each position, the same in all layers."""
-        return {"rotation": self.rotation(sequence.positions)}
+        rotation = self.rotation(sequence.positions)
+        if not takes_plain_step(sequence, x_BTD):
+            return {"rotation": rotation}
+        mixer, interleaved = self.layers[0].mixer, self.config.rotation == "interleaved"
+        q = StepRotation.of(rotation, x_BTD, interleaved)
+        k, device = q.times(mixer.key_dim**-0.5), x_BTD.device
+        log_decay_H = mixer.log_decay(device).to(device)
+        if self.config.normalize_retention:
+            one_B1H1 = q.cos.new_ones(len(sequence.clock), 1, mixer.num_heads, 1)
+            q = q.times(mixer.normalize(one_B1H1, log_decay_H, sequence.clock))
+        decay_H11 = log_decay_H.to(q.cos.dtype).exp()[:, None, None]
+        return {"rotation": RetentionStep(q, k, decay_H11)}
 
 
 class RetNetForCausalLM(RetNetPreTrainedModel, ZooForCausalLM, GenerationMixin):

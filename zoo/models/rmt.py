@@ -53,7 +53,7 @@ from ..core.state import SlidingStateLayer
 from ..layers.associative_memory import AssociativeBlock
 from ..layers.frame_attention import FrameBlock, frame_sizes
 from ..layers.norms import rms_or_layer_norm
-from ..layers.positions import RotaryPositions, check_rope_parameters
+from ..layers.positions import RotaryPositions, StepRotation, check_rope_parameters
 from ..layers.softmax_attention import SoftmaxPreTrainedModel, check_key_value_heads, fill_heads
 
 # Fields about memory "associative" alone, and their defaults.
@@ -235,7 +235,8 @@ class RmtModel(RmtPreTrainedModel, ZooModel):
     def enter(self, h_BTD, own):
         """Tokens of a frame as they go into the first layer, and what all layers get."""
         if self.rotation is not None:
-            return h_BTD, {"rotation": self.rotation(own.positions)}
+            rotation = self.rotation(own.positions)
+            return h_BTD, {"rotation": StepRotation.if_step(rotation, own, h_BTD)}
         if self.embed_positions is None:
             return h_BTD, {}
         place_BT, config = own.positions, self.config

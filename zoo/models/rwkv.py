@@ -24,6 +24,7 @@ from ..core.base import ZooConfig, ZooModel, ZooPreTrainedModel
 from ..core.flops import linear_flops
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.recurrence_steps import is_plain_step, takes_plain_step
 
 
 @strict
@@ -156,6 +157,15 @@ class Mixer(nn.Module):
             setattr(state, self.shift_name, last_ND.clone(memory_format=torch.contiguous_format))
         return before_BTD
 
+    def shift_step(self, x_BTD, state):
+        """(one token of each row [B, D], those before them, from the state), and into the state."""
+        x_BD, before_BD = x_BTD[:, 0], getattr(state, self.shift_name)
+        if state.is_kept:
+            setattr(state, self.shift_name, x_BD.to(accumulator_dtype(x_BD)))
+        if before_BD is None:
+            return x_BD, torch.zeros_like(x_BD)
+        return x_BD, before_BD.to(x_BD.dtype)
+
     def depth(self):
         """How deep the layer lies: 0 for the first to 1 for the last."""
         return self.layer_idx / max(self.config.num_hidden_layers - 1, 1)
@@ -199,6 +209,11 @@ class ChannelMix(Mixer):
 
     def forward(self, x_BTD, sequence, state):
         """Mixes each token with the one before and itself; returns it with the state after."""
+        if takes_plain_step(sequence, x_BTD):
+            x_BD, before_BD = self.shift_step(x_BTD, state)
+            k_BF = self.k_proj(torch.lerp(before_BD, x_BD, self.mix_k)).relu().square_()
+            r_BD = self.r_proj(torch.lerp(before_BD, x_BD, self.mix_r)).sigmoid()
+            return (r_BD * self.v_proj(k_BF))[:, None], state
         before_BTD = self.shift(x_BTD, sequence, state)
         k_BTF = self.k_proj(torch.lerp(before_BTD, x_BTD, self.mix_k)).relu().square()
         r_BTD = self.r_proj(torch.lerp(before_BTD, x_BTD, self.mix_r)).sigmoid()
@@ -220,6 +235,8 @@ class HeadNorm(nn.GroupNorm):
     def forward(self, y_BTHV):
         """[B, T, H, V] to the same, in the input's dtype, which may be wider than the weight's."""
         size = y_BTHV.shape[-2:]
+        if is_plain_step(y_BTHV) and y_BTHV.dtype == self.weight.dtype:
+            return super().forward(y_BTHV.reshape(-1, self.num_channels)).view(y_BTHV.shape)
         y_BTHV = nn.functional.layer_norm(y_BTHV, size[1:], eps=self.eps)
         return y_BTHV * self.weight.view(size) + self.bias.view(size)
 

@@ -34,6 +34,7 @@ from ..core.heads import (
 )
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.recurrence_steps import takes_plain_step, wkv4_step
 from ..kernels.wkv4 import EMPTY_MAX
 from ..layers.split_recurrence import wkv4_of
 from .rwkv import (
@@ -130,6 +131,8 @@ class RWKV4TimeMix(TimeMix):
 
     def forward(self, x_BTD, sequence, state):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
+        if state.num_ND is not None and takes_plain_step(sequence, x_BTD):
+            return self.step(x_BTD, state)[:, None], state
         before_BTD = self.shift(x_BTD, sequence, state)
         r_BTD = self.r_proj(torch.lerp(before_BTD, x_BTD, self.mix_r)).sigmoid()
         k_BTD = self.k_proj(torch.lerp(before_BTD, x_BTD, self.mix_k))
@@ -149,6 +152,20 @@ class RWKV4TimeMix(TimeMix):
             final = final.transpose(0, 1).clone(memory_format=torch.contiguous_format)
             state.num_ND, state.den_ND, state.max_ND = final
         return self.out_proj(r_BTD * wkv_BTD), state
+
+    def step(self, x_BTD, state):
+        """`forward` of one token of each row, to [B, D]; the state becomes that after it."""
+        x_BD, before_BD = self.shift_step(x_BTD, state)
+        r_BD = self.r_proj(torch.lerp(before_BD, x_BD, self.mix_r)).sigmoid()
+        k_BD = self.k_proj(torch.lerp(before_BD, x_BD, self.mix_k))
+        v_BD = self.v_proj(torch.lerp(before_BD, x_BD, self.mix_v))
+        dtype = accumulator_dtype(x_BD)
+        w_D, u_D = self.time_decay.to(dtype).exp().neg_(), self.time_first.to(dtype)
+        average = state.num_ND, state.den_ND, state.max_ND
+        wkv_BD, average = wkv4_step(w_D, u_D, k_BD, v_BD, average)
+        if state.is_kept:
+            state.num_ND, state.den_ND, state.max_ND = average
+        return self.out_proj(r_BD * wkv_BD.to(r_BD.dtype))
 
 
 class RWKV4ChannelMix(ChannelMix):

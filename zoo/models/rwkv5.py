@@ -33,6 +33,7 @@ from ..core.heads import (
 )
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.recurrence_steps import decayed_step, takes_plain_step
 from ..layers.split_recurrence import linear_recurrence_of
 from .rwkv import (
     HeadNorm,
@@ -115,13 +116,15 @@ class RWKV5TimeMix(TimeMix):
 
     def forward(self, x_BTD, sequence, state):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
+        if takes_plain_step(sequence, x_BTD):
+            return self.step(x_BTD, state)[:, None], state
         before_BTD = self.shift(x_BTD, sequence, state)
         heads, batch_and_time = self.head_shape[0], x_BTD.shape[:2]
         r_BTHK = self.r_proj(torch.lerp(before_BTD, x_BTD, self.mix_r)).unflatten(-1, (heads, -1))
         k_BTHK = self.k_proj(torch.lerp(before_BTD, x_BTD, self.mix_k)).unflatten(-1, (heads, -1))
         v_BTHV = self.v_proj(torch.lerp(before_BTD, x_BTD, self.mix_v)).unflatten(-1, (heads, -1))
         dtype = accumulator_dtype(x_BTD)
-        y_BTHV, state.memory_NHKV = linear_recurrence_of(sequence)(
+        y_BTHV, state.memory_NHKV = linear_recurrence_of(sequence, x_BTD)(
             r_BTHK,
             k_BTHK,
             in_range(v_BTHV),
@@ -136,6 +139,26 @@ class RWKV5TimeMix(TimeMix):
             gate_BTD = self.gate_proj(torch.lerp(before_BTD, x_BTD, self.mix_g))
             y_BTD = y_BTD * nn.functional.silu(gate_BTD)
         return self.out_proj(y_BTD), state
+
+    def step(self, x_BTD, state):
+        """`forward` of one token of each row, to [B, D]; the state becomes that after it."""
+        x_BD, before_BD = self.shift_step(x_BTD, state)
+        shape = len(x_BD), self.head_shape[0], -1
+        r_BHK = self.r_proj(torch.lerp(before_BD, x_BD, self.mix_r)).view(shape)
+        k_BHK = self.k_proj(torch.lerp(before_BD, x_BD, self.mix_k)).view(shape)
+        v_BHV = self.v_proj(torch.lerp(before_BD, x_BD, self.mix_v)).view(shape)
+        dtype = accumulator_dtype(x_BD)
+        decay_HK1 = self.time_decay.to(dtype).exp().neg_().exp_()[..., None]
+        y_B1HV, memory_NHKV = decayed_step(
+            r_BHK, k_BHK, v_BHV, decay_HK1, self.bonus, state.memory_NHKV
+        )
+        if state.is_kept:
+            state.memory_NHKV = memory_NHKV
+        y_BD = self.head_norm(y_B1HV).flatten(1).to(x_BD.dtype)
+        if self.config.gated:
+            gate_BD = self.gate_proj(torch.lerp(before_BD, x_BD, self.mix_g))
+            y_BD = y_BD * nn.functional.silu(gate_BD)
+        return self.out_proj(y_BD)
 
 
 class RWKV5Block(RwkvBlock):

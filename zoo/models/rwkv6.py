@@ -33,6 +33,7 @@ from ..core.heads import (
 )
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.recurrence_steps import decayed_step, takes_plain_step
 from ..layers.split_recurrence import linear_recurrence_of
 from .rwkv import (
     HeadNorm,
@@ -154,12 +155,14 @@ class RWKV6TimeMix(TimeMix):
 
     def forward(self, x_BTD, sequence, state):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
+        if takes_plain_step(sequence, x_BTD):
+            return self.step(x_BTD, state)[:, None], state
         before_BTD = self.shift(x_BTD, sequence, state)
         w_BTD, k_BTD, v_BTD, r_BTD, g_BTD = self.mix(x_BTD, before_BTD)
         heads, dtype = self.head_shape[0], accumulator_dtype(x_BTD)
         # The sum in float32: in bfloat16, exp of it would be off by percents.
         w_BTD = self.time_decay.to(dtype) + (w_BTD @ self.decay_lora_a).tanh() @ self.decay_lora_b
-        y_BTHV, state.memory_NHKV = linear_recurrence_of(sequence)(
+        y_BTHV, state.memory_NHKV = linear_recurrence_of(sequence, x_BTD)(
             self.r_proj(r_BTD).unflatten(-1, (heads, -1)),
             self.k_proj(k_BTD).unflatten(-1, (heads, -1)),
             in_range(self.v_proj(v_BTD)).unflatten(-1, (heads, -1)),
@@ -171,6 +174,29 @@ class RWKV6TimeMix(TimeMix):
         )
         y_BTD = self.head_norm(y_BTHV).flatten(2).to(x_BTD.dtype)
         return self.out_proj(y_BTD * nn.functional.silu(self.gate_proj(g_BTD))), state
+
+    def step(self, x_BTD, state):
+        """`forward` of one token of each row, to [B, D]; the state becomes that after it."""
+        x_BD, before_BD = self.shift_step(x_BTD, state)
+        dtype, shape = accumulator_dtype(x_BD), (len(x_BD), self.head_shape[0], -1)
+        ask_BR = (torch.lerp(x_BD, before_BD, self.mu_x) @ self.mix_lora_a).tanh_()
+        ask_5BR = ask_BR.view(len(x_BD), len(MIXED), -1).transpose(0, 1)
+        mu_5BD = torch.baddbmm(self.mu[:, None], ask_5BR, self.mix_lora_b)
+        mixed = torch.addcmul(x_BD, before_BD - x_BD, mu_5BD).unbind()
+        w_BD, k_BD, v_BD, r_BD, g_BD = mixed
+        w_BD = self.time_decay.to(dtype) + (w_BD @ self.decay_lora_a).tanh_() @ self.decay_lora_b
+        y_B1HV, memory_NHKV = decayed_step(
+            self.r_proj(r_BD).view(shape),
+            self.k_proj(k_BD).view(shape),
+            self.v_proj(v_BD).view(shape),
+            w_BD.exp_().neg_().exp_().view(*shape, 1),
+            self.bonus,
+            state.memory_NHKV,
+        )
+        if state.is_kept:
+            state.memory_NHKV = memory_NHKV
+        y_BD = self.head_norm(y_B1HV).flatten(1).to(x_BD.dtype)
+        return self.out_proj(y_BD * nn.functional.silu(self.gate_proj(g_BD)))
 
 
 class RWKV6ChannelMix(Mixer):
@@ -198,6 +224,11 @@ class RWKV6ChannelMix(Mixer):
 
     def forward(self, x_BTD, sequence, state):
         """Mixes each token with the one before and itself; returns it with the state after."""
+        if takes_plain_step(sequence, x_BTD):
+            x_BD, before_BD = self.shift_step(x_BTD, state)
+            k_BF = self.k_proj(torch.lerp(x_BD, before_BD, self.mu_k)).relu().square_()
+            r_BD = self.r_proj(torch.lerp(x_BD, before_BD, self.mu_r)).sigmoid()
+            return (r_BD * self.v_proj(k_BF))[:, None], state
         before_BTD = self.shift(x_BTD, sequence, state)
         k_BTF = self.k_proj(torch.lerp(x_BTD, before_BTD, self.mu_k)).relu().square()
         r_BTD = self.r_proj(torch.lerp(x_BTD, before_BTD, self.mu_r)).sigmoid()

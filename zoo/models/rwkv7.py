@@ -40,6 +40,7 @@ from ..core.heads import (
 )
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.recurrence_steps import corrected_step, takes_plain_step
 from ..layers.split_recurrence import delta_recurrence_of
 from .rwkv import (
     HeadNorm,
@@ -133,10 +134,12 @@ class LowRank(nn.Module):
         orthogonal_(self.b, 0.1 * max(1.0, rows / columns) ** 0.5)
 
     def forward(self, x_BTD):
-        """[B, T, D] to the width of the output."""
+        """[B, T, D] to the width of the output; of a step also [B, D]."""
         hidden_BTR = x_BTD @ self.a
         if self.activation is not None:
             hidden_BTR = self.activation(hidden_BTR)
+        if self.bias is not None and x_BTD.ndim == 2 and x_BTD.dtype == accumulator_dtype(x_BTD):
+            return torch.addmm(self.bias, hidden_BTR, self.b)
         y_BTD = hidden_BTR @ self.b
         # The sum in float32: what follows is a sigmoid, and a decay close to 1 has no digits left.
         return y_BTD if self.bias is None else self.bias.to(accumulator_dtype(y_BTD)) + y_BTD
@@ -204,6 +207,9 @@ class RWKV7TimeMix(TimeMix):
 
     def forward(self, x_BTD, sequence, state, v_first_BTD=None):
         """Mixes a sequence [B, T, D]; returns it, the state after it and the first layer's v."""
+        if takes_plain_step(sequence, x_BTD):
+            y_BD, v_first_BD = self.step(x_BTD, state, v_first_BTD)
+            return y_BD[:, None], state, v_first_BD[:, None]
         before_BTD = self.shift(x_BTD, sequence, state)
         r_BTD, w_BTD, k_BTD, v_BTD, a_BTD, g_BTD = (
             torch.lerp(x_BTD, before_BTD, mu_D) for mu_D in self.mu
@@ -225,7 +231,7 @@ class RWKV7TimeMix(TimeMix):
             y_BTD.unflatten(-1, (heads, -1))
             for y_BTD in (r_BTD, k_BTD, in_range(v_BTD), rate_BTD, log_decay_BTD)
         )
-        y_BTHV, state.memory_NHKV = delta_recurrence_of(sequence)(
+        y_BTHV, state.memory_NHKV = delta_recurrence_of(sequence, x_BTD)(
             r_BTHK,
             k_BTHK,
             v_BTHV,
@@ -240,6 +246,42 @@ class RWKV7TimeMix(TimeMix):
         y_BTHV = self.head_norm(y_BTHV) + bonus_BTH * v_BTHV
         y_BTD = y_BTHV.flatten(2).to(dtype) * self.gate(g_BTD)
         return self.out_proj(y_BTD), state, v_first_BTD
+
+    def step(self, x_BTD, state, v_first_BTD):
+        """`forward` of one token of each row: (that [B, D], the first layer's v [B, D]).
+
+        The state becomes that after it.
+        """
+        x_BD, before_BD = self.shift_step(x_BTD, state)
+        mixed = torch.lerp(x_BD, before_BD, self.mu[:, None]).unbind()
+        r_BD, w_BD, k_BD, v_BD, a_BD, g_BD = mixed
+        residual_BD = None if v_first_BTD is None else self.residual(v_BD)
+        r_BD, k_BD, v_BD = self.r_proj(r_BD), self.k_proj(k_BD), self.v_proj(v_BD)
+        dtype, shape = v_BD.dtype, (len(x_BD), self.head_shape[0], -1)
+        decay_BD = self.decay(w_BD).sigmoid().mul_(-math.exp(-0.5)).exp_()
+        rate_BD = self.rate(a_BD).sigmoid().to(dtype)
+        if v_first_BTD is None:
+            v_first_BD = v_BD
+        else:
+            v_first_BD = v_first_BTD[:, 0]
+            v_BD = torch.lerp(v_BD, v_first_BD, residual_BD.sigmoid().to(dtype))
+        removal_BHK = self.unit((k_BD * self.k_k).view(shape))
+        k_BHK = torch.addcmul(k_BD, k_BD * self.k_a, rate_BD - 1).view(shape)
+        r_BHK, v_BHV = r_BD.view(shape), v_BD.view(shape)
+        y_B1HV, memory_NHKV = corrected_step(
+            r_BHK,
+            k_BHK,
+            v_BHV,
+            decay_BD.view(*shape, 1),
+            -removal_BHK,
+            removal_BHK * rate_BD.view(shape),
+            state.memory_NHKV,
+        )
+        if state.is_kept:
+            state.memory_NHKV = memory_NHKV
+        bonus_BH1 = (in_range(r_BHK) * k_BHK).mul_(self.r_k).sum(-1, keepdim=True)
+        y_BHV = torch.addcmul(self.head_norm(y_B1HV)[:, 0], bonus_BH1, in_range(v_BHV))
+        return self.out_proj(y_BHV.flatten(1).to(dtype) * self.gate(g_BD)), v_first_BD
 
     def unit(self, k_BTHK):
         """Vectors of length 1, so that a removal is one: in float32, rounded once."""
@@ -271,6 +313,10 @@ class RWKV7ChannelMix(Mixer):
 
     def forward(self, x_BTD, sequence, state):
         """Mixes each token with the one before and itself; returns it with the state after."""
+        if takes_plain_step(sequence, x_BTD):
+            x_BD, before_BD = self.shift_step(x_BTD, state)
+            k_BF = self.k_proj(torch.lerp(x_BD, before_BD, self.mu_k)).relu().square_()
+            return self.v_proj(k_BF)[:, None], state
         before_BTD = self.shift(x_BTD, sequence, state)
         k_BTF = self.k_proj(torch.lerp(x_BTD, before_BTD, self.mu_k)).relu().square()
         return self.v_proj(k_BTF), state

@@ -53,7 +53,7 @@ from ..core.heads import (
 from ..layers.mlp import OWN_ACTIVATIONS, GatedMLP, PlainMLP
 from ..layers.norms import rms_or_layer_norm
 from ..layers.position_fields import check_position_fields, position_types, turns
-from ..layers.positions import RotaryPositions
+from ..layers.positions import RotaryPositions, StepRotation
 from ..layers.rope_extension import extended_rotation
 from ..layers.softmax_attention import (
     SoftmaxPreTrainedModel,
@@ -352,7 +352,10 @@ class SlidingWindowModel(SlidingWindowPreTrainedModel, ZooModel):
         extension = self.config.rope_extension
         if extension is not None:
             return {"rotation": extended_rotation(self.rotation, extension, sequence.clock)}
-        inputs = {"rotation": self.rotation(sequence.positions)}
+        rotation = self.rotation(sequence.positions)
+        if "xpos" not in position_types(self.config):
+            rotation = StepRotation.if_step(rotation, sequence, x_BTD)
+        inputs = {"rotation": rotation}
         if self.config.sink_distance != "cache":
             place_B1 = torch.full_like(sequence.positions[:, :1], self.config.sink_distance)
             inputs["sink_rotation"] = self.rotation(place_B1)
