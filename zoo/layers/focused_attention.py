@@ -28,13 +28,15 @@ from ..core.window import (
     gather_tokens,
     ring_positions,
     row_spans,
+    write_common_slot,
     write_slot,
 )
-from ..kernels.windowed_attention import Sinks, attention_step
+from ..kernels.recurrence_steps import takes_plain_step
+from ..kernels.windowed_attention import Sinks, attention_step, attention_step_to_all
 from .chosen_keys import attend_to_chosen, attend_to_found, choose, indices_of
 from .cross_batch import attend_across_batch, most_participants, participants
 from .focused_pass import FocusedPass
-from .positions import rotate
+from .positions import rotate, turned
 from .segment_attention import SegmentAttention
 from .softmax_attention import longer
 
@@ -101,7 +103,12 @@ class FocusedAttention(SegmentAttention):
             table: (cos, sin) of every place in a segment.
         """
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD)
-        q_BTHK = rotate(q_BTHK, *rotation)
+        q_BTHK = turned(q_BTHK, rotation)
+        slot = self.common_slot(x_BTD, sequence, state)
+        if slot is not None and self.memory_is_first(sequence.common_clock - slot):
+            begin = sequence.common_clock - slot
+            y_BTHV = self.plain_step(q_BTHK, k_BTHK, v_BTHV, begin, slot, state, table)
+            return self.out_proj(y_BTHV.to(x_BTD.dtype).flatten(2)), state
         is_step = x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept
         is_step = is_step and sequence.ranks is None
         run = self.run_step if is_step else self.run_pass
@@ -111,6 +118,40 @@ class FocusedAttention(SegmentAttention):
             run = self.run_definition
         y_BTHV = run(q_BTHK, k_BTHK, v_BTHV, sequence, state, table)
         return self.out_proj(y_BTHV.flatten(2)), state
+
+    def common_slot(self, x_BTD, sequence, state):
+        """As of `SegmentAttention`, of which this has another state."""
+        if not (state.is_kept and takes_plain_step(sequence, x_BTD)) or state.keys_BWHK is None:
+            return None
+        clock = sequence.common_clock
+        return None if clock is None else clock % self.length
+
+    def memory_is_first(self, begin):
+        """Whether a segment that begins there looks at all that the state holds before it."""
+        return self.top_k is None and (self.windows is None or begin <= self.windows * self.length)
+
+    def plain_step(self, q_B1HK, k_B1HK, v_B1HV, begin, slot, state, table):
+        """`run_step` in a `common_slot` of a segment that begins at `begin` in all rows."""
+        clock = begin + slot
+        for name, x_B1HK in (("keys_BWHK", k_B1HK), ("values_BWHV", v_B1HV)):
+            held_BWHK = getattr(state, name)
+            if self.windows is None:
+                held_BWHK = torch.cat([held_BWHK[:, :clock], x_B1HK.to(held_BWHK.dtype)], dim=1)
+            else:
+                place = clock % held_BWHK.shape[1]
+                held_BWHK = write_common_slot(held_BWHK, x_B1HK, place, state.may_overwrite)
+            setattr(state, name, held_BWHK)
+        (keys_BSHK, own_k_BLHK), (values_BSHV, own_v_BLHV) = (
+            x[:, : clock + 1].split([begin, slot + 1], dim=1)
+            for x in (state.keys_BWHK, state.values_BWHV)
+        )
+        own_k_BLHK = rotate(own_k_BLHK, *(x[: slot + 1] for x in table))
+        if begin == 0:
+            return attention_step_to_all(q_B1HK, own_k_BLHK, own_v_BLHV, self.scale)
+        count_B1 = torch.full((len(q_B1HK), 1), slot + 1)
+        own = Sinks(q_B1HK, own_k_BLHK, own_v_BLHV, count_B1)
+        far_BS = torch.ones(keys_BSHK.shape[:2], dtype=torch.bool)
+        return attention_step(q_B1HK, keys_BSHK, values_BSHV, far_BS, scale=self.scale, sinks=own)
 
     def run_pass(self, q_BTHK, k_BTHK, v_BTHV, sequence, state, table):
         """Any number of tokens, dense or packed."""

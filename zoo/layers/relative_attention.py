@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import initialization as init
 
 from ..core.flops import linear_flops, mean_visible
@@ -23,6 +24,7 @@ from ..core.segment_passes import (
 from ..core.state import StateSpec, dtype_of
 from ..core.window import Past, ring_after, ring_positions, row_spans
 from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.recurrence_steps import takes_plain_step
 from ..kernels.windowed_attention import attention_step, windowed_attention
 from .relative_scores import band_scores, logits_of_zeros
 
@@ -197,6 +199,8 @@ class RelativeAttention(nn.Module):
         dtype = accumulator_dtype(tq_BTHK)
         tq_BTHK = tq_BTHK.to(dtype) * self.scale
         if x_BTD.shape[1] == 1 and sequence.cu_seqlens is None and state.is_kept:
+            if self.takes_all_rows_alike(x_BTD, sequence, given):
+                return self.plain_step(uq_BTHK[:, 0], tq_BTHK[:, 0], sequence, state, given)
             return self.attend_step(uq_BTHK, tq_BTHK, sequence, state, given)
         documents, clock_BT = {"cu_seqlens": sequence.cu_seqlens}, sequence.clock
         if held_BW1D is not None:
@@ -269,6 +273,44 @@ class RelativeAttention(nn.Module):
         own_BW1D = own_BWD[:, :, None]
         sum_BTHD = attention_step(q_BTHD, own_BW1D, own_BW1D, visible_BW, **settings)
         return torch.einsum("bthd,hvd->bthv", sum_BTHD, v_HVD.to(sum_BTHD.dtype))
+
+    def takes_all_rows_alike(self, x_BTD, sequence, given):
+        """Whether `plain_step` can run a step: all rows are at one clock, with few distances."""
+        return (
+            takes_plain_step(sequence, x_BTD)
+            and not self.config.zero_memory
+            and all(map(_is_plain, (self.k_proj, self.v_proj, self.r_proj)))
+            and sequence.common_clock is not None
+            and min(sequence.common_clock + 1, self.window) <= given.sinusoids.shape[0]
+        )
+
+    def plain_step(self, uq_BHK, tq_BHK, sequence, state, given):
+        """`attend_step` of rows at the same clock: of the slots those that are seen."""
+        clock, dtype, heads = sequence.common_clock, tq_BHK.dtype, self.num_heads
+        seen, size = min(self.config.reach(clock), clock) + 1, min(clock + 1, self.window)
+        k_HKD, v_HVD, r_HKD = (
+            x.weight.view(heads, self.head_dim, -1) for x in (self.k_proj, self.v_proj, self.r_proj)
+        )
+        q_HBD = uq_BHK.transpose(0, 1).bmm(k_HKD.to(uq_BHK.dtype))
+        t_HBD = tq_BHK.transpose(0, 1).bmm(r_HKD.to(dtype))
+        if clock < self.window:  # the ring has not come round
+            held_BSD = state.inputs_BW1D[:, clock + 1 - seen : clock + 1, 0]
+            bias_HBS = (t_HBD @ given.sinusoids[:seen].to(dtype).T).flip(-1)
+        else:
+            held_BSD, bias_HBS = state.inputs_BW1D[:, :, 0], t_HBD @ given.sinusoids.to(dtype).T
+            bias_HBS = bias_HBS[..., :size]
+            bias_HBS[..., seen:] = -torch.inf
+            bias_HBS = bias_HBS.flip(-1).roll(clock % size + 1, -1)
+        own_BSD = given.norm(held_BSD.to(uq_BHK.dtype)).to(dtype)[:, None]
+        sum_BHD = scaled_dot_product_attention(
+            q_HBD.transpose(0, 1)[:, None].to(dtype),
+            own_BSD,
+            own_BSD,
+            attn_mask=bias_HBS.transpose(0, 1)[:, None],
+            scale=self.scale,
+        )[:, 0]
+        y_HBV = sum_BHD.to(uq_BHK.dtype).transpose(0, 1) @ v_HVD.to(uq_BHK.dtype).mT
+        return y_HBV.transpose(0, 1)[:, None]
 
     def scores_of_step(self, tq_BHK, sinusoids_ED):
         """(q + t) r_d / sqrt(K) of one query per row and all distances, [B, H, E].

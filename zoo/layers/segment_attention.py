@@ -179,3 +179,7 @@ class SlotRotation(nn.Module):
     def forward(self, slots):
         """(cos, sin) of these places, of any shape, each [..., 1, pairs]."""
         return self.angles(slots.device)[:, slots, None].unbind()
+
+    def table(self, device):
+        """(cos, sin) of all places, each [L, 1, pairs]."""
+        return self.angles(device)[:, :, None].unbind()

@@ -43,7 +43,7 @@ from ..core.heads import (
 from ..core.state import GrowingStateLayer, SlidingStateLayer
 from ..layers.focused_attention import FocusedAttention
 from ..layers.mlp import GatedMLP
-from ..layers.positions import check_rope_parameters
+from ..layers.positions import StepRotation, check_rope_parameters
 from ..layers.segment_attention import SegmentAttention, SlotRotation
 from ..layers.softmax_attention import check_key_value_heads, fill_heads
 
@@ -198,9 +198,9 @@ class LongLlamaModel(LongLlamaPreTrainedModel, ZooModel):
 
     def mixer_inputs(self, x_BTD, sequence):
         """The rotation of each token by its place in its window, and that of every place."""
-        slots_L = torch.arange(self.config.segment_length, device=x_BTD.device)
         rotation = self.rotation(sequence.clock % self.config.segment_length)
-        return {"rotation": rotation, "table": self.rotation(slots_L)}
+        rotation = StepRotation.if_step(rotation, sequence, x_BTD)
+        return {"rotation": rotation, "table": self.rotation.table(x_BTD.device)}
 
 
 class LongLlamaForCausalLM(LongLlamaPreTrainedModel, ZooForCausalLM, GenerationMixin):

@@ -51,6 +51,7 @@ from ..core.heads import (
 from ..core.memory_walk import MemoryTokens, walked
 from ..core.segment_passes import Joined
 from ..core.state import SlidingStateLayer
+from ..kernels.recurrence_steps import takes_plain_step
 from ..layers.adaptive_models import (
     AdaptiveForCausalLM,
     AdaptiveModel,
@@ -237,7 +238,12 @@ class TransformerXLModel(TransformerXLPreTrainedModel, AdaptiveModel):
 
     def mixer_inputs(self, x_BTD, sequence):
         """The sinusoids, and u and t where layers share them."""
-        inputs = {"sinusoids_ED": self.sinusoids(x_BTD.device).to(x_BTD.dtype)}
+        sinusoids_ED = self.sinusoids(x_BTD.device)
+        is_step = not self.config.zero_memory and takes_plain_step(sequence, x_BTD)
+        if is_step and sequence.common_clock is not None:
+            # No key is farther away.
+            sinusoids_ED = sinusoids_ED[: sequence.common_clock + 1]
+        inputs = {"sinusoids_ED": sinusoids_ED.to(x_BTD.dtype)}
         if not self.config.untie_r:
             inputs["biases"] = self.query_biases()
         return inputs
