@@ -14,9 +14,9 @@ from ..core.halo import last_before
 from ..core.state import StateSpec, dtype_of
 from ..core.window import Spans, document_spans, first_positions, gather_tokens, row_spans
 from ..kernels.export_scan import without_autocast
-from .landmark_softmax import attend_to_all, attend_to_retrieved
+from .landmark_softmax import attend_step_to_all, attend_to_all, attend_to_retrieved
 from .landmark_stream import stream_length
-from .positions import rotate
+from .positions import StepRotation, rotate, turned
 from .softmax_attention import longer
 
 
@@ -75,13 +75,18 @@ class LandmarkAttention(nn.Module):
             stream: the `LandmarkStream`.
             state: before them.
             query_rotation: (cos, sin) of their places; None: of retrieval, which turns them itself.
-            key_rotation: of all places that keys may have, from 0 on.
+            key_rotation: of all places that keys may have, from 0 on; a `StepRotation` of a plain
+                step: of the places up to its own.
         """
         parts = ((self.q_proj, self.num_heads), (self.k_proj, self.num_groups))
         parts += ((self.v_proj, self.num_groups),)
         q, k, v = (proj(x_BSD).unflatten(-1, (heads, self.head_dim)) for proj, heads in parts)
         if query_rotation is not None:
-            q = rotate(q, *query_rotation)
+            q = turned(q, query_rotation)
+        if isinstance(key_rotation, StepRotation):
+            k_BSGK, v_BSGV = (x[:, : stream.start + 1] for x in self.extend(k, v, stream, state))
+            y = attend_step_to_all(q, key_rotation.turn(k_BSGK), v_BSGV, self.size, self.scale)
+            return self.out_proj(y.to(x_BSD.dtype).flatten(2)), state
         if stream.sequence.ranks is not None:
             self.bring(k, v, stream, state)
         if stream.sequence.cu_seqlens is None:

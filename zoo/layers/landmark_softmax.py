@@ -21,6 +21,7 @@ operations, once, and values as many; retrieval costs those for landmarks alone,
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.windowed_attention import attention_step_to_all
 from .positions import rotate
 
 # In a piece, of scores or of keys that were picked; on a GPU, whose memory is not a cache, more.
@@ -55,6 +56,31 @@ def attend_to_all(q, k, v, clock, scale, first=None):
         return _all(q_BCHK, k[:, :reach], v[:, :reach], clock_BC, scale)
 
     return _in_pieces(piece, q, clock, per_query, first)
+
+
+def attend_step_to_all(q, k, v, size, scale):
+    """`attend_to_all` for the last place alone, a token's, without gradients.
+
+    Args:
+        q: [B, 1, H, K], turned.
+        k, v: [B, S, G, K or V] by place up to its own, keys turned.
+        size: N, places of a block.
+        scale: as there.
+
+    Returns:
+        [B, 1, H, V], in float32 at least.
+    """
+    dtype, block = torch.promote_types(q.dtype, torch.float32), (k.shape[1] - 1) // size
+    if block == 0:
+        return attention_step_to_all(q, k, v, scale)
+    q_BGRK = q[:, 0].to(dtype).unflatten(1, (k.shape[2], -1)) * scale
+    scores_BGRS = q_BGRK @ k.to(dtype).permute(0, 2, 3, 1)
+    earlier_BGRMN = scores_BGRS[..., : block * size].unflatten(-1, (block, size))
+    tokens_BGRMT, landmark_BGRM1 = earlier_BGRMN.split([size - 1, 1], dim=-1)
+    tokens_BGRMT += landmark_BGRM1 - tokens_BGRMT.logsumexp(-1, keepdim=True)
+    landmark_BGRM1.fill_(-torch.inf)
+    o_BGRV = scores_BGRS.softmax(-1) @ v.to(dtype).transpose(1, 2)
+    return o_BGRV.flatten(1, 2)[:, None]
 
 
 def attend_to_retrieved(

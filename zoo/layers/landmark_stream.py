@@ -219,6 +219,12 @@ class LandmarkStream:
         else:
             self.num_slots = max(num_slots, -(-self.longest // size) * size)
 
+    @property
+    def is_one_token(self):
+        """Whether each row has one token, no landmark, and all are at the same place."""
+        is_traced = self.present is not None or torch.compiler.is_compiling()
+        return not is_traced and self.start is not None and self.order.shape[0] == 1
+
     def join(self, x_BTD, landmarks_BLD):
         """Tokens and landmarks in the order of the stream."""
         if self.sequence.cu_seqlens is not None:

@@ -111,6 +111,10 @@ class StepRotation(NamedTuple):
             partners_BTHK = x_BTHK.roll(size // 2, -1)
         return torch.addcmul(x_BTHK * self.cos, partners_BTHK, self.sin).to(dtype)
 
+    def rows(self, places):
+        """That of some of the places along its first axis."""
+        return self._replace(cos=self.cos[places], sin=self.sin[places])
+
     def times(self, factor):
         """That turns and multiplies, by a number or a tensor [B, 1, H or 1, 1]."""
         return self._replace(cos=self.cos * factor, sin=self.sin * factor)

@@ -46,12 +46,13 @@ from ..core.heads import (
     ZooForTokenClassification,
 )
 from ..core.state import GrowingStateLayer
+from ..kernels.recurrence_steps import takes_plain_step
 from ..layers.landmark_attention import LandmarkAttention
 from ..layers.landmark_stream import LandmarkStream, stream_length
 from ..layers.landmark_targets import ForCausalLMWithLandmarks, OutputWithOwnStates
 from ..layers.mlp import OWN_ACTIVATIONS, GatedMLP, PlainMLP
 from ..layers.norms import rms_or_layer_norm
-from ..layers.positions import RotaryPositions, check_rope_parameters
+from ..layers.positions import RotaryPositions, StepRotation, check_rope_parameters
 from ..layers.softmax_attention import check_key_value_heads, fill_heads
 
 
@@ -207,7 +208,21 @@ class LandmarkModel(LandmarkPreTrainedModel, ZooModel):
     def __init__(self, config):
         super().__init__(config)
         self.rotation = RotaryPositions(config)
+        self.known_places = None  # a `StepRotation`, [places, 1, K]
         self.post_init()
+
+    def step_rotations(self, stream, x_B1D):
+        """`rotations` of a single token, no landmark beside it, at one place in all rows.
+
+        Those of the places before it are kept for the next one.
+        """
+        known, dtype = self.known_places, torch.promote_types(x_B1D.dtype, torch.float32)
+        if known is None or len(known.cos) < stream.num_slots or known.cos.dtype != dtype:
+            places_S = torch.arange(2 * stream.num_slots, device=x_B1D.device)
+            rotation = (x[0] for x in self.rotation(places_S[None]))
+            self.known_places = known = StepRotation.of(rotation, x_B1D)
+        keys = known.rows(slice(0, stream.start + 1))
+        return {"key_rotation": keys, "query_rotation": keys.rows(slice(stream.start, None))}
 
     def rotations(self, stream):
         """Of queries, unless blocks are retrieved, and of all places that keys may have."""
@@ -231,7 +246,11 @@ class LandmarkModel(LandmarkPreTrainedModel, ZooModel):
         stream = LandmarkStream(sequence, length, at_once, num_slots)
         if sequence.ranks is not None:
             stream.join_slices(sequence.ranks)
-        shared = self.rotations(stream) | {"stream": stream}
+        is_step = config.retrieved_blocks is None and takes_plain_step(stream.sequence, x_BTD)
+        if is_step and num_slots and stream.is_one_token:
+            shared = self.step_rotations(stream, x_BTD) | {"stream": stream}
+        else:
+            shared = self.rotations(stream) | {"stream": stream}
         ids_BL = stream.landmark_ids(config.landmark_token_id)
         landmarks_BLD = self.embed_tokens(ids_BL).to(x_BTD.dtype)
         x_BTD, landmarks_BLD = self._run_layers(
