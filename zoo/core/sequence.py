@@ -10,9 +10,8 @@ A document starts at a row's first token and wherever `position_ids` restarts, `
 is 0: then it is a new document. Positions and clocks count from each document's own start.
 """
 
-import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -81,6 +80,8 @@ class Sequence:
     shift_after: torch.Tensor | None = None
     ranks: object | None = None
     is_empty: bool = False
+    # What `common_clock` has read; not a field, which a changed copy would have too.
+    _clocks: ClassVar[list[int] | None] = None
 
     @classmethod
     def open(
@@ -281,7 +282,7 @@ class Sequence:
             shift_after=shift_after,
         )
 
-    @functools.cached_property
+    @property
     def common_clock(self):
         """Of a plain step: the clock of all rows as a number; None if they differ, or one is left.
 
@@ -289,8 +290,9 @@ class Sequence:
         """
         if torch.compiler.is_compiling() or self.keep is not None:
             return None
-        clocks = self.clock.flatten().tolist()
-        return clocks[0] if clocks.count(clocks[0]) == len(clocks) else None
+        if self._clocks is None:
+            self._clocks = self.clock.flatten().tolist()
+        return self._clocks[0] if self._clocks.count(self._clocks[0]) == len(self._clocks) else None
 
     def starts_anew(self, has_state):
         """Whether a row holds more than one document, or leaves the one of its state.

@@ -16,6 +16,7 @@ from transformers import initialization as init
 from ..core.state import StateSpec
 from ..core.tails import tail, tails_of_left
 from ..kernels.linear_recurrence import accumulator_dtype
+from ..kernels.recurrence_steps import takes_plain_step
 from ..kernels.windowed_attention import document_of_token
 
 
@@ -65,6 +66,9 @@ class ShortConvolution(nn.Module):
         Returns:
             (outputs [B, T, D], the last inputs [N, size - 1, D]; None unless `is_kept`).
         """
+        if takes_plain_step(sequence, x_BTD):
+            y_BTD, last_NWD = self._step(x_BTD[:, 0], before_NWD)
+            return y_BTD, last_NWD if is_kept else None
         if sequence.cu_seqlens is None:
             y_BTD, last_NWD = self._convolve(x_BTD, before_NWD)
         else:
@@ -82,14 +86,14 @@ class ShortConvolution(nn.Module):
         x_BLD = torch.cat([before_NWD.to(x_BTD.dtype), x_BTD], dim=1)
         return self._apply_weight(x_BLD), x_BLD[:, time:]
 
-    def step(self, x_BD, before_BWD):
-        """`forward` of one token of each row, without gradients: (outputs [B, D], last inputs)."""
+    def _step(self, x_BD, before_BWD):
         if before_BWD is None:
             before_BWD = x_BD.new_zeros(len(x_BD), self.weight.shape[-1] - 1, x_BD.shape[-1])
-        # Of the state, as it is kept: in float32 at least.
+            before_BWD = before_BWD.to(accumulator_dtype(x_BD))
+        # Of the state as it is kept, in float32 at least.
         window_BLD = torch.cat([before_BWD, x_BD[:, None].to(before_BWD.dtype)], dim=1)
-        y_BD = (window_BLD * self.weight[:, 0].mT).sum(1)
-        return y_BD.to(x_BD.dtype), window_BLD[:, 1:].contiguous()
+        y_B1D = (window_BLD * self.weight[:, 0].mT).sum(1, keepdim=True)
+        return y_B1D.to(x_BD.dtype), window_BLD[:, 1:].contiguous()
 
     def _convolve_packed(self, x_1TD, cu_seqlens, before_NWD):
         """Lays what came before each document into the stream, and leaves its outputs out again."""

@@ -163,7 +163,7 @@ class GatedDeltaRule(nn.Module):
     def forward(self, x_BTD, sequence, state):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
         if state.memory_NHKV is not None and takes_plain_step(sequence, x_BTD):
-            return self.step(x_BTD[:, 0], state)[:, None], state
+            return self.step(x_BTD[:, 0], sequence, state)[:, None], state
         q_BTD, k_BTD, v_BTD = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         dtype = v_BTD.dtype
         qkv_BTD = torch.cat([q_BTD, k_BTD, v_BTD], dim=-1)
@@ -195,13 +195,14 @@ class GatedDeltaRule(nn.Module):
         y_BTD = self.head_norm(y_BTHV).flatten(2).to(dtype)
         return self.out_proj(y_BTD * F.silu(self.gate_proj(x_BTD))), state
 
-    def step(self, x_BD, state):
+    def step(self, x_BD, sequence, state):
         """`forward` of one token of each row, [B, D] to the same; the state becomes that after."""
         config, wide = self.config, accumulator_dtype(x_BD)
         heads, key_heads = config.num_attention_heads, config.num_key_heads
         qkv_BD = torch.cat([self.q_proj(x_BD), self.k_proj(x_BD), self.v_proj(x_BD)], dim=-1)
-        qkv_BD, conv_NWD = self.convolution.step(qkv_BD, state.conv_NWD)
-        qkv_BD = F.silu(qkv_BD).to(wide)
+        before_NWD, is_kept = state.conv_NWD, state.is_kept
+        qkv_B1D, conv_NWD = self.convolution(qkv_BD[:, None], sequence, before_NWD, is_kept)
+        qkv_BD = F.silu(qkv_B1D[:, 0]).to(wide)
         qk_BD, v_BD = qkv_BD.split([2 * self.widths[0], self.widths[2]], dim=-1)
         qk_B2HK = qk_BD.view(len(x_BD), 2, key_heads, config.head_dim)
         norm_B2H1 = torch.linalg.vector_norm(qk_B2HK, dim=-1, keepdim=True)
