@@ -149,17 +149,22 @@ def test_llama_cpp_gets_our_weights():
     """Names and shapes that it reads; where its package is, logits are compared before timing."""
     from zoo.kernels.bench.cpu_models import gguf_files
 
-    model = contenders.Contender("rwkv7", SIZE).model
+    # As wide as ranks of adapters differ.
+    model = contenders.Contender("rwkv7", SIZE._replace(width=768, vocab=64, mlp=64)).model
+    assert model.config.value_lora_rank != model.config.rate_lora_rank
     found = gguf_files.rwkv7_tensors(model)
     per_layer = {x.removeprefix("blk.1.") for x in found if x.startswith("blk.1.")}
     assert per_layer == {x.removeprefix("blk.0.") for x in found if x.startswith("blk.0.")}
     assert len(per_layer) == 28 and len(found) == 2 * 28 + 6
     shift = found["blk.1.time_mix_lerp_fused.weight"]
-    assert shift.shape == (6, 1, 1, SIZE.width)
+    assert shift.shape == (6, 1, 1, 768)
     assert torch.equal(shift[2, 0, 0], model.model.layers[1].mixer.mu[2])
     decay = model.model.layers[1].mixer.decay
     assert torch.equal(found["blk.1.time_mix_w1.weight"], decay.a.T)
     assert torch.equal(found["blk.1.time_mix_w0.weight"], decay.bias)
+    # The first layer's residual is not used; it is as wide as the rate's adapter, or not read.
+    ranks = [found[f"blk.{i}.time_mix_v1.weight"].shape[0] for i in range(2)]
+    assert ranks == [model.config.rate_lora_rank, model.config.value_lora_rank]
 
     # Heads are rotated by neighbours there: dimension 0, the half's first, 1, ...
     model = contenders.Contender(contenders.MISTRAL, SIZE).model

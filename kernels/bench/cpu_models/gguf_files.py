@@ -60,13 +60,13 @@ def rwkv7_tensors(model):
             found[f"{there}time_mix_{part}.weight"] = x.flatten()
         elif name.startswith("att.") and len(part) == 2:  # w0, w1, w2, ...: a low-rank adapter
             x = x.T if x.ndim == 2 else x
-            found[f"{there}time_mix_{part}.weight"] = x
             if layer == "0" and part[0] == "a":
-                # It wants a residual of the first layer, and as large as this one.
+                # It wants a residual of the first layer, unused, and as large as this one.
                 found[f"{there}time_mix_v{part[1]}.weight"] = x
-        elif part[0] != "v" or len(part) > 2:
-            stem, _, kind = name.rpartition(".") if "." in part else (name, "", "weight")
-            stem, kind = (name, "weight") if name in RWKV7 else (stem, kind)
+            if layer != "0" or part[0] != "v":
+                found[f"{there}time_mix_{part}.weight"] = x
+        else:
+            stem, _, kind = (name, "", "weight") if name in RWKV7 else name.rpartition(".")
             found[f"{there}{RWKV7[stem]}.{kind}"] = x
     for layer, x in shifts.items():
         fused = torch.stack([x[key] for key in "rwkvag"])[:, None, None]
