@@ -96,31 +96,42 @@ def run(options, output, sizes):
     this_commit, started = commit(), time.process_time()
     for size_name, size in sizes.items():
         for group, names in chosen(options.only, options.compile).items():
-            models = Group(size, [MISTRAL, *names])
-            for dtype_name, task in orders(options.dtypes, options.tasks):
-                name = tables.key(size_name, dtype_name, task, group)
-                old = record["cases"].get(name, {})
-                old = old if old.get("commit") == this_commit else {"by": {}, "asked": []}
-                is_there = set(models.names) <= set(old["asked"])
-                if is_there and not options.again:
-                    continue
-                dtype = DTYPES[dtype_name]
-                # Weights stay float32 while a model trains: autocast rounds them.
-                contenders = models.contenders(torch.float32 if task == "training" else dtype, task)
-                kinds = dict(zip(("prefill", "1", "8", "training"), ROUNDS[size.layers]))
-                rounds = options.rounds * kinds[task.split()[-1]]
-                entry = measure(task, contenders, dtype, rounds)
-                entry["by"] |= {x: {"failed": why} for x, why in models.broken.items()}
-                asked = [*old["asked"], *(x for x in models.names if x not in old["asked"])]
-                entry |= {"commit": this_commit, "asked": asked, "by": old["by"] | entry["by"]}
-                record["cases"][name] = entry
-                for x in contenders.values():
-                    of_model = {"parameters": x.parameters, "mlp": x.mlp}
-                    record["models"][f"{size_name}, {x.name}"] = of_model
+            for name, task, entry in cases_of(
+                options, record, this_commit, (size_name, size), (group, [MISTRAL, *names])
+            ):
                 write(record, output)
                 tell(name, task, entry, time.process_time() - started)
-            del models
-            gc.collect()
+            gc.collect()  # the next group's models take this one's room
+
+
+def cases_of(options, record, this_commit, named_size, named_group):
+    """Measures a group's cases at a size, and yields (name, task, entry) after each.
+
+    What holds the models is this generator's, so that they go with it.
+    """
+    size_name, size = named_size
+    group, names = named_group
+    models = Group(size, names)
+    for dtype_name, task in orders(options.dtypes, options.tasks):
+        name = tables.key(size_name, dtype_name, task, group)
+        old = record["cases"].get(name, {})
+        old = old if old.get("commit") == this_commit else {"by": {}, "asked": []}
+        is_there = set(models.names) <= set(old["asked"])
+        if is_there and not options.again:
+            continue
+        dtype = DTYPES[dtype_name]
+        # Weights stay float32 while a model trains: autocast rounds them.
+        contenders = models.contenders(torch.float32 if task == "training" else dtype, task)
+        kinds = dict(zip(("prefill", "1", "8", "training"), ROUNDS[size.layers]))
+        entry = measure(task, contenders, dtype, options.rounds * kinds[task.split()[-1]])
+        entry["by"] |= {x: {"failed": why} for x, why in models.broken.items()}
+        asked = [*old["asked"], *(x for x in models.names if x not in old["asked"])]
+        entry |= {"commit": this_commit, "asked": asked, "by": old["by"] | entry["by"]}
+        record["cases"][name] = entry
+        for x in contenders.values():
+            of_model = {"parameters": x.parameters, "mlp": x.mlp}
+            record["models"][f"{size_name}, {x.name}"] = of_model
+        yield name, task, entry
 
 
 def orders(dtypes, tasks):

@@ -1,6 +1,7 @@
 """The benchmark of whole models: its arithmetic, and a run of it at a tiny size."""
 
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -226,6 +227,21 @@ def test_the_readme_has_the_results():
     assert text.count(tables.BEGIN) == text.count(tables.END) == 1
     if models.RESULTS.exists():
         assert tables.with_tables(text, json.loads(models.RESULTS.read_text())) == text
+
+
+def test_a_group_is_gone_when_the_next_is_built(tmp_path, monkeypatch):
+    """Two at once would not fit in memory."""
+    alive = []
+
+    def measure(task, found, dtype, rounds):
+        alive.append([x for x in known if x() is not None])
+        known.extend(weakref.ref(x.model) for x in found.values())
+        return {"ceilings": {}, "by": {name: {"seconds": 1.0} for name in found}}
+
+    known = []
+    monkeypatch.setattr(models, "measure", measure)
+    models.main(["--quick", "--only", "rwkv4,retnet", "--tasks", "step 1", "--dtypes", "float32"])
+    assert alive == [[], []] and len(known) == 4
 
 
 @pytest.mark.slow
