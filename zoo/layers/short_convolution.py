@@ -93,7 +93,9 @@ class ShortConvolution(nn.Module):
         # Of the state as it is kept, in float32 at least.
         window_BLD = torch.cat([before_BWD, x_BD[:, None].to(before_BWD.dtype)], dim=1)
         y_B1D = (window_BLD * self.weight[:, 0].mT).sum(1, keepdim=True)
-        return y_B1D.to(x_BD.dtype), window_BLD[:, 1:].contiguous()
+        # A copy: what is contiguous as it is, in one row, would keep the token that is left behind.
+        last_BWD = window_BLD[:, 1:].clone(memory_format=torch.contiguous_format)
+        return y_B1D.to(x_BD.dtype), last_BWD
 
     def _convolve_packed(self, x_1TD, cu_seqlens, before_NWD):
         """Lays what came before each document into the stream, and leaves its outputs out again."""
