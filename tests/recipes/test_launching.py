@@ -185,16 +185,19 @@ def test_what_our_own_files_ask_for_is_done(workshop, config):
 def test_freed_memory_is_kept():
     """A tensor as large as one just freed takes its pages: none is cleared anew."""
 
-    def faults_of_the_second():
-        for _ in range(2):
+    def fewest_faults():
+        # The first takes its pages; and a fork of a large process shares some that it then copies.
+        faults = []
+        for _ in range(6):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.ones(1 << 24)  # 64 MB; glibc gives back what is above 32
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return min(faults[1:])
 
     child = os.fork()  # the setting is the process's
     if child == 0:
         is_kept = keep_freed_memory({"PATH": "/bin"})
-        os._exit(0 if is_kept and faults_of_the_second() < 100 else 1)
+        os._exit(0 if is_kept and fewest_faults() < 100 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
