@@ -129,7 +129,10 @@ def test_rows_that_have_ended_and_others(monkeypatch):
                     without_clocks(patch)
                 cache = new_cache(model.config)
                 steps(model, ids_BT[:, :9], cache)
+                before = [{key: x.clone() for key, x in y.tensors.items()} for y in cache.layers]
                 steps(model, ids_BT[:, 9:15], cache, attention_mask=mask_B1)
+                for layer, held in zip(cache.layers, before):
+                    assert all(torch.equal(x[1], held[key][1]) for key, x in layer.tensors.items())
                 results.append(steps(model, ids_BT[:, 15:], cache))
         torch.testing.assert_close(*results, rtol=0, atol=1e-11)
 
