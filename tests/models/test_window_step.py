@@ -144,3 +144,17 @@ def test_with_gradients_operators_are_those_that_have_them():
     ids_BT, cache = torch.randint(31, (1, 4)), new_cache(model.config)
     steps(model, ids_BT, cache).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_weights_that_change_within_a_window():
+    """What was read of the states is read anew by other weights."""
+    model = build("block_recurrent", "default")
+    ids_BT = torch.randint(31, (1, 70), generator=torch.Generator().manual_seed(3))
+    cache = model(ids_BT[:, :66], use_cache=True).past_key_values
+    steps(model, ids_BT[:, 66:68], cache)
+    for weight in model.parameters():
+        weight.mul_(1.3)
+    copied = fork_state(cache)  # other tensors, of which nothing has been read
+    found = steps(model, ids_BT[:, 68:], cache)
+    torch.testing.assert_close(found, steps(model, ids_BT[:, 68:], copied), rtol=0, atol=1e-12)

@@ -38,7 +38,7 @@ from ..kernels.linear_recurrence import accumulator_dtype
 
 GATES = ("bias", "full", "lstm")
 CONFIGURATIONS = ("skip", "dual", "single")
-# States -> (their cell, what is read of them), for as long as there are such states.
+# States -> (their cell, changes of its weights, what is read of them), as long as they exist.
 _READ = WeakTensorKeyDictionary()
 # Of a normal distribution cut off at two of its standard deviations, its standard deviation.
 TRUNCATED_STD = 0.87962566103423978
@@ -220,10 +220,12 @@ class RecurrentCell(nn.Module):
         Keys and values, made when the first token of a window asks for them, as those of tokens
         are. They live as long as the states, and are of these very tensors: a copy has its own.
         """
-        cell, read = _READ.get(states_BMD, (None, None))
-        if cell is None or cell() is not self:
+        # Weights that were trained or loaded since have counted a change of their own.
+        changes = sum(x._version for x in self.parameters() if not x.is_inference())
+        cell, changes_then, read = _READ.get(states_BMD, (None, None, None))
+        if cell is None or cell() is not self or changes_then != changes:
             read = self.keys_values(states_BMD)[1:]
-            _READ[states_BMD] = weakref.ref(self), read
+            _READ[states_BMD] = weakref.ref(self), changes, read
         return read
 
     def update(self, state_NMD, read, keys_NSHK, values_NSHV):
