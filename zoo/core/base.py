@@ -41,6 +41,7 @@ from .flops import linear_flops
 from .generation import StateGeneration
 from .joining import join_states
 from .length_limit import LengthLimit, unlimited_is_none
+from .onednn import run_by_onednn
 from .parallel import check_slice, open_slice
 from .replay import replay
 from .sequence import Sequence, restarting_positions
@@ -616,13 +617,15 @@ class ZooModel(ZooPreTrainedModel):
         run = self._run
         if replays and inputs_embeds.shape[1] > self.replay_segment_length:
             run = self._run_with_replay
-        output = run(
+        run = functools.partial(
+            run,
             Inputs(inputs_embeds, attention_mask, position_ids),
             cache,
             cu_seq_lens_q,
             seq_idx,
             **kwargs,
         )
+        output = run_by_onednn(run, inputs_embeds, self.config.hidden_size)
         output[CACHE] = cache if use_cache else None
         return output
 
@@ -1030,7 +1033,8 @@ class ZooForCausalLM(ZooPreTrainedModel, StateGeneration):
         if not (is_training and self.loss_chunk_size is not None):
             if isinstance(logits_to_keep, int):
                 logits_to_keep = slice(-logits_to_keep, None)
-            logits = self.lm_head(hidden_BTD[:, logits_to_keep])
+            project = functools.partial(self.lm_head, hidden_BTD[:, logits_to_keep])
+            logits = run_by_onednn(project, hidden_BTD, self.config.hidden_size)
         if is_training and (logits is None or self.z_loss):
             loss, z_loss = self._training_loss(
                 hidden_BTD, logits, labels, shift_labels, num_items_in_batch
