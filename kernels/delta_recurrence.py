@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from .delta_recurrence_sizes import CHUNK_LENGTH, MAX_KERNEL_DIM
+from .export_scan import by_formula
 from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence import (
     _walk_dense,
@@ -353,7 +354,7 @@ class _DeltaScan(torch.autograd.Function):
         return o_NHCV, torch.cat([state_NHKV, *finished[::-1]])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @by_formula
     def backward(ctx, do_NHCV, dfinal):
         readers, writers, v_NHCV, gates, state_NHKV = ctx.saved_tensors
         counts, levels = ctx.counts, []

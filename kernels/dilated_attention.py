@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 
 from .dilated_branches import branches_of
+from .export_scan import by_formula
 from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence import accumulator_dtype, check_boundaries, choose_backend
 
@@ -439,7 +440,7 @@ class _DilatedAttention(torch.autograd.Function):
         return o_RV[:-1, : v.shape[-1]].reshape(v.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @by_formula
     def backward(ctx, grad_o):
         q, k, v, held_keys, held_values, log_decay, o_RV, log_R, *rest = ctx.saved_tensors
         inputs, count = (q, k, v, held_keys, held_values), len(ctx.pieces)

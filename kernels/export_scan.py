@@ -7,9 +7,11 @@ it is PyTorch's own operators: a program needs nothing of ours to run, and can b
 """
 
 import contextlib
+import functools
 import inspect
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def chunk_length(time, length):
@@ -53,6 +55,25 @@ def without_autocast(x):
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def by_formula(backward):
+    """A decorator of backward passes that are written down: they have no gradient of their own.
+
+    Their tensors have the types that they were saved in, and so have products of them, also where
+    backward is called under autocast.
+
+    Args:
+        backward: (ctx, *gradients) to gradients; None stands for one that is not there.
+    """
+
+    @functools.wraps(backward)
+    def in_own_types(ctx, *gradients):
+        given = next((x for x in gradients if x is not None), None)
+        with contextlib.nullcontext() if given is None else without_autocast(given):
+            return backward(ctx, *gradients)
+
+    return once_differentiable(in_own_types)
 
 
 def joined(first, second, dim=-2):

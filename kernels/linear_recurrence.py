@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from .export_scan import by_formula
 from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence_channels import channel_scan
 from .recurrence_steps import is_plain_step, linear_recurrence_step
@@ -678,7 +679,7 @@ class _BlockScan(torch.autograd.Function):
         return o_NHCV, final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @by_formula
     def backward(ctx, do_NHCV, dfinal):
         q_NHCK, k_NHCK, v_NHCV, gates, final, *entering = ctx.saved_tensors
         if ctx.starts_at_zero:

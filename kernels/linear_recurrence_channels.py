@@ -17,6 +17,8 @@ decays are multiplied and never divided, log decays are not even added up, and n
 import torch
 import torch.nn.functional as F
 
+from .export_scan import by_formula
+
 
 def channel_scan(q_NHCK, k_NHCK, v_NHCV, log_decay_NHCK, bonus_HK, state_NHKV, counts):
     """Outputs and final states of all chunks, with gradients by formula.
@@ -95,7 +97,7 @@ class _ChannelScan(torch.autograd.Function):
         return o_NHCV, final_NHKV
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @by_formula
     def backward(ctx, do_NHCV, dfinal_NHKV):
         (
             q_NHCK,

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .export_scan import by_formula
 from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence import (
     accumulator_dtype,
@@ -443,7 +444,7 @@ class _TwoLevelScan(torch.autograd.Function):
         return y_RCD, final_N3D
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @by_formula
     def backward(ctx, dy_RCD, dfinal_N3D):
         w_D, u_D, k_RCD, v_RCD, enter_R3D, final_N3D = ctx.saved_tensors
         layout = ctx.layout

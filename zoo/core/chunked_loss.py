@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels.export_scan import by_formula
+
 
 def is_plain_linear(head):
     """Whether a head is a linear layer with its whole weight at hand.
@@ -101,7 +103,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return nats * scale + z_part, z_part
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @by_formula
     def backward(ctx, dloss, _):
         # What is saved stays as it is, for a second pass backward.
         dhidden_TD, dweight_VD = (

@@ -28,7 +28,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ..core.base import Constant
-from ..kernels.export_scan import without_autocast
+from ..kernels.export_scan import by_formula, without_autocast
 from .decay_slopes import alibi_slopes
 
 
@@ -258,7 +258,7 @@ class _MLPOfOne(torch.autograd.Function):
         return torch.cat(y).unflatten(0, x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @by_formula
     def backward(ctx, grad):
         x, up_weight, up_bias, down_weight = ctx.saved_tensors
         sums = [torch.zeros_like(w) for w in (up_weight, up_bias, down_weight)]

@@ -15,6 +15,7 @@ from transformers import initialization as init
 
 from ..core.state import StateSpec
 from ..core.tails import tail, tails_of_left
+from ..kernels.export_scan import by_formula
 from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.recurrence_steps import takes_plain_step
 from ..kernels.windowed_attention import document_of_token
@@ -146,7 +147,7 @@ class _MovingSum(torch.autograd.Function):
         return y_BTD.to(weight_DW.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @by_formula
     def backward(ctx, dy_BTD):
         x_BLD, weight_DW = ctx.saved_tensors
         dtype, wide, time = x_BLD.dtype, accumulator_dtype(x_BLD), dy_BTD.shape[1]

@@ -17,6 +17,7 @@ import torch
 from ..core.exchange import scan
 from ..core.tails import tail
 from ..kernels.delta_recurrence import delta_recurrence
+from ..kernels.export_scan import by_formula
 from ..kernels.linear_recurrence import accumulator_dtype, linear_recurrence
 from ..kernels.recurrence_steps import (
     delta_recurrence_step,
@@ -123,7 +124,7 @@ class _FinalState(torch.autograd.Function):
             return _outer(k_BLHK * kept_BLHX, v_BLHV.to(dtype)), total_BHX
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @by_formula
     def backward(ctx, du_BHKV, dtotal_BHX):
         k_BLHK, v_BLHV, gates_BLHX = ctx.saved_tensors
         with torch.autocast(k_BLHK.device.type, enabled=False):
