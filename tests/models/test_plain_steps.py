@@ -1,6 +1,6 @@
 """Decoding steps without gradients on a CPU, which are code of their own, beside a whole pass.
 
-The contract goes token by token with gradients, and so through the other code.
+Beyond the contract, whose rows all have as many tokens and whose weights are as they begin.
 """
 
 import copy

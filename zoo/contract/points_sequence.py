@@ -63,6 +63,14 @@ def whole_equals_pieces(subject, checks):
                 for what, distance in Runs.distances.items():
                     figure = distance(getattr(pieces, what), getattr(whole(), what))
                     checks.below(what, figure, bounds.of(what, distance, figure))
+        # Where nobody asks for gradients a step may be other code.
+        with checks.case(f"token by token, no gradients, {NAMES[dtype]}"), torch.no_grad():
+            steps = Runs(subject, model, (1,), held)
+            held.check(checks, SHARE_IN_32_BITS)
+            for what in ("logits", "state"):
+                distance = Runs.distances[what]
+                figure = distance(getattr(steps, what), getattr(whole(), what))
+                checks.below(what, figure, bounds.of(what, distance, figure))
     _on_a_gpu(subject, checks)
 
 
