@@ -85,7 +85,7 @@ class LandmarkAttention(nn.Module):
             q = turned(q, query_rotation)
         if isinstance(key_rotation, StepRotation):
             k_BSGK, v_BSGV = (x[:, : stream.start + 1] for x in self.extend(k, v, stream, state))
-            y = attend_step_to_all(q, key_rotation.turn(k_BSGK), v_BSGV, self.size, self.scale)
+            y = attend_step_to_all(q, k_BSGK, v_BSGV, self.size, self.scale, key_rotation)
             return self.out_proj(y.to(x_BSD.dtype).flatten(2)), state
         if stream.sequence.ranks is not None:
             self.bring(k, v, stream, state)

@@ -58,28 +58,32 @@ def attend_to_all(q, k, v, clock, scale, first=None):
     return _in_pieces(piece, q, clock, per_query, first)
 
 
-def attend_step_to_all(q, k, v, size, scale):
+def attend_step_to_all(q, k, v, size, scale, key_rotation):
     """`attend_to_all` for the last place alone, a token's, without gradients.
 
     Args:
         q: [B, 1, H, K], turned.
-        k, v: [B, S, G, K or V] by place up to its own, keys turned.
+        k, v: [B, S, G, K or V] by place up to its own.
         size: N, places of a block.
         scale: as there.
+        key_rotation: the `StepRotation` that turns the keys.
 
     Returns:
         [B, 1, H, V], in float32 at least.
     """
     dtype, block = torch.promote_types(q.dtype, torch.float32), (k.shape[1] - 1) // size
     if block == 0:
-        return attention_step_to_all(q, k, v, scale)
+        return attention_step_to_all(q, key_rotation.turn(k), v, scale)
     q_BGRK = q[:, 0].to(dtype).unflatten(1, (k.shape[2], -1)) * scale
-    scores_BGRS = q_BGRK @ k.to(dtype).permute(0, 2, 3, 1)
+    # Row by row: the turned keys of one stay near the processor, and are not copied for a product.
+    rows = ((q, key_rotation.turn(k).to(dtype)[0]) for q, k in zip(q_BGRK, k.split(1)))
+    scores_BGRS = torch.stack([q_GRK @ k_SGK.permute(1, 2, 0) for q_GRK, k_SGK in rows])
     earlier_BGRMN = scores_BGRS[..., : block * size].unflatten(-1, (block, size))
     tokens_BGRMT, landmark_BGRM1 = earlier_BGRMN.split([size - 1, 1], dim=-1)
     tokens_BGRMT += landmark_BGRM1 - tokens_BGRMT.logsumexp(-1, keepdim=True)
     landmark_BGRM1.fill_(-torch.inf)
-    o_BGRV = scores_BGRS.softmax(-1) @ v.to(dtype).transpose(1, 2)
+    rows = zip(scores_BGRS.softmax(-1), v.to(dtype).transpose(1, 2))
+    o_BGRV = torch.stack([p_GRS @ v_GSV for p_GRS, v_GSV in rows])
     return o_BGRV.flatten(1, 2)[:, None]
 
 
