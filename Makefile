@@ -6,8 +6,9 @@
 # make compat  every model's export on the oldest and the newest libraries that pyproject.toml
 #              allows, in environments of their own (.venv/compat, made once; gigabytes).
 #              COMPAT="--upgrade" looks for newer ones; python tests/hub/compat.py --help
-# make gpu     the tests that need a GPU, then benchmarks, with PYTHON as it is: installs nothing
-#              (if it has pytest-xdist, tests run side by side: most of their time is compiling)
+# make gpu     the tests that need a GPU and benchmarks, with PYTHON as it is: installs nothing;
+#              in parts, what is unknown first, 10 minutes at most; again goes on where that ended
+#              GPU="--limit 280" and other options: python kernels/bench/gpu/parts.py --help
 # make clean   remove what was built; runs/, exported/ and .venv/ stay
 #
 # demo, test, check, bench, aot and compat create .venv and install into it by themselves, once.
@@ -57,11 +58,7 @@ compat: $(STAMP)
 gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { \
 		echo "make gpu: the torch of $(PYTHON) sees no GPU" >&2; exit 1; }
-	@tests() { PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests --ignore=tests/recipes -q "$$@"; }; \
-	many=$$($(PYTHON) -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null); \
-	tests -m "gpu and not alone" $$many; together=$$?; \
-	tests -m "gpu and alone"; alone=$$?; \
-	PYTHONPATH=. $(PYTHON) kernels/bench/run.py && exit $$((together + alone))
+	@PYTHONPATH=. $(PYTHON) kernels/bench/gpu/parts.py $(GPU)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,8 +1,7 @@
 """Times the operators on a GPU, beside flash-linear-attention and PyTorch's attention.
 
-    make gpu                                            the GPU tests, then all of this
+    make gpu                                            the GPU tests and more, in parts, and this
     python kernels/bench/run.py --only RWKV --minutes 4
-    python kernels/bench/run.py --tune                  segments, slices and stages of the scan
     python kernels/bench/run.py --table                 README.md's tables and plot, from results/
 
 What is measured, and how: README.md beside this file. Results go to results/<device>.json after
@@ -12,9 +11,7 @@ every case. Nothing is timed before it was compared with float64, and what is wr
 import argparse
 import contextlib
 import importlib
-import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -28,6 +25,8 @@ import torch
 
 from zoo.kernels.bench.gpu.cases import CASES, FIRST_CALL_SECONDS, FIRST_CALLS
 from zoo.kernels.bench.gpu.checking import DeviceLost, calls, check_and_warm_up, first_line
+from zoo.kernels.bench.gpu.failures import note
+from zoo.kernels.bench.gpu.sources import fingerprint
 from zoo.kernels.bench.gpu.tables import RESULTS, first_call_lines, lines_of, write_readme
 from zoo.kernels.bench.gpu.timing import Cpu, Gpu, measure
 
@@ -63,41 +62,6 @@ def measure_first_call(name, contender, seconds):
     if child.returncode:
         return {"failed": child.stderr.strip().splitlines()[-1][:200]}
     return {"seconds": round(float(child.stdout.split()[-1]), 2)}
-
-
-def tune(device, deadline, cases, is_tiny):
-    """Prints times of the scan with other segments, slices and stages, best first."""
-    from zoo.kernels.launch_triton import Config
-    from zoo.kernels.segments_triton import override
-
-    for name, case in cases.items():
-        if not name.startswith("retention (") or "training" not in case.modes:
-            continue
-        workload = case.make(device.device, is_tiny)
-        workload = workload._replace(contenders={"ours": workload.contenders["ours"]})
-        tokens = workload.inputs["q"].shape[1]
-        for mode in case.modes:
-            rows = []
-            choices = itertools.product((None, 1, 4, 16), (None, 32, 64), (2, 3))
-            for segments, width, stages in choices:
-                if time.perf_counter() > deadline or (width is None and stages == 3):
-                    continue
-                chosen = {"segment": -(-tokens // segments)} if segments else {}
-                if width:
-                    chosen["scan"] = Config(64, width, 4, stages)
-                with override(**chosen):
-                    seconds = 0.0 if is_tiny else 0.3
-                    try:
-                        record = measure(device, workload, mode, (1, 1), seconds)["by"]["ours"]
-                    except DeviceLost as error:
-                        print(f"{name} {mode}, {chosen}: the device is lost: {error}")
-                        return
-                words = f"segments {segments or 'as shipped'}, "
-                words += f"slice {width}, stages {stages}" if width else "configuration as shipped"
-                rows.append((record.get("ms", math.inf), words, record.get("failed", "")))
-            print(f"\n{name} {mode}")
-            for ms, words, failed in sorted(rows):
-                print(f"  {ms:9.4f} ms  {words}  {failed}", flush=True)
 
 
 def compile_first(cases, processes, arguments, seconds):
@@ -151,19 +115,45 @@ def commit():
     return name + "+" * bool(git("status", "--porcelain", "-uno")) if name else None
 
 
+def setting_of(device):
+    """What must be the same for results to stand in one file."""
+    return {"device": device.name, "versions": versions()}
+
+
+def results_of(output, setting):
+    """What a result file holds of this device and these versions: entries by case."""
+    old = json.loads(output.read_text()) if output.exists() else {}
+    same = all(old.get(key) == value for key, value in setting.items())
+    return old["results"] if same else {}
+
+
+def not_measured(cases, output, setting):
+    """({name: case} that a file does not have with this code, those of it that failed)."""
+    results = results_of(output, setting)
+    code, never, failed = fingerprint(), {}, {}
+    for name, case in cases.items():
+        entry = results.get(name, {})
+        if entry.get("sources") != code or (name in FIRST_CALLS and "first call" not in entry):
+            never[name] = case
+        elif "failed" in entry:
+            failed[name] = case
+    return never, failed
+
+
 def run(device, cases, output, deadline, is_tiny):
-    """Measures the cases in their order until the deadline, and writes the file after each."""
-    record = {"device": device.name, "versions": versions(), "results": {}}
-    if output.exists():
-        old = json.loads(output.read_text())
-        if (old["device"], old["versions"]) == (record["device"], record["versions"]):
-            record["results"] = old["results"]
+    """Measures the cases in their order until the deadline, and writes the file after each.
+
+    Returns:
+        Whether all of them could be measured.
+    """
+    record = setting_of(device)
+    record["results"] = results_of(output, record)
     ceilings = device.ceilings()
     record["copy_tb_per_s"] = round(ceilings[0] / 1e12, 3)
     record["matmul_tflops"] = round(ceilings[1] / 1e12, 1)
     if "fla" not in record["versions"]:
         print("flash-linear-attention is not installed: ours alone is measured.")
-    this_commit = commit()
+    this_code = {"commit": commit(), "sources": fingerprint()}
 
     def write():
         unfinished = output.with_suffix(".part")
@@ -173,8 +163,9 @@ def run(device, cases, output, deadline, is_tiny):
     for name, case in cases.items():
         if time.perf_counter() > deadline:
             print(f"out of time before {name}")
-            break
-        entry, is_lost = {"commit": this_commit}, False
+            note(f"out of time before {name}")
+            return False
+        entry, is_lost = dict(this_code), False
         try:
             workload = case.make(device.device, is_tiny)
             for mode in case.modes:
@@ -190,10 +181,14 @@ def run(device, cases, output, deadline, is_tiny):
         workload = None
         record["results"][name] = entry
         write()
-        print("\n".join(lines_of(name, entry)), flush=True)
+        lines = lines_of(name, entry)
+        print("\n".join(lines), flush=True)
+        for line in lines:
+            if "not timed" in line or line == f"{name}: {entry.get('failed')}":
+                note(line)
         if is_lost:
             print("The device is lost to this process: the cases after it were not measured.")
-            return
+            return False
     for name in () if is_tiny else FIRST_CALLS:
         if name not in cases or time.perf_counter() > deadline:
             continue
@@ -205,14 +200,21 @@ def run(device, cases, output, deadline, is_tiny):
         }
         write()
         print("\n".join(first_call_lines(name, entry)), flush=True)
+    return True
 
 
 def main(arguments=None):
-    """Measures, tunes or writes tables; see the module's docstring."""
+    """Measures, tunes or writes tables; see the module's docstring.
+
+    Returns:
+        The exit status: 1 if cases were not measured.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    only = {"action": "append", "help": "cases whose name contains this, or another one given"}
+    parser.add_argument("--only", **only)
     parser.add_argument("--minutes", type=float, default=8.0, help="no case starts after them")
-    parser.add_argument("--tune", action="store_true", help="try configurations of the scan")
+    parser.add_argument("--seconds", type=float, help="the same, in place of --minutes")
+    parser.add_argument("--go-on", action="store_true", help="not what this code was measured for")
     parser.add_argument("--table", action="store_true", help="rewrite the README's tables")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to test this script")
@@ -238,26 +240,37 @@ def main(arguments=None):
         parser.error("times on a CPU are cpu.py's; --device cpu goes with --smoke and --output.")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("this torch sees no GPU; --device cpu --smoke --output PATH tests the script.")
-    deadline = time.perf_counter() + 60 * options.minutes
+    seconds = 60 * options.minutes if options.seconds is None else options.seconds
+    deadline = time.perf_counter() + seconds
     device = Cpu() if options.device == "cpu" else Gpu(torch.device("cuda", 0))
-    cases = {name: case for name, case in CASES.items() if options.only in name}
+    words = options.only or [""]
+    cases = {name: case for name, case in CASES.items() if any(word in name for word in words)}
     if not cases:
-        parser.error(f"no case's name contains {options.only!r}; there are: {', '.join(CASES)}.")
+        parser.error(f"no case's name contains {words}; there are: {', '.join(CASES)}.")
     if options.compile is not None:
         compile_share(device, {name: CASES[name] for name in options.compile}, options.smoke)
         return
-    if options.processes and not options.tune:
+    slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
+    output = options.output or RESULTS / f"{slug}.json"
+    if options.go_on:
+        never, failed = not_measured(cases, output, setting_of(device))
+        cases = never | failed
+    if options.processes:
         given = ["--device", options.device, *["--smoke"] * options.smoke]
         given += ["--output", str(options.output)] if options.output else []
-        compile_first(cases, options.processes, given, 20 * options.minutes)
-    if options.tune:
-        tune(device, deadline, cases, options.smoke)
-        return
-    slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
-    run(device, cases, options.output or RESULTS / f"{slug}.json", deadline, options.smoke)
+        compile_first(cases, options.processes, given, seconds / 3)
+    is_whole = run(device, cases, output, deadline, options.smoke)
+    left = deadline - time.perf_counter()
+    if options.go_on and not is_whole and left > 1:
+        remaining, _ = not_measured(cases, output, setting_of(device))
+        if 0 < len(remaining) < len(never):  # the device is lost to this process alone
+            again = [*(arguments or sys.argv[1:]), "--seconds", f"{left:.0f}", "--processes", "0"]
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, __file__, *again])
     if options.output is None:
         write_readme()
+    return 0 if is_whole else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

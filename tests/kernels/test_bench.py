@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zoo.kernels.bench import run
-from zoo.kernels.bench.gpu import checking, tables, timing, workloads
+from zoo.kernels.bench.gpu import checking, tables, timing, variants, workloads
 from zoo.kernels.bench.gpu.cases import CASES
 from zoo.kernels.delta_recurrence import delta_recurrence_reference
 from zoo.kernels.linear_recurrence import linear_recurrence_reference
@@ -105,8 +105,8 @@ class Fragile(timing.Cpu):
             raise RuntimeError("illegal memory access")
 
 
-@pytest.mark.parametrize("tunes", [False, True], ids=["run", "tune"])
-def test_ends_where_the_device_is_lost(tunes, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("is_variants", [False, True], ids=["run", "variants"])
+def test_ends_where_the_device_is_lost(is_variants, tmp_path, monkeypatch, capsys):
     """What came before is kept, what comes after is not blamed."""
     device, path = Fragile(), tmp_path / "results.json"
 
@@ -121,13 +121,22 @@ def test_ends_where_the_device_is_lost(tunes, tmp_path, monkeypatch, capsys):
     first, second, third = list(CASES)[:3]
     cases = {name: CASES[name] for name in (first, second, third)}
     cases[second] = cases[second]._replace(make=broken)
-    if tunes:
-        run.tune(device, float("inf"), {name: cases[name] for name in (second, third)}, True)
-        printed = capsys.readouterr().out
-        assert f"{second} forward" in printed and "the device is lost" in printed
-        assert third not in printed
+    if is_variants:
+        monkeypatch.setattr(variants, "CASES", cases)
+        told = tmp_path / "told.txt"
+        monkeypatch.setenv("ZOO_GPU_FAILURES", str(told))
+        assert not variants.run(device, [second, third], path, float("inf"), True)
+        assert "the device is lost" in told.read_text()
+        found = json.loads(path.read_text())["variants"]
+        assert list(found) == [f"{second} forward"]
+        assert "failed" in found[f"{second} forward"]["by"][variants.SHIPPED]
+        # A second run goes on after it.
+        device.is_lost = False
+        assert not variants.run(device, [second, third], path, float("inf"), True)
+        found = json.loads(path.read_text())["variants"]
+        assert len(found[f"{second} forward"]["by"]) == 2
         return
-    run.run(device, cases, path, float("inf"), True)
+    assert not run.run(device, cases, path, float("inf"), True)
     results = json.loads(path.read_text())["results"]
     assert list(results) == [first, second]
     assert "failed" not in results[first]
@@ -227,16 +236,56 @@ def test_fla_gets_the_same_function(monkeypatch):
             assert all(error < 1e-4 for error in errors.values()), (name, side, errors)
 
 
-def test_tuning_ranks_what_it_tries(tmp_path, capsys):
-    smoke(tmp_path / "none.json", "--tune", "--only", "retention (8, 1024")
+def test_variants_are_ranked_and_kept(tmp_path, capsys):
+    path = tmp_path / "variants.json"
+    arguments = ["--device", "cpu", "--smoke", "--only", "retention (8, 1024"]
+    arguments += ["--output", str(path)]
+    assert variants.main([*arguments, "--seconds", "0"]) == 1
+    assert variants.main(arguments) == 0
     blocks = capsys.readouterr().out.strip().split("\n\n")
     assert [block.splitlines()[0].split()[-1] for block in blocks] == ["forward", "training"]
     for block in blocks:
         _, *lines = block.splitlines()
         times = [float(line.split()[0]) for line in lines]
-        # Four ways to cut, by the shipped configuration and two slices in two stages.
-        assert times == sorted(times) and len({line[14:] for line in lines}) == 20
-    assert not (tmp_path / "none.json").exists()
+        assert times == sorted(times) and sum(variants.SHIPPED in line for line in lines) == 1
+    before = path.read_text()
+    assert variants.main([*arguments, "--seconds", "0"]) == 0  # nothing is left to do
+    assert path.read_text() == before
+
+
+def test_variants_are_other_programs():
+    """Each candidate launches something else; those of shipped wide heads are among them."""
+    for name in variants.SHAPES:
+        workload = CASES[name].make(torch.device("meta"), False)
+        found = variants.candidates(workload)
+        chosen = [tuple(sorted(x.items())) for x in found.values()]
+        assert len(set(chosen)) == len(chosen) > 6 and found[variants.SHIPPED] == {}
+
+
+def test_a_second_run_goes_on(tmp_path):
+    """With what was not measured with this code; what failed comes last."""
+    path, setting = tmp_path / "results.json", {"device": "cpu", "versions": run.versions()}
+    code, (first, second, third) = run.fingerprint(), [x for x in CASES if "retention" not in x][:3]
+    some = {name: CASES[name] for name in (first, second, third)}
+    results = {first: {"sources": code}, second: {"sources": "older"}}
+    path.write_text(json.dumps(setting | {"results": results}))
+    never, failed = run.not_measured(some, path, setting)
+    assert list(never) == [second, third] and not failed
+    results[second] = {"sources": code, "failed": "out of memory"}
+    path.write_text(json.dumps(setting | {"results": results}))
+    never, failed = run.not_measured(some, path, setting)
+    assert list(never) == [third] and list(failed) == [second]
+    never, failed = run.not_measured(some, path, setting | {"versions": {}})
+    assert list(never) == list(some) and not failed
+
+
+def test_words_of_several_parts(tmp_path):
+    results = smoke(tmp_path / "x.json", "--only", "wkv4", "--only", "decode (1,", "--go-on")
+    assert list(results) == ["decode (1, 1, 16, 128)", "wkv4 (8, 4096, 2048)"]
+    before = (tmp_path / "x.json").read_text()
+    smoke(tmp_path / "x.json", "--only", "wkv4", "--only", "decode (1,", "--go-on")
+    after = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert after == json.loads(before)["results"]
 
 
 @pytest.mark.parametrize(

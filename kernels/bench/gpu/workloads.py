@@ -47,13 +47,16 @@ class Workload(NamedTuple):
 
 
 class Random:
-    """Reproducible inputs on a device."""
+    """Reproducible inputs on a device; on the meta device, shapes alone."""
 
     def __init__(self, device, dtype):
-        self.generator = torch.Generator(device).manual_seed(0)
         self.device, self.dtype = device, dtype
+        if device.type != "meta":
+            self.generator = torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape, dtype=None):
+        if self.device.type == "meta":
+            return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
         return torch.randn(
             shape, generator=self.generator, device=self.device, dtype=dtype or self.dtype
         )
