@@ -279,6 +279,36 @@ def test_a_second_run_goes_on(tmp_path):
     assert list(never) == list(some) and not failed
 
 
+def test_a_lost_device_is_lost_to_one_process(tmp_path, monkeypatch):
+    """The cases after it are left to another, with the time that is left; nobody goes round."""
+    device, path, begun = Fragile(), tmp_path / "results.json", []
+
+    def breaks(**x):
+        device.is_lost = True
+        raise RuntimeError("illegal memory access")
+
+    def broken(*_):
+        return tiny("wkv4 (8, 4096, 2048)")._replace(contenders={"ours": breaks})
+
+    first, second = "decode (1, 1, 16, 128)", "wkv4 (8, 4096, 2048)"
+    cases = {second: CASES[second]._replace(make=broken), first: CASES[first]}
+    monkeypatch.setattr(run, "CASES", cases)
+    monkeypatch.setattr(run, "Cpu", lambda: device)
+    monkeypatch.setattr(run.os, "execv", lambda *words: begun.append(words))
+    arguments = ["--device", "cpu", "--smoke", "--output", str(path), "--processes", "0"]
+    arguments += ["--seconds", "60", "--go-on"]
+    assert run.main(arguments) == 1
+    assert list(json.loads(path.read_text())["results"]) == [second]
+    [(program, words)] = begun
+    assert program == words[0] and words[1:] == [run.__file__, *arguments, *words[-4:]]
+    assert words[-4::2] == ["--seconds", "--processes"] and 1 < int(words[-3]) <= 60
+    # The other process: what is left first, then once more what failed.
+    device.is_lost = False
+    assert run.main(words[2:]) == 1
+    assert len(begun) == 1
+    assert list(json.loads(path.read_text())["results"]) == [second, first]
+
+
 def test_words_of_several_parts(tmp_path):
     results = smoke(tmp_path / "x.json", "--only", "wkv4", "--only", "decode (1,", "--go-on")
     assert list(results) == ["decode (1, 1, 16, 128)", "wkv4 (8, 4096, 2048)"]
@@ -334,6 +364,19 @@ def test_a_gpu_table():
     assert "ours: 3.25 s" in table and "fla: not done after 60 s" in table
     lines = tables.lines_of("c", {"training": by_known(by)})
     assert any("ours is 2.0x as fast" in line for line in lines)
+
+
+def test_a_training_table():
+    by = {"ours": {"ms": 1.0, "tokens_per_s": 900, "mfu": 0.412, "peak_gb": 20.5}}
+    entry = {"parameters": 340_200_000, "batch": [4, 4096], "by": by}
+    by["fla"] = {"failed": "LookupError: fla has no such model"}
+    other = {"ours": by["ours"], "fla": by["ours"] | {"tokens_per_s": 450, "ratio": 2.0}}
+    models = {"lightning": entry, "rwkv7": entry | {"by": other}}
+    record = {"device": "GPU", "versions": {"torch": "2"}, "models": models}
+    lines = tables.training_table(record).splitlines()
+    start = "340 | (4, 4096) | 900 | 41% | 20.5 |"
+    assert f"| lightning | {start} LookupError: fla has no such model |  |  |  |" in lines
+    assert f"| rwkv7 | {start} 450 | 41% | 20.5 | 2.0 |" in lines
 
 
 def by_known(by):

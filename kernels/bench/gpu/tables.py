@@ -72,6 +72,25 @@ def gpu_table(record):
     return "\n".join([title, "", *rows])
 
 
+def training_table(record):
+    """A Markdown table of training.py's results."""
+    rows = [
+        "| model | M | (B, T) | ours tokens/s | MFU | GB | fla tokens/s | MFU | GB | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in record["models"].items():
+        cells = [name, round(entry["parameters"] / 1e6), tuple(entry["batch"])]
+        for who in ("ours", "fla"):
+            x = entry["by"].get(who, {})
+            share = f"{x['mfu']:.0%}" if "mfu" in x else ""
+            cells += [x.get("tokens_per_s", x.get("failed", "")), share, x.get("peak_gb", "")]
+        cells.append(entry["by"].get("fla", {}).get("ratio", ""))
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    known = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    title = f"**A training step, {record['device']}** ({known}): forward, backward and AdamW."
+    return "\n".join([title, "", *rows])
+
+
 def cpu_table(record):
     """A Markdown table of cpu.py's results."""
     rows = ["| | | ours ms | theirs ms | ratio |", "|---|---|---|---|---|"]
@@ -95,6 +114,8 @@ def tables():
     """The README's part that comes from the result files."""
     gpus, cpus = records()
     parts = [gpu_table(record) for record in gpus] or ["**GPU**: not measured on a GPU yet."]
+    trained = sorted(RESULTS.glob("*-training.json"))
+    parts += [training_table(json.loads(path.read_text())) for path in trained]
     return "\n\n".join(parts + [cpu_table(record) for record in cpus])
 
 
