@@ -74,7 +74,7 @@ class Ready:
             gradients: of the outputs, None where there is none.
             wanted: whether each of the results is.
         """
-        key = wanted, gradients[0] is None, gradients[-1] is None
+        key = wanted, *map(type, gradients)
         program = self.backward.get(key)
         if program is None:
             function = functools.partial(self._backward, wanted[1:], len(saved))

@@ -26,7 +26,14 @@ import torch
 import triton
 from triton.compiler import CompiledKernel
 
-from zoo.kernels import delta_recurrence, dilated_attention, known_calls, linear_recurrence, wkv4
+from zoo.kernels import (
+    delta_recurrence,
+    dilated_attention,
+    known_calls,
+    linear_recurrence,
+    token_mix,
+    wkv4,
+)
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "host.json"
@@ -79,7 +86,7 @@ def without_a_gpu():
         def replace(owner, name, value):
             stack.enter_context(mock.patch.object(owner, name, value))
 
-        for module in (linear_recurrence, delta_recurrence, wkv4, dilated_attention):
+        for module in (linear_recurrence, delta_recurrence, wkv4, dilated_attention, token_mix):
             replace(module, "choose_backend", lambda *_: "triton")
             replace(module, "_known", known_calls.KnownCalls())
         replace(known_calls, "KIND", "cpu")
@@ -160,6 +167,13 @@ def cases():
         call, branches = dilated_attention.dilated_attention, ((16, 32, 64), (1, 2, 4))
         made[name] = Case(lambda: call(q, k, v, *branches), (q, k, v))
 
+    def mix(name, streams, corrections=False):
+        x, mu = tensor(1, 64, 16), tensor(streams, 16)
+        asked = [tensor(1, 64, 16) for _ in range(streams)] if corrections else []
+        call = token_mix.token_mix
+        leaves = (x, mu, *asked)
+        made[name] = Case(lambda: torch.stack(call(x, mu, corrections=asked)), leaves)
+
     linear("scan, a decay per head", "H")
     linear("scan, a decay per token", "BTH")
     linear("scan, a decay per channel, bonus", "BTHK", bonus=True)
@@ -167,6 +181,8 @@ def cases():
     delta("delta rule")
     delta("delta rule, walk", width=144)
     rwkv4("wkv4")
+    mix("token mix, 6 streams", 6)
+    mix("token mix, 5 streams, corrections", 5, corrections=True)
     longnet("dilated attention, 3 branches")
     linear("step of the scan, a decay per head", "H", state=True, time=1, learned=False)
     steps = "step of the scan, a decay per channel, bonus"

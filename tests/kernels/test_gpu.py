@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from zoo.kernels.delta_recurrence import delta_recurrence, delta_recurrence_chunked
 from zoo.kernels.linear_recurrence import linear_recurrence, linear_recurrence_chunked
+from zoo.kernels.token_mix import token_mix
 from zoo.kernels.wkv4 import wkv4, wkv4_chunked
 
 HAS_GPU = torch.cuda.is_available()
@@ -192,6 +193,31 @@ def test_wkv4(shape, dtype):
         part["sums"] = torch.stack([num, den], 1) * (top - top.mean()).exp()[:, None]
         part.pop("dinitial_state")
     assert_close(got, expected, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("streams", [6, 5], ids=["RWKV-7", "RWKV-6, packed"])
+def test_token_mix(streams, dtype):
+    """Streams and gradients; with corrections and documents where there are five streams."""
+    random, is_packed = Random(), streams == 5
+    batch, tokens, width = tiny(1 if is_packed else 4, 1000, 2100)
+    lengths = [1, 7, 8, tokens - 16]
+    x = [random(batch, tokens, width, dtype=dtype), random(streams, width, dtype=dtype)]
+    x += [random(len(lengths) if is_packed else batch, width, dtype=dtype)]
+    x += [random(batch, tokens, width, dtype=dtype) for _ in range(streams * is_packed)]
+    cotangents = [random(batch, tokens, width, dtype=dtype) for _ in range(streams)]
+    found = []
+    for backend, wide in (("triton", dtype), ("torch", torch.float64)):
+        leaves = [value.to(wide).requires_grad_() for value in x]
+        bounds = boundaries(lengths) if is_packed else None
+        keyword = {"before": leaves[2], "corrections": leaves[3:], "cu_seqlens": bounds}
+        outputs = token_mix(*leaves[:2], **keyword, backend=backend)
+        given = [value.to(wide) for value in cotangents]
+        found.append([*outputs, *torch.autograd.grad(outputs, leaves, given)])
+    # One rounding each, and of dmu the sum over all tokens in float32.
+    limit = max(torch.finfo(dtype).eps, 2e-6)
+    for got, expected in zip(*found, strict=True):
+        assert relative(got, expected) <= limit
 
 
 def boundaries(lengths):

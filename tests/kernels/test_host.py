@@ -20,10 +20,12 @@ from zoo.kernels import (
     linear_recurrence_channels_triton,
     linear_recurrence_triton,
     programs_triton,
+    token_mix_triton,
     wkv4_triton,
 )
 from zoo.kernels import dilated_attention as dilated_module
 from zoo.kernels import linear_recurrence as linear_module
+from zoo.kernels import token_mix as mix_module
 from zoo.kernels import wkv4 as wkv4_module
 from zoo.kernels.bench import host
 from zoo.kernels.dilated_attention import Held, dilated_attention
@@ -42,6 +44,8 @@ BOUNDS = {
     "delta rule": {"forward": (2, 15), "training": (5, 78)},
     "delta rule, walk": {"forward": (1, 14), "training": (5, 78)},
     "wkv4": {"forward": (3, 14), "training": (6, 70)},
+    "token mix, 6 streams": {"forward": (1, 13), "training": (2, 67)},
+    "token mix, 5 streams, corrections": {"forward": (1, 18), "training": (2, 86)},
     "dilated attention, 3 branches": {"forward": (3, 15), "training": (9, 75)},
     "step of the scan, a decay per head": {"forward": (1, 15)},
     "step of the scan, a decay per channel, bonus": {"forward": (1, 17)},
@@ -71,7 +75,7 @@ def test_bounds(name, measured):
         assert measured[name][mode]["calls"] <= calls, measured[name]
 
 
-MODULES = linear_module, delta_module, wkv4_module, dilated_module
+MODULES = linear_module, delta_module, wkv4_module, dilated_module, mix_module
 
 
 @pytest.fixture
@@ -146,6 +150,19 @@ def longnet(random, packed=None, held=False, seed=0):
     return call, x, {}
 
 
+def mix(random, seed=None):
+    """As `linear`; packed, from a state and with corrections if there is a seed."""
+    x = {"x": random(1 if seed is not None else 2, 12, 16), "mu": random(2, 16)}
+    if seed is None:
+        return mix_module.token_mix, x, {"of_current": True}
+    x |= {"before": random(2, 16), "c0": random(1, 12, 16), "c1": random(1, 12, 16)}
+
+    def call(c0, c1, **rest):
+        return mix_module.token_mix(corrections=(c0, c1), **rest)
+
+    return call, x, {"cu_seqlens": torch.tensor([0, 2 + 3 * seed, 12])}
+
+
 CALLS = {
     "scan H": lambda seed, random: linear(random),
     "scan, no decay, bfloat16": lambda seed, random: linear(random, None, dtype=torch.bfloat16),
@@ -160,6 +177,8 @@ CALLS = {
     "wkv4": lambda seed, random: wkv4(random),
     "wkv4, packed": lambda seed, random: wkv4(random, bounds(seed, 12)),
     "step of wkv4": lambda seed, random: wkv4(random, time=1),
+    "token mix": lambda seed, random: mix(random),
+    "token mix, packed, corrections": lambda seed, random: mix(random, seed),
     "longnet": lambda seed, random: longnet(random),
     "longnet, packed, from a state": lambda seed, random: longnet(
         random, bounds(seed, 12), True, seed
@@ -199,6 +218,7 @@ KERNELS = (
     delta_recurrence_triton,
     delta_recurrence_walk_triton,
     wkv4_triton,
+    token_mix_triton,
     dilated_attention_triton,
 )
 

@@ -8,7 +8,7 @@ from transformers import initialization as init
 import zoo
 from zoo.core.sequence import Sequence
 from zoo.layers import split_recurrence
-from zoo.models.rwkv import token_shift
+from zoo.models.rwkv import Shifted, last_tokens
 
 NAMES = ["rwkv4", "rwkv5", "rwkv6", "rwkv7"]
 TINY = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -29,7 +29,7 @@ def build(name, **fields):
 
 @pytest.mark.parametrize("with_before", [False, True])
 @pytest.mark.parametrize("lengths", [None, [1], [5], [1, 3, 1, 1, 7, 2]])
-def test_token_shift(lengths, with_before):
+def test_tokens_before(lengths, with_before):
     """Each document by itself, in plain Python."""
     torch.manual_seed(0)
     if lengths is None:
@@ -42,7 +42,8 @@ def test_token_shift(lengths, with_before):
         ends = torch.tensor(lengths).cumsum(0).tolist()
         documents = [(0, end - n, end) for n, end in zip(lengths, ends, strict=True)]
     before_ND = torch.randn(len(documents), 4) if with_before else None
-    got_BTD, got_ND = token_shift(x_BTD, sequence, before_ND)
+    got_BTD = Shifted(x_BTD, sequence, before_ND).before_BTD
+    got_ND = last_tokens(x_BTD, sequence)
     for n, (row, start, end) in enumerate(documents):
         first = before_ND[n] if with_before else torch.zeros(4)
         expected = [first, *x_BTD[row, start : end - 1]]

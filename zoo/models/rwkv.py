@@ -25,6 +25,7 @@ from ..core.flops import linear_flops
 from ..core.state import StateSpec
 from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.recurrence_steps import is_plain_step, takes_plain_step
+from ..kernels.token_mix import mixed, takes_kernel, token_mix, tokens_before
 
 
 @strict
@@ -91,34 +92,33 @@ class RwkvHeadsConfig(RwkvConfig):
             )
 
 
-def token_shift(x_BTD, sequence, before_ND):
-    """The token before each token of its document.
+class Shifted:
+    """A text beside itself a token earlier, to be mixed.
 
     Args:
         x_BTD: a dense batch or a packed stream.
         sequence: its `Sequence`.
         before_ND: what came before each document's first token; None is zero.
-
-    Returns:
-        (the previous tokens [B, T, D], each document's last token [N, D] to go on from).
     """
-    if torch.compiler.is_exporting():
-        # T - 1 may be 1, which a program that runs at any length must not know.
-        before_BD = torch.zeros_like(x_BTD[:, 0]) if before_ND is None else before_ND
-        before_BTD = torch.cat([before_BD[:, None].to(x_BTD.dtype), x_BTD], dim=1)
-        return before_BTD[:, : x_BTD.shape[1]], x_BTD[:, -1]
-    if sequence.cu_seqlens is None:
-        # Split, not sliced twice: the gradients of both parts come back in one piece.
-        all_but_last_BTD, last_B1D = x_BTD.split([x_BTD.shape[1] - 1, 1], dim=1)
-        before_B1D = torch.zeros_like(last_B1D) if before_ND is None else before_ND[:, None]
-        before_BTD = torch.cat([before_B1D.to(x_BTD.dtype), all_but_last_BTD], dim=1)
-        return before_BTD, last_B1D[:, 0]
-    starts_N = sequence.cu_seqlens[:-1]
-    if before_ND is None:
-        before_ND = x_BTD.new_zeros(len(starts_N), x_BTD.shape[-1])
-    before_BTD = torch.cat([x_BTD[:, :1], x_BTD[:, :-1]], dim=1)
-    before_BTD = before_BTD.index_copy(1, starts_N, before_ND.to(x_BTD.dtype)[None])
-    return before_BTD, last_tokens(x_BTD, sequence)
+
+    def __init__(self, x_BTD, sequence, before_ND):
+        self.x_BTD, self.before_ND, self.cu_seqlens = x_BTD, before_ND, sequence.cu_seqlens
+        self.before_BTD = None
+        if not takes_kernel(x_BTD):
+            self.before_BTD = tokens_before(x_BTD, before_ND, sequence.cu_seqlens)
+
+    def mix(self, mu_ND, corrections=(), of_current=False):
+        """N tensors [B, T, D]; see `token_mix` (zoo/kernels/token_mix.py)."""
+        if self.before_BTD is not None:
+            return mixed(self.x_BTD, self.before_BTD, mu_ND, corrections, of_current)
+        return token_mix(
+            self.x_BTD,
+            mu_ND,
+            before=self.before_ND,
+            corrections=corrections,
+            cu_seqlens=self.cu_seqlens,
+            of_current=of_current,
+        )
 
 
 def last_tokens(x_BTD, sequence):
@@ -145,17 +145,17 @@ class Mixer(nn.Module):
         return {self.shift_name: StateSpec((self.config.hidden_size,))}
 
     def shift(self, x_BTD, sequence, state):
-        """`token_shift` from the state and into it."""
+        """`Shifted` from the state and into it."""
         before_ND, ranks = getattr(state, self.shift_name), sequence.ranks
+        last_ND = last_tokens(x_BTD, sequence) if state.is_kept or ranks is not None else None
         if ranks is not None:
             name = self.shift_name if state.is_kept else None
-            before_ND = ranks.last_of_left(last_tokens(x_BTD, sequence), name)
-        before_BTD, last_ND = token_shift(x_BTD, sequence, before_ND)
+            before_ND = ranks.last_of_left(last_ND, name)
         if state.is_kept:
             # A copy: a view would keep all tokens of the pass in memory.
             last_ND = last_ND.to(accumulator_dtype(last_ND))
             setattr(state, self.shift_name, last_ND.clone(memory_format=torch.contiguous_format))
-        return before_BTD
+        return Shifted(x_BTD, sequence, before_ND)
 
     def shift_step(self, x_BTD, state):
         """(one token of each row [B, D], those before them, from the state), and into the state."""
@@ -214,9 +214,9 @@ class ChannelMix(Mixer):
             k_BF = self.k_proj(torch.lerp(before_BD, x_BD, self.mix_k)).relu().square_()
             r_BD = self.r_proj(torch.lerp(before_BD, x_BD, self.mix_r)).sigmoid()
             return (r_BD * self.v_proj(k_BF))[:, None], state
-        before_BTD = self.shift(x_BTD, sequence, state)
-        k_BTF = self.k_proj(torch.lerp(before_BTD, x_BTD, self.mix_k)).relu().square()
-        r_BTD = self.r_proj(torch.lerp(before_BTD, x_BTD, self.mix_r)).sigmoid()
+        mix_2D = torch.stack([self.mix_k, self.mix_r])
+        k_BTD, r_BTD = self.shift(x_BTD, sequence, state).mix(mix_2D, of_current=True)
+        k_BTF, r_BTD = self.k_proj(k_BTD).relu().square(), self.r_proj(r_BTD).sigmoid()
         return r_BTD * self.v_proj(k_BTF), state
 
 

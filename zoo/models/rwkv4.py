@@ -133,10 +133,10 @@ class RWKV4TimeMix(TimeMix):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
         if state.num_ND is not None and takes_plain_step(sequence, x_BTD):
             return self.step(x_BTD, state)[:, None], state
-        before_BTD = self.shift(x_BTD, sequence, state)
-        r_BTD = self.r_proj(torch.lerp(before_BTD, x_BTD, self.mix_r)).sigmoid()
-        k_BTD = self.k_proj(torch.lerp(before_BTD, x_BTD, self.mix_k))
-        v_BTD = self.v_proj(torch.lerp(before_BTD, x_BTD, self.mix_v))
+        mix_3D = torch.stack([self.mix_r, self.mix_k, self.mix_v])
+        mixed = self.shift(x_BTD, sequence, state).mix(mix_3D, of_current=True)
+        r_BTD, k_BTD, v_BTD = mixed
+        r_BTD, k_BTD, v_BTD = self.r_proj(r_BTD).sigmoid(), self.k_proj(k_BTD), self.v_proj(v_BTD)
         dtype = accumulator_dtype(x_BTD)
         average = state.num_ND, state.den_ND, state.max_ND
         wkv_BTD, final = wkv4_of(sequence)(

@@ -118,11 +118,13 @@ class RWKV5TimeMix(TimeMix):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
         if takes_plain_step(sequence, x_BTD):
             return self.step(x_BTD, state)[:, None], state
-        before_BTD = self.shift(x_BTD, sequence, state)
+        mixes = [self.mix_r, self.mix_k, self.mix_v, *([self.mix_g] if self.config.gated else [])]
+        shifted = self.shift(x_BTD, sequence, state)
+        r_BTD, k_BTD, v_BTD, *g_BTD = shifted.mix(torch.stack(mixes), of_current=True)
         heads, batch_and_time = self.head_shape[0], x_BTD.shape[:2]
-        r_BTHK = self.r_proj(torch.lerp(before_BTD, x_BTD, self.mix_r)).unflatten(-1, (heads, -1))
-        k_BTHK = self.k_proj(torch.lerp(before_BTD, x_BTD, self.mix_k)).unflatten(-1, (heads, -1))
-        v_BTHV = self.v_proj(torch.lerp(before_BTD, x_BTD, self.mix_v)).unflatten(-1, (heads, -1))
+        r_BTHK = self.r_proj(r_BTD).unflatten(-1, (heads, -1))
+        k_BTHK = self.k_proj(k_BTD).unflatten(-1, (heads, -1))
+        v_BTHV = self.v_proj(v_BTD).unflatten(-1, (heads, -1))
         dtype = accumulator_dtype(x_BTD)
         y_BTHV, state.memory_NHKV = linear_recurrence_of(sequence, x_BTD)(
             r_BTHK,
@@ -136,8 +138,7 @@ class RWKV5TimeMix(TimeMix):
         )
         y_BTD = self.head_norm(y_BTHV).flatten(2).to(x_BTD.dtype)
         if self.config.gated:
-            gate_BTD = self.gate_proj(torch.lerp(before_BTD, x_BTD, self.mix_g))
-            y_BTD = y_BTD * nn.functional.silu(gate_BTD)
+            y_BTD = y_BTD * nn.functional.silu(self.gate_proj(*g_BTD))
         return self.out_proj(y_BTD), state
 
     def step(self, x_BTD, state):

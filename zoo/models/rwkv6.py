@@ -143,22 +143,19 @@ class RWKV6TimeMix(TimeMix):
         memory = 4 * self.head_shape[1] * self.config.value_size
         return linear_flops(self) + product_flops(*ranks) + memory
 
-    def mix(self, x_BTD, before_BTD):
+    def mix(self, shifted):
         """Each token with as much of the one before as it asks for: w, k, v, r, g."""
-        ask_BTR = (torch.lerp(x_BTD, before_BTD, self.mu_x) @ self.mix_lora_a).tanh()
-        ask_BTR = ask_BTR.unflatten(-1, (len(MIXED), -1))
-        mixed = []
-        for i in range(len(MIXED)):
-            mu_BTD = self.mu[i] + ask_BTR[:, :, i] @ self.mix_lora_b[i]
-            mixed.append(torch.addcmul(x_BTD, before_BTD - x_BTD, mu_BTD))
-        return mixed
+        (mixed_BTD,) = shifted.mix(self.mu_x[None])
+        ask_BTR = (mixed_BTD @ self.mix_lora_a).tanh().unflatten(-1, (len(MIXED), -1))
+        asked = [ask_BTR[:, :, i] @ self.mix_lora_b[i] for i in range(len(MIXED))]
+        return shifted.mix(self.mu, asked)
 
     def forward(self, x_BTD, sequence, state):
         """Mixes a sequence [B, T, D]; returns it with the state after it."""
         if takes_plain_step(sequence, x_BTD):
             return self.step(x_BTD, state)[:, None], state
-        before_BTD = self.shift(x_BTD, sequence, state)
-        w_BTD, k_BTD, v_BTD, r_BTD, g_BTD = self.mix(x_BTD, before_BTD)
+        shifted = self.shift(x_BTD, sequence, state)
+        w_BTD, k_BTD, v_BTD, r_BTD, g_BTD = self.mix(shifted)
         heads, dtype = self.head_shape[0], accumulator_dtype(x_BTD)
         # The sum in float32: in bfloat16, exp of it would be off by percents.
         w_BTD = self.time_decay.to(dtype) + (w_BTD @ self.decay_lora_a).tanh() @ self.decay_lora_b
@@ -229,9 +226,9 @@ class RWKV6ChannelMix(Mixer):
             k_BF = self.k_proj(torch.lerp(x_BD, before_BD, self.mu_k)).relu().square_()
             r_BD = self.r_proj(torch.lerp(x_BD, before_BD, self.mu_r)).sigmoid()
             return (r_BD * self.v_proj(k_BF))[:, None], state
-        before_BTD = self.shift(x_BTD, sequence, state)
-        k_BTF = self.k_proj(torch.lerp(x_BTD, before_BTD, self.mu_k)).relu().square()
-        r_BTD = self.r_proj(torch.lerp(x_BTD, before_BTD, self.mu_r)).sigmoid()
+        mu_2D = torch.stack([self.mu_k, self.mu_r])
+        k_BTD, r_BTD = self.shift(x_BTD, sequence, state).mix(mu_2D)
+        k_BTF, r_BTD = self.k_proj(k_BTD).relu().square(), self.r_proj(r_BTD).sigmoid()
         return r_BTD * self.v_proj(k_BTF), state
 
 

@@ -210,10 +210,8 @@ class RWKV7TimeMix(TimeMix):
         if takes_plain_step(sequence, x_BTD):
             y_BD, v_first_BD = self.step(x_BTD, state, v_first_BTD)
             return y_BD[:, None], state, v_first_BD[:, None]
-        before_BTD = self.shift(x_BTD, sequence, state)
-        r_BTD, w_BTD, k_BTD, v_BTD, a_BTD, g_BTD = (
-            torch.lerp(x_BTD, before_BTD, mu_D) for mu_D in self.mu
-        )
+        shifted = self.shift(x_BTD, sequence, state)
+        r_BTD, w_BTD, k_BTD, v_BTD, a_BTD, g_BTD = shifted.mix(self.mu)
         residual_BTD = None if v_first_BTD is None else self.residual(v_BTD)
         r_BTD, k_BTD, v_BTD = self.r_proj(r_BTD), self.k_proj(k_BTD), self.v_proj(v_BTD)
         # Not that of x: under autocast, projections are narrower than what they take.
@@ -317,8 +315,8 @@ class RWKV7ChannelMix(Mixer):
             x_BD, before_BD = self.shift_step(x_BTD, state)
             k_BF = self.k_proj(torch.lerp(x_BD, before_BD, self.mu_k)).relu().square_()
             return self.v_proj(k_BF)[:, None], state
-        before_BTD = self.shift(x_BTD, sequence, state)
-        k_BTF = self.k_proj(torch.lerp(x_BTD, before_BTD, self.mu_k)).relu().square()
+        (k_BTD,) = self.shift(x_BTD, sequence, state).mix(self.mu_k[None])
+        k_BTF = self.k_proj(k_BTD).relu().square()
         return self.v_proj(k_BTF), state
 
 

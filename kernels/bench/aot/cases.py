@@ -10,6 +10,7 @@ from zoo.kernels import (
     dilated_attention_triton,
     linear_recurrence_channels_triton,
     linear_recurrence_triton,
+    token_mix_triton,
     wkv4_triton,
 )
 
@@ -123,6 +124,21 @@ def dilated(batch, time, heads, width, decay=False, packed=False, dtype=torch.bf
     return Case(run, batch * time * heads, is_wide, **limits)
 
 
+def token_mix(batch, time, width, streams, corrections=False, packed=False, **how):
+    """`token_mix` as RWKV trains it; bytes are per token and channel."""
+
+    def run():
+        x, *others = (empty(batch, time, width) for _ in range(1 + 2 * streams))
+        c = others[:streams] if corrections else []
+        cu_seqlens = empty(9, dtype=torch.int64) if packed else None
+        inputs = x, empty(streams, width), empty(8, width) if packed else None, cu_seqlens, *c
+        of_current = how.get("of_current", False)
+        token_mix_triton.forward(*inputs, of_current)
+        token_mix_triton.backward(*inputs, *others[streams:], of_current)
+
+    return Case(run, batch * time * width, False, how.get("max_bytes"))
+
+
 def steps(batch, heads, width):
     """One token of each operator, for decoding."""
 
@@ -177,6 +193,9 @@ CASES: dict[str, Case] = {
     "LongNet 64, xPos, float32": dilated(
         4, 32768, 12, 64, decay=True, dtype=torch.float32, must_fit=False
     ),
+    "RWKV-7 token mix": token_mix(8, 4096, 2048, 6, max_bytes=31),
+    "RWKV-6 token mix": token_mix(8, 4096, 2048, 5, corrections=True, max_bytes=57),
+    "RWKV-5 token mix, packed": token_mix(1, 32768, 2048, 4, packed=True, of_current=True),
     "steps": steps(64, 16, 128),
     "steps 512": steps(64, 8, 512),
 }

@@ -80,10 +80,10 @@ def compiling(folder, key):
     """Operators take tensors on the meta device for a GPU's; what they launch is compiled."""
     if triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET is set: nothing would be compiled; unset it.")
-    from zoo.kernels import delta_recurrence, dilated_attention, linear_recurrence, wkv4
+    from zoo.kernels import delta_recurrence, dilated_attention, linear_recurrence, token_mix, wkv4
 
     with contextlib.ExitStack() as stack:
-        for module in (linear_recurrence, delta_recurrence, wkv4, dilated_attention):
+        for module in (linear_recurrence, delta_recurrence, wkv4, dilated_attention, token_mix):
             stack.enter_context(mock.patch.object(module, "choose_backend", lambda *_: "triton"))
         replace = mock.patch.object
         stack.enter_context(replace(triton.runtime.driver, "_active", _Driver()))
