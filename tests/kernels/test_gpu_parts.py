@@ -140,8 +140,6 @@ def test_the_real_parts(capsys, monkeypatch):
         assert (sources.ROOT / x.command[1]).is_file()
         assert all((sources.ROOT / name).is_file() for name in x.files)
         assert all("{" not in word.format(output="o", seconds=1) for word in x.command)
-    cases = gpu_parts.python("x")
-    assert cases[0] == sys.executable
     monkeypatch.setattr(gpu_parts, "setting", lambda: None)
     assert gpu_parts.main(["--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -195,6 +193,8 @@ def test_lost():
 def test_after():
     with open("ran.txt", "a") as file:
         file.write("after\\n")
+    import gpu_passed
+    assert not gpu_passed.device_is_lost()
 
 def test_of_another_mark():
     raise AssertionError
@@ -235,6 +235,14 @@ def test_tests_that_passed_are_not_run_again(processes, tmp_path, monkeypatch):
     # Other tests in the file: all of it again.
     (tmp_path / "test_x.py").write_text(TESTS + "\n# another\n")
     assert len(run()[1]) == 6
+
+
+def test_files_of_tests_that_need_a_gpu():
+    """All of them, by their texts: those that pytest finds with the mark."""
+    names = {path.rpartition("/")[2] for path in testing.files()}
+    known = {"test_gpu.py", "test_dilated_attention_gpu.py", "test_capture.py", "test_base.py"}
+    assert known | {"test_models_gpu.py"} <= names
+    assert not any("recipes" in path for path in testing.files())
 
 
 def test_what_never_ran_comes_first(tmp_path):

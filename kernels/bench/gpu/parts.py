@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from zoo.kernels.bench.gpu import testing
 from zoo.kernels.bench.gpu.running import Part, Record, run_parts
 from zoo.kernels.bench.gpu.sources import ROOT
 
@@ -47,7 +48,7 @@ def tests(name, mark, seconds, processes, what):
             *("--mark", mark, "--record", "{output}-tests.jsonl", "--processes", str(processes)),
         ),
         "-tests.jsonl",
-        tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*gpu*.py"))),
+        ("tests/gpu_passed.py", *testing.files()),
     )
 
 
