@@ -107,7 +107,8 @@ def test_a_second_call_goes_on(place, capsys):
     word[0] = "other code"
     assert run(done) and text.read_text() == "xxxxx"
     assert run(done._replace(files=("b.py",))) and text.read_text() == "xxxxxx"
-    assert run(done, setting=SETTING | {"device": "another"}) and text.read_text() == "x" * 7
+    assert run(done) and run(done) and text.read_text() == "x" * 7
+    assert run(done, setting=SETTING | {"device": "another"}) and text.read_text() == "x" * 8
     assert json.loads(output.with_name("gpu-parts.json").read_text())["device"] == "another"
 
 

@@ -20,9 +20,11 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
+import time
 import types
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -98,9 +100,18 @@ def jobs():
     from zoo.kernels.bench.gpu.cases import CASES
     from zoo.kernels.bench.gpu.variants import SHAPES
 
-    found = [("case", name) for name in CASES] + [("variants", name) for name in SHAPES]
+    found = [("case", name) for name in CASES] + variants_of(SHAPES)
     with _tests_importable():
         return found + [("test", name) for name in tests()]
+
+
+def variants_of(names):
+    """Jobs of the programs that variants.py times for some shapes."""
+    from zoo.kernels.bench.gpu.cases import CASES
+    from zoo.kernels.bench.gpu.variants import candidates
+
+    workloads = {name: CASES[name].make(torch.device("meta"), False) for name in names}
+    return [("variant", f"{n}: {words}") for n, x in workloads.items() for words in candidates(x)]
 
 
 @contextlib.contextmanager
@@ -172,29 +183,46 @@ def compile_job(job, folder, key):
                 with _tests_importable():
                     tests()[name]()
                 return None
+            name, _, words = name.partition(": ")
             workload = CASES[name].make(torch.device("meta"), False)
-            choices = candidates(workload).values() if kind == "variants" else [{}]
-            for chosen in choices:
-                with override(**chosen):
-                    for mode in CASES[name].modes:
-                        calls(workload, mode)["ours"]()
+            with override(**(candidates(workload)[words] if words else {})):
+                for mode in CASES[name].modes:
+                    calls(workload, mode)["ours"]()
         except Exception as error:  # a test looks at values in the end, which there are none of
             return first_line(error)
 
 
-def fill(folder, key, chosen, processes):
-    """Compiles jobs in child processes; what went wrong, by job."""
-    folder.mkdir(parents=True, exist_ok=True)
-    wrong = {}
+def compile_all(folder, key, chosen, processes, seconds=None):
+    """Compiles jobs in child processes; what went wrong, by job.
+
+    Args:
+        folder: of a cache.
+        key: of a Triton, as `key_of_triton` gives it.
+        chosen: jobs.
+        processes: how many at a time.
+        seconds: after them none is begun.
+    """
+    wrong, end = {}, time.monotonic() + (math.inf if seconds is None else seconds)
     with ProcessPoolExecutor(processes) as pool:
-        futures = {pool.submit(compile_job, job, folder, key): job for job in chosen}
+        futures = {pool.submit(_unless_late, end, job, folder, key): job for job in chosen}
         for future in as_completed(futures):
             if said := future.result():
                 wrong[futures[future]] = said
+    return wrong
+
+
+def _unless_late(end, *arguments):
+    return compile_job(*arguments) if time.monotonic() < end else "out of time"
+
+
+def fill(folder, key, chosen, processes):
+    """`compile_all` into a folder of its own, to be carried elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"triton": triton.__version__, "key": _short(key)}
+    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    wrong = compile_all(folder, key, chosen, processes)
     for path in folder.glob("*/*.source"):  # of no use but to read
         path.unlink()
-    about = {"triton": triton.__version__, "key": _short(key), "kernels": len(kernels(folder))}
-    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     return wrong
 
 
@@ -215,7 +243,7 @@ def install(folder):
         names = json.loads(path.read_text())["child_paths"]
         places = {name: str(path.parent / name) for name in names}
         path.write_text(json.dumps({"child_paths": places}))
-    said = f"{about['kernels']} compiled kernels of triton {about['triton']}"
+    said = f"{len(kernels(folder))} compiled kernels of triton {about['triton']}"
     if _short(key_of_triton()) == about["key"]:
         return f"{said}, which this Triton ({triton.__version__}) finds"
     return f"{said}, for another build than this ({triton.__version__}): none will be found"

@@ -63,8 +63,9 @@ def variants():
     """A part that times all programs that a shape admits."""
     script = f"{HERE}/variants.py"
     given = ("--output", "{output}-variants.json", "--seconds", "{seconds}")
+    given += ("--processes", str(PROCESSES))
     what = "wide heads and few small ones: every program that can run them, side by side"
-    return Part("variants", what, 50, python(script, *given), "-variants.json", (script,))
+    return Part("variants", what, 80, python(script, *given), "-variants.json", (script,))
 
 
 def model(name):

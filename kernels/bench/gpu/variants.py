@@ -41,8 +41,11 @@ def candidates(workload):
 
     tokens, key_dim = workload.inputs["q"].shape[1], workload.inputs["q"].shape[-1]
     found = {SHIPPED: {}}
-    warps = (4, 8) if key_dim > 128 else (4,)
-    programs = itertools.product((64, 32) if key_dim > 128 else (64,), (32, 64, 128), warps, (2, 3))
+    if key_dim > 128:
+        programs = [*itertools.product((64,), (32, 64, 128), (4, 8), (2, 3))]
+        programs += itertools.product((32,), (32, 64, 128), (4,), (2,))
+    else:
+        programs = itertools.product((64,), (32, 64, 128), (4,), (2, 3))
     configs = {
         f"chunk {chunk}, slice {width}, {num_warps} warps, {stages} stages": {
             "scan": Config(chunk, width, num_warps, stages)
@@ -58,7 +61,7 @@ def candidates(workload):
     # Both at once where one launch has too few programs for a device.
     if workload.inputs["q"].shape[0] * workload.inputs["q"].shape[2] < 132:
         for (a, cut), (b, config) in itertools.product(cuts.items(), configs.items()):
-            if "1 segment" != a:
+            if a != "1 segment":
                 found[f"{a}, {b}"] = cut | config
     return found
 
@@ -137,6 +140,7 @@ def main(arguments=None):
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--seconds", type=float, default=300, help="no program starts after them")
     parser.add_argument("--output", type=Path, help="result file")
+    parser.add_argument("--processes", type=int, default=0, help="compile in so many first")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to test this script")
     options = parser.parse_args(arguments)
@@ -147,8 +151,15 @@ def main(arguments=None):
     names = [name for name in SHAPES if options.only in name]
     if not names:
         parser.error(f"no shape's name contains {options.only!r}; there are: {', '.join(SHAPES)}.")
-    device = Cpu() if options.device == "cpu" else Gpu(torch.device("cuda", 0))
     deadline = time.perf_counter() + options.seconds
+    if options.processes:
+        from zoo.kernels.bench.gpu import compiled_ahead
+
+        # Before this process has the device: those that compile need none.
+        jobs = compiled_ahead.variants_of(names)
+        cache, key = compiled_ahead.triton.knobs.cache.dir, compiled_ahead.key_of_triton()
+        compiled_ahead.compile_all(cache, key, jobs, options.processes, options.seconds / 2)
+    device = Cpu() if options.device == "cpu" else Gpu(torch.device("cuda", 0))
     return 0 if run(device, names, options.output, deadline, options.smoke) else 1
 
 
