@@ -4,6 +4,7 @@ Kernels run in Triton's interpreter where there is no GPU. It decides when trito
 """
 
 import gc
+import logging
 import os
 
 import pytest
@@ -12,6 +13,10 @@ from forks import Forks
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# pytest hangs its handlers on every logger that passes nothing on, and torch describes whatever it
+# traces, graphs and guards, as soon as its log of that has a handler.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_collection_finish():

@@ -259,6 +259,12 @@ def test_a_step_is_compiled_once(architecture, batch):
     torch._dynamo.reset()
 
 
+def test_pytest_does_not_ask_for_what_torch_traces():
+    """Its handlers on that log, which tests/conftest.py keeps off, take a twentieth of tracing."""
+    handlers = logging.getLogger("torch.__trace").handlers
+    assert [x for x in handlers if type(x).__module__.startswith("_pytest")] == []
+
+
 @architectures
 def test_classifier(architecture, tmp_path):
     torch.manual_seed(0)
