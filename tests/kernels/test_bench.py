@@ -236,7 +236,7 @@ def test_fla_gets_the_same_function(monkeypatch):
             assert all(error < 1e-4 for error in errors.values()), (name, side, errors)
 
 
-def test_variants_are_ranked_and_kept(tmp_path, capsys):
+def test_variants_are_ranked_and_kept(tmp_path, capsys, monkeypatch):
     path = tmp_path / "variants.json"
     arguments = ["--device", "cpu", "--smoke", "--only", "retention (8, 1024"]
     arguments += ["--output", str(path)]
@@ -251,6 +251,8 @@ def test_variants_are_ranked_and_kept(tmp_path, capsys):
     before = path.read_text()
     assert variants.main([*arguments, "--seconds", "0"]) == 0  # nothing is left to do
     assert path.read_text() == before
+    monkeypatch.setattr(run, "versions", lambda: {"torch": "another"})
+    assert variants.main([*arguments, "--seconds", "0"]) == 1
 
 
 def test_variants_are_other_programs():

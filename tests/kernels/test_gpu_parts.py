@@ -154,6 +154,15 @@ def test_the_real_parts(capsys, monkeypatch):
     assert "no part's name contains 'nothing'" in capsys.readouterr().err
 
 
+def test_parts_are_told_where_they_are():
+    variables = gpu_parts.environment("cache", SETTING)
+    assert json.loads(variables[testing.SETTING]) == SETTING
+    assert variables["TRITON_CACHE_DIR"] == "cache"
+    assert "TRITON_CACHE_DIR" not in gpu_parts.environment()
+    places = variables["PYTHONPATH"].split(os.pathsep)
+    assert places[:2] == [str(sources.ROOT), str(sources.ROOT / "tests")]
+
+
 def test_a_dry_run_says_what_is_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_parts, "setting", lambda: SETTING)
     chosen = gpu_parts.parts()
@@ -233,7 +242,9 @@ def test_tests_that_passed_are_not_run_again(processes, tmp_path, monkeypatch):
     (tmp_path / "mended").write_text("")
     assert run() == (0, ["lost", "wrong"])
     assert run() == (0, [])
-    # Other tests in the file: all of it again.
+    # Another device or other versions, and other tests in the file: all of it again.
+    monkeypatch.setenv(testing.SETTING, "another")
+    assert len(run()[1]) == 6 and run() == (0, [])
     (tmp_path / "test_x.py").write_text(TESTS + "\n# another\n")
     assert len(run()[1]) == 6
 

@@ -104,12 +104,18 @@ def setting():
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def environment(cache=None):
-    """What every part needs to find: this code, the plugin of the tests, and compiled kernels."""
+def environment(cache=None, setting=None):
+    """What every part needs to find: this code, the plugin of the tests, and compiled kernels.
+
+    Args:
+        cache: folder of Triton's cache, or None for the usual one.
+        setting: what tests pass with, as `setting` gives it.
+    """
     found = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, found)), "OMP_NUM_THREADS": "1"}
     variables |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return variables | ({"TRITON_CACHE_DIR": str(cache)} if cache else {})
+    variables |= {"TRITON_CACHE_DIR": str(cache)} if cache else {}
+    return variables | {testing.SETTING: json.dumps(setting, sort_keys=True)}
 
 
 def slug(device):
@@ -167,7 +173,7 @@ def main(arguments=None):
         options.limit,
         commit(),
         options.again,
-        environment(options.cache and options.cache.resolve()),
+        environment(options.cache and options.cache.resolve(), found),
     )
     if options.output.resolve() == RESULTS and output.with_name(f"{output.name}.json").exists():
         from zoo.kernels.bench.gpu.tables import write_readme

@@ -9,6 +9,7 @@ tests that are left.
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import time
 from zoo.kernels.bench.gpu.sources import ROOT, fingerprint
 
 LOST, NONE_LEFT = 86, 5  # exit statuses: of gpu_passed.py, and pytest's own
+SETTING = "ZOO_GPU_SETTING"  # device and versions as a word: what passed, passed with them
 MOST_LOST = 20  # processes; more than this is no accident of a test
 
 
@@ -23,7 +25,8 @@ def command(mark, record, call, processes, tests):
     """The words of one pytest."""
     words = [sys.executable, "-m", "pytest", "-q", "-m", mark, "-p", "gpu_passed"]
     words += ["--passed-record", str(record), "--passed-call", call]
-    words += ["--passed-sources", fingerprint(), "-p", "no:cacheprovider"]
+    code = fingerprint() + os.environ.get(SETTING, "")
+    words += ["--passed-sources", code, "-p", "no:cacheprovider"]
     if processes > 1 and importlib.util.find_spec("xdist"):
         words += ["-n", str(processes), "--dist", "worksteal"]
     return words + list(tests)

@@ -23,6 +23,7 @@ from zoo.kernels.bench.gpu.checking import DeviceLost, first_line
 from zoo.kernels.bench.gpu.failures import note
 from zoo.kernels.bench.gpu.sources import fingerprint
 from zoo.kernels.bench.gpu.timing import Cpu, Gpu, measure
+from zoo.kernels.bench.run import setting_of
 
 # Short of what is wanted on an H100 first.
 SHAPES = (
@@ -83,9 +84,9 @@ def run(device, names, output, deadline, is_tiny=False):
     """
     code, seconds = fingerprint(), 0.0 if is_tiny else 0.15
     old = json.loads(output.read_text()) if output and output.exists() else {}
-    record = {"device": device.name, "variants": {}}
-    if old.get("device") == device.name:
-        record["variants"] = old["variants"]
+    record = setting_of(device)
+    is_same = all(old.get(key) == value for key, value in record.items())
+    record["variants"] = old["variants"] if is_same else {}
     ceilings = device.ceilings()
     for name in names:
         case = CASES[name]
