@@ -249,6 +249,14 @@ def test_tests_that_passed_are_not_run_again(processes, tmp_path, monkeypatch):
     assert len(run()[1]) == 6
 
 
+def test_side_by_side_where_xdist_is_installed(monkeypatch):
+    words = testing.command("gpu", "record", "call", 8, ["a.py"])
+    assert words[-5:] == ["-n", "8", "--dist", "worksteal", "a.py"]
+    assert "-n" not in testing.command("gpu", "record", "call", 0, ["a.py"])
+    monkeypatch.setattr(testing.importlib.util, "find_spec", lambda _: None)
+    assert "-n" not in testing.command("gpu", "record", "call", 8, ["a.py"])
+
+
 def test_files_of_tests_that_need_a_gpu():
     """All of them, by their texts: those that pytest finds with the mark."""
     names = {path.rpartition("/")[2] for path in testing.files()}
