@@ -58,7 +58,7 @@ compat: $(STAMP)
 gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { \
 		echo "make gpu: the torch of $(PYTHON) sees no GPU" >&2; exit 1; }
-	@PYTHONPATH=. $(PYTHON) kernels/bench/gpu/parts.py $(GPU)
+	@PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) kernels/bench/gpu/parts.py $(GPU)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
