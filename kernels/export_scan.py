@@ -11,7 +11,9 @@ import functools
 import inspect
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.utils import _python_dispatch
 
 
 def chunk_length(time, length):
@@ -55,6 +57,21 @@ def without_autocast(x):
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def by_autograd_alone():
+    """Whether operations run as they are called, followed by nobody but autograd.
+
+    Not so where they are compiled, traced, counted, transformed or differentiated forward: those
+    want operations that they know.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _python_dispatch.is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def by_formula(backward):

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .causal_attention import causal_attention, takes_flash_attention
+
 # Queries per block: a block of C sees a band of C + W - 1 keys, so small blocks waste less of it,
 # and large ones make larger matrix products.
 MIN_BLOCK, MAX_BLOCK = 128, 512
@@ -197,8 +199,6 @@ def windowed_attention(
     _check_bias(q, k, window, sink_logits, delay, distance_bias)
     (length, num_heads), (num_keys, num_groups) = q.shape[1:3], k.shape[1:3]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if block_length is None and window is not None:
-        block_length = min(max(MIN_BLOCK, window // 4), MAX_BLOCK)
     if torch.compiler.is_exporting():
         from .windowed_attention_export import windowed_attention_exported
 
@@ -215,12 +215,15 @@ def windowed_attention(
             distance_bias=distance_bias,
             query_bias=query_bias,
             log_decay=log_decay,
-            block_length=block_length,
+            block_length=block_length or (None if window is None else _block_length(window)),
         )
+    others = (first_key, sinks, sink_logits, distance_bias, query_bias, log_decay, block_length)
+    if not delay and all(x is None for x in others):
+        if takes_flash_attention(q, k, v, window, cu_seqlens):
+            return causal_attention(q, k, v, scale, cu_seqlens, _causal_in_blocks)
     window = num_keys if window is None else window
     dtype = torch.promote_types(q.dtype, torch.float32)
-    if block_length is None:
-        block_length = min(max(MIN_BLOCK, window // 4), MAX_BLOCK)
+    block_length = block_length or _block_length(window)
     older = num_keys - length
     sizes = [min(block_length, length - start) for start in range(0, length, block_length)]
 
@@ -277,6 +280,14 @@ def windowed_attention(
         )
         outputs.append(o_BGRCV.to(v.dtype))
     return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
+
+
+def _block_length(window):
+    return min(max(MIN_BLOCK, window // 4), MAX_BLOCK)
+
+
+def _causal_in_blocks(q, k, v, scale):
+    return windowed_attention(q, k, v, scale=scale, block_length=MAX_BLOCK)
 
 
 def _band_of_bias(bias_HW, first_distance, num_queries, num_keys):

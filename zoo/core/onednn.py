@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils import _python_dispatch
+
+from ..kernels.export_scan import by_autograd_alone
 
 # A call of oneDNN takes 8 microseconds longer to begin than one of MKL.
 LEAST_NUMBERS = 1 << 17
@@ -77,18 +77,13 @@ def run_by_onednn(run, x, width):
 def _may_be_faster(x, width):
     return (
         not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and type(x) is torch.Tensor
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and (width * width >= LEAST_NUMBERS or x.shape[0] * x.shape[1] >= MANY_ROWS)
+        and by_autograd_alone()
         and is_faster_here()
         and torch.backends.mkldnn.enabled
-        # Who counts operations, follows or differentiates them, is given those that all know.
-        and not torch.jit.is_tracing()
-        and not _python_dispatch.is_in_torch_dispatch_mode()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
     )
 
 
