@@ -46,7 +46,9 @@ def candidates(workload):
         programs = [*itertools.product((64,), (32, 64, 128), (4, 8), (2, 3))]
         programs += itertools.product((32,), (32, 64, 128), (4,), (2,))
     else:
-        programs = itertools.product((64,), (32, 64, 128), (4,), (2, 3))
+        programs = [*itertools.product((64,), (32, 64, 128), (4,), (2, 3))]
+    if key_dim <= 64:  # more programs for a device, and fewer chunks one after the other
+        programs += [(64, 16, 4, 2), (128, 16, 8, 2), (128, 32, 8, 2)]
     configs = {
         f"chunk {chunk}, slice {width}, {num_warps} warps, {stages} stages": {
             "scan": Config(chunk, width, num_warps, stages)
