@@ -9,6 +9,12 @@ import torch
 
 from .export_scan import by_autograd_alone, without_autocast
 
+_NAME = "_scaled_dot_product_flash_attention_for_cpu"
+# PyTorch has no public name for them; without, blocks of queries do.
+_flash, _flash_backward = (
+    getattr(torch.ops.aten, name, None) for name in (_NAME, f"{_NAME}_backward")
+)
+
 
 def takes_flash_attention(q, k, v, window, cu_seqlens):
     """Whether `causal_attention` may run, where nothing but scores is in the softmax.
@@ -17,7 +23,8 @@ def takes_flash_attention(q, k, v, window, cu_seqlens):
     """
     sizes = {q.shape[-1], k.shape[-1], v.shape[-1]}
     return (
-        q.device.type == "cpu"
+        None not in (_flash, _flash_backward)
+        and q.device.type == "cpu"
         and q.shape[1] == k.shape[1] > 1
         and len(sizes) == 1
         and (cu_seqlens is None or q.shape[0] == 1)
@@ -58,7 +65,7 @@ def causal_attention(q, k, v, scale, cu_seqlens, in_blocks):
 class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BTHK, k_BTHK, v_BTHV, scale, in_blocks):
-        o_BHTV, log_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        o_BHTV, log_BHT = _flash(
             *(x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV)), 0.0, True, scale=scale
         )
         ctx.scale, ctx.in_blocks = scale, in_blocks
@@ -76,7 +83,5 @@ class _Causal(torch.autograd.Function):
                 found = iter(torch.autograd.grad(o_BTHV, wanted, do_BTHV, create_graph=True))
             return *(next(found) if x else None for x in ctx.needs_input_grad[:3]), None, None
         heads_first = (x.transpose(1, 2) for x in (do_BTHV, q_BTHK, k_BTHK, v_BTHV))
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *heads_first, o_BHTV, log_BHT, 0.0, True, scale=ctx.scale
-        )
+        found = _flash_backward(*heads_first, o_BHTV, log_BHT, 0.0, True, scale=ctx.scale)
         return *(x.transpose(1, 2) for x in found), None, None

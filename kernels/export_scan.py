@@ -11,9 +11,7 @@ import functools
 import inspect
 
 import torch
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.utils import _python_dispatch
 
 
 def chunk_length(time, length):
@@ -63,15 +61,30 @@ def by_autograd_alone():
     """Whether operations run as they are called, followed by nobody but autograd.
 
     Not so where they are compiled, traced, counted, transformed or differentiated forward: those
-    want operations that they know.
+    want operations that they know. Nor where a PyTorch to come no longer says so.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or _python_dispatch.is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return not torch.compiler.is_compiling() and not any(is_one() for is_one in _followers)
+
+
+def _all_followers():
+    """Who else may follow operations: functions that say so, which PyTorch has for itself."""
+    try:
+        from torch.autograd import forward_ad
+        from torch.utils import _python_dispatch
+
+        found = (
+            torch.jit.is_tracing,
+            _python_dispatch.is_in_torch_dispatch_mode,
+            torch._C._are_functorch_transforms_active,
+            lambda: forward_ad._current_level >= 0,
+        )
+        any(is_one() for is_one in found)
+    except (AttributeError, ImportError, TypeError):
+        return (lambda: True,)
+    return found
+
+
+_followers = _all_followers()
 
 
 def by_formula(backward):

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.core import onednn
+from zoo.kernels import export_scan
 
 WIDTH = 384  # 384^2 numbers are worth it in a step
 IDS = torch.arange(12).view(2, 6)
@@ -228,3 +229,11 @@ def test_an_operator_that_has_changed_is_not_taken(monkeypatch):
     for changed in (lambda x, weight, bias: x @ weight.T, lambda x: x, None):
         monkeypatch.setattr(onednn, "product", changed)
         assert not onednn._is_what_we_know()
+
+
+def test_a_pytorch_that_no_longer_says_who_follows(monkeypatch):
+    """Then everyone may: the ordinary operations run."""
+    assert export_scan.by_autograd_alone()
+    monkeypatch.delattr(torch._C, "_are_functorch_transforms_active")
+    monkeypatch.setattr(export_scan, "_followers", export_scan._all_followers())
+    assert not export_scan.by_autograd_alone()
