@@ -30,13 +30,12 @@ WALKED = {
 # those products. Half the width is two heads of the same size, with keys of one where heads share,
 # and what modules give out is as large as at the full width.
 NARROW = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+SHARED = ("num_key_value_heads", "num_key_heads")
 
 
 def fields_of(name, variant, point):
     fields = variants_of(name)[variant]
-    narrow = {}
-    if point == 9:
-        narrow = NARROW | ({"num_key_value_heads": 1} if "num_key_value_heads" in fields else {})
+    narrow = NARROW | {key: 1 for key in SHARED if key in fields} if point == 9 else {}
     return narrow | wider_windows_of(name, fields, point)
 
 
