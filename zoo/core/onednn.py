@@ -47,6 +47,13 @@ def _processor():
 
 
 def product(x, weight, bias):
+    """x W^T + b by oneDNN.
+
+    Args:
+        x: [..., K] float32 on a CPU.
+        weight: W, [N, K], contiguous.
+        bias: b, [N], or None.
+    """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
