@@ -21,15 +21,15 @@ def takes_flash_attention(q, k, v, window, cu_seqlens):
 
     Args: as of `windowed_attention`, all keys the queries' own.
     """
-    sizes = {q.shape[-1], k.shape[-1], v.shape[-1]}
+    # Sizes last: a program that is compiled would be one for such sizes.
     return (
         None not in (_flash, _flash_backward)
         and q.device.type == "cpu"
-        and q.shape[1] == k.shape[1] > 1
-        and len(sizes) == 1
-        and (cu_seqlens is None or q.shape[0] == 1)
         and type(q) is type(k) is type(v) is torch.Tensor
         and by_autograd_alone()
+        and q.shape[1] == k.shape[1] > 1
+        and q.shape[-1] == k.shape[-1] == v.shape[-1]
+        and (cu_seqlens is None or q.shape[0] == 1)
         and (window is None or window >= _longest(q, cu_seqlens))
     )
 

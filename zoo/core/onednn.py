@@ -82,13 +82,14 @@ def run_by_onednn(run, x, width):
 
 
 def _may_be_faster(x, width):
+    # Sizes last: a program that is compiled would be one for so many rows.
     return (
         not torch.is_grad_enabled()
         and type(x) is torch.Tensor
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and (width * width >= LEAST_NUMBERS or x.shape[0] * x.shape[1] >= MANY_ROWS)
         and by_autograd_alone()
+        and (width * width >= LEAST_NUMBERS or x.shape[0] * x.shape[1] >= MANY_ROWS)
         and is_faster_here()
         and torch.backends.mkldnn.enabled
     )
