@@ -46,7 +46,7 @@ RESULTS = HERE / "results" / "models.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TASKS = tuple(tables.COLUMNS)
 # Rounds of prefill, of decoding one text and eight (4 tokens each), of training, by layers.
-ROUNDS = {2: (3, 3, 2, 2), 6: (4, 8, 4, 2), 12: (2, 4, 2, 1)}
+ROUNDS = {2: (3, 3, 2, 2), 6: (4, 8, 4, 2), 12: (2, 4, 2, 2)}
 
 
 def device():
