@@ -31,8 +31,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .autograd_rules import by_formula
 from .delta_recurrence_sizes import CHUNK_LENGTH, MAX_KERNEL_DIM
-from .export_scan import by_formula
 from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence import (
     _walk_dense,

@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 import torch
 
+from .autograd_rules import by_formula
 from .dilated_branches import branches_of
-from .export_scan import by_formula
 from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence import accumulator_dtype, check_boundaries, choose_backend
 

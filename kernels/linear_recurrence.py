@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from .export_scan import by_formula
+from .autograd_rules import by_formula
 from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence_channels import channel_scan
 from .recurrence_steps import is_plain_step, linear_recurrence_step

@@ -17,7 +17,7 @@ decays are multiplied and never divided, log decays are not even added up, and n
 import torch
 import torch.nn.functional as F
 
-from .export_scan import by_formula
+from .autograd_rules import by_formula
 
 
 def channel_scan(q_NHCK, k_NHCK, v_NHCV, log_decay_NHCK, bonus_HK, state_NHKV, counts):

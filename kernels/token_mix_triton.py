@@ -9,7 +9,7 @@ so rows of a tile are read once more, one further, which caches have. dmu is the
 tokens: each program sums those of its own, and the shares are added up at the end.
 
 Each operand moves once: 1 + N rows of D numbers forward, 2 + N backward, and 2 N more with
-corrections; PyTorch's operations move 4 + 3 N and 4 + 15 N.
+corrections; PyTorch's operations move 4 + 3 N and 10 + 16 N.
 """
 
 import functools

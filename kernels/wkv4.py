@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .export_scan import by_formula
+from .autograd_rules import by_formula
 from .known_calls import KnownCalls, can_be_known, form
 from .linear_recurrence import (
     accumulator_dtype,

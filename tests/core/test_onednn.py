@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.core import onednn
-from zoo.kernels import export_scan
+from zoo.kernels import autograd_rules
 
 WIDTH = 384  # 384^2 numbers are worth it in a step
 IDS = torch.arange(12).view(2, 6)
@@ -233,7 +233,7 @@ def test_an_operator_that_has_changed_is_not_taken(monkeypatch):
 
 def test_a_pytorch_that_no_longer_says_who_follows(monkeypatch):
     """Then everyone may: the ordinary operations run."""
-    assert export_scan.by_autograd_alone()
+    assert autograd_rules.by_autograd_alone()
     monkeypatch.delattr(torch._C, "_are_functorch_transforms_active")
-    monkeypatch.setattr(export_scan, "_followers", export_scan._all_followers())
-    assert not export_scan.by_autograd_alone()
+    monkeypatch.setattr(autograd_rules, "_followers", autograd_rules._all_followers())
+    assert not autograd_rules.by_autograd_alone()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.export_scan import by_formula
+from ..kernels.autograd_rules import by_formula
 
 
 def is_plain_linear(head):

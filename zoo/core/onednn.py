@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.export_scan import by_autograd_alone
+from ..kernels.autograd_rules import by_autograd_alone
 
 # A call of oneDNN takes 8 microseconds longer to begin than one of MKL.
 LEAST_NUMBERS = 1 << 17

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from ..kernels.export_scan import by_autograd_alone
+from ..kernels.autograd_rules import by_autograd_alone
 from ..kernels.windowed_attention import document_of_token
 
 

@@ -28,7 +28,8 @@ from torch import nn
 from transformers import initialization as init
 
 from ..core.base import Constant
-from ..kernels.export_scan import by_formula, without_autocast
+from ..kernels.autograd_rules import by_formula
+from ..kernels.export_scan import without_autocast
 from .decay_slopes import alibi_slopes
 
 

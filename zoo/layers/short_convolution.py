@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from ..core.state import StateSpec
 from ..core.tails import tail, tails_of_left
-from ..kernels.export_scan import by_formula
+from ..kernels.autograd_rules import by_formula
 from ..kernels.linear_recurrence import accumulator_dtype
 from ..kernels.recurrence_steps import takes_plain_step
 from ..kernels.windowed_attention import document_of_token

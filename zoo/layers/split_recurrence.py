@@ -16,8 +16,8 @@ import torch
 
 from ..core.exchange import scan
 from ..core.tails import tail
+from ..kernels.autograd_rules import by_formula
 from ..kernels.delta_recurrence import delta_recurrence
-from ..kernels.export_scan import by_formula
 from ..kernels.linear_recurrence import accumulator_dtype, linear_recurrence
 from ..kernels.recurrence_steps import (
     delta_recurrence_step,
@@ -127,18 +127,17 @@ class _FinalState(torch.autograd.Function):
     @by_formula
     def backward(ctx, du_BHKV, dtotal_BHX):
         k_BLHK, v_BLHV, gates_BLHX = ctx.saved_tensors
-        with torch.autocast(k_BLHK.device.type, enabled=False):
-            kept_BLHX, _ = _kept_until_end(gates_BLHX, ctx.dtype)
-            dv_BLHV = torch.einsum("blhk,bhkv->blhv", k_BLHK * kept_BLHX, du_BHKV)
-            dk_BLHK = torch.einsum("blhv,bhkv->blhk", v_BLHV.to(ctx.dtype), du_BHKV)
-            dk_BLHK *= kept_BLHX
-            dgates_BLHX = None
-            if ctx.needs_input_grad[2]:
-                ds_BLHX = k_BLHK * dk_BLHK
-                if gates_BLHX.shape[-1] == 1:
-                    ds_BLHX = ds_BLHX.sum(-1, keepdim=True)
-                dgates_BLHX = torch.cat([dtotal_BHX[:, None], ds_BLHX[:, :-1]], dim=1).cumsum(1)
-                dgates_BLHX = dgates_BLHX.to(gates_BLHX.dtype)
+        kept_BLHX, _ = _kept_until_end(gates_BLHX, ctx.dtype)
+        dv_BLHV = torch.einsum("blhk,bhkv->blhv", k_BLHK * kept_BLHX, du_BHKV)
+        dk_BLHK = torch.einsum("blhv,bhkv->blhk", v_BLHV.to(ctx.dtype), du_BHKV)
+        dk_BLHK *= kept_BLHX
+        dgates_BLHX = None
+        if ctx.needs_input_grad[2]:
+            ds_BLHX = k_BLHK * dk_BLHK
+            if gates_BLHX.shape[-1] == 1:
+                ds_BLHX = ds_BLHX.sum(-1, keepdim=True)
+            dgates_BLHX = torch.cat([dtotal_BHX[:, None], ds_BLHX[:, :-1]], dim=1).cumsum(1)
+            dgates_BLHX = dgates_BLHX.to(gates_BLHX.dtype)
         return dk_BLHK.to(k_BLHK.dtype), dv_BLHV.to(v_BLHV.dtype), dgates_BLHX, None
 
 
