@@ -1,12 +1,15 @@
 """Attention of every query to all keys of its document up to its own, on a CPU.
 
 PyTorch's flash attention, which computes no score twice and keeps none: a third of the time that
-blocks of queries take after 4,096 tokens, two thirds after 1,024. It works in float32 at least, as
-the blocks of `windowed_attention` do. It has no second gradient: there the blocks come in.
+blocks of queries take after 4,096 tokens, two thirds after 1,024. Where oneDNN's products are much
+faster than those that it is made of, `attention_by_head` takes two thirds of its time. Both work in
+float32 at least, as the blocks of `windowed_attention` do. Neither has a second gradient: there the
+blocks come in.
 """
 
 import torch
 
+from .attention_by_head import attend, attend_gradients, heads_first, takes_blocks_by_head
 from .autograd_rules import by_autograd_alone
 from .export_scan import without_autocast
 
@@ -54,13 +57,19 @@ def causal_attention(q, k, v, scale, cu_seqlens, in_blocks):
     repeats = q.shape[2] // k.shape[2]
     lengths = [q.shape[1]] if cu_seqlens is None else [n for n in cu_seqlens.diff().tolist() if n]
     with without_autocast(q):
-        q, own_k, own_v = (x.to(dtype) for x in (q, k, v))
-        if repeats > 1:
-            own_k, own_v = (x.repeat_interleave(repeats, dim=2) for x in (own_k, own_v))
-        documents = zip(*(x.split(lengths, dim=1) for x in (q, own_k, own_v)), strict=True)
-        outputs = [_Causal.apply(*document, scale, in_blocks) for document in documents]
+        own = (x.to(dtype) for x in (q, k, v))
+        documents = zip(*(x.split(lengths, dim=1) for x in own), strict=True)
+        outputs = [_of_document(*document, repeats, scale, in_blocks) for document in documents]
         o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return o.to(v.dtype)
+
+
+def _of_document(q, k, v, repeats, scale, in_blocks):
+    if takes_blocks_by_head(q, k, v, q.shape[1], k.shape[1]):
+        return _ByHead.apply(q, k, v, scale, in_blocks)
+    if repeats > 1:
+        k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+    return _Causal.apply(q, k, v, scale, in_blocks)
 
 
 class _Causal(torch.autograd.Function):
@@ -76,13 +85,50 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do_BTHV):
         q_BTHK, k_BTHK, v_BTHV, o_BHTV, log_BHT = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants gradients of these gradients
-            inputs = q_BTHK, k_BTHK, v_BTHV
-            wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad) if needed]
-            with without_autocast(q_BTHK):
-                o_BTHV = ctx.in_blocks(*inputs, ctx.scale)
-                found = iter(torch.autograd.grad(o_BTHV, wanted, do_BTHV, create_graph=True))
-            return *(next(found) if x else None for x in ctx.needs_input_grad[:3]), None, None
-        heads_first = (x.transpose(1, 2) for x in (do_BTHV, q_BTHK, k_BTHK, v_BTHV))
-        found = _flash_backward(*heads_first, o_BHTV, log_BHT, 0.0, True, scale=ctx.scale)
+        if torch.is_grad_enabled():
+            return _in_blocks(ctx, do_BTHV)
+        tensors = (x.transpose(1, 2) for x in (do_BTHV, q_BTHK, k_BTHK, v_BTHV))
+        found = _flash_backward(*tensors, o_BHTV, log_BHT, 0.0, True, scale=ctx.scale)
         return *(x.transpose(1, 2) for x in found), None, None
+
+
+class _ByHead(torch.autograd.Function):
+    """The same for keys and values [B, T, G, K or V] that heads may share."""
+
+    @staticmethod
+    def forward(ctx, q_BTHK, k_BTGK, v_BTGV, scale, in_blocks):
+        q_NTK, k_MTK, v_MTV = _laid_out(q_BTHK, k_BTGK, v_BTGV, scale)
+        o_NTV, _ = attend(q_NTK, k_MTK, v_MTV, is_causal=True)
+        ctx.scale, ctx.in_blocks = scale, in_blocks
+        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGV, o_NTV)
+        return _as_given(o_NTV, q_BTHK)
+
+    @staticmethod
+    def backward(ctx, do_BTHV):
+        *inputs, o_NTV = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _in_blocks(ctx, do_BTHV)
+        found = attend_gradients(
+            *_laid_out(*inputs, ctx.scale), o_NTV, heads_first(do_BTHV), is_causal=True
+        )
+        dq, dk, dv = (_as_given(dx, x) for dx, x in zip(found, inputs, strict=True))
+        return dq * ctx.scale, dk, dv, None, None
+
+
+def _laid_out(q_BTHK, k_BTGK, v_BTGV, scale):
+    return heads_first(q_BTHK, scale), heads_first(k_BTGK), heads_first(v_BTGV)
+
+
+def _as_given(x_NTK, like_BTHK):
+    """Rows and heads [B H, T, ...] to [B, T, H, ...]."""
+    return x_NTK.unflatten(0, (like_BTHK.shape[0], -1)).transpose(1, 2)
+
+
+def _in_blocks(ctx, do_BTHV):
+    """Gradients that have gradients."""
+    inputs = ctx.saved_tensors[:3]
+    wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad) if needed]
+    with without_autocast(do_BTHV):
+        o_BTHV = ctx.in_blocks(*inputs, ctx.scale)
+        found = iter(torch.autograd.grad(o_BTHV, wanted, do_BTHV, create_graph=True))
+    return *(next(found) if x else None for x in ctx.needs_input_grad[:3]), None, None

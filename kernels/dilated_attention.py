@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 
+from .attention_by_head import attend, attend_gradients, takes_blocks_by_head
 from .autograd_rules import by_formula
 from .dilated_branches import branches_of
 from .known_calls import KnownCalls, can_be_known, form
@@ -562,6 +563,10 @@ def _is_fused(x):
 
 def _softmax_attention(q, k, v, scale):
     """PyTorch's fused attention on a CPU, with its logarithms; elsewhere written out, in blocks."""
+    if takes_blocks_by_head(q, k, v, q.shape[2], k.shape[2]):
+        inputs = (q * scale).flatten(0, 1), *(x.flatten(0, 1).contiguous() for x in (k, v))
+        found = attend(*inputs, is_causal=True, wants_log=True)
+        return tuple(x.unflatten(0, q.shape[:2]) for x in found)
     if _is_fused(q):
         is_causal, mask = _fused_mask(q, k)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -574,6 +579,11 @@ def _softmax_attention(q, k, v, scale):
 
 
 def _softmax_attention_backward(q, k, v, grad_o, o, log, scale):
+    if takes_blocks_by_head(q, k, v, q.shape[2], k.shape[2]):
+        inputs = [x.flatten(0, 1).contiguous() for x in (q * scale, k, v, o, grad_o)]
+        found = attend_gradients(*inputs, is_causal=True, log_NT=log.flatten(0, 1))
+        dq, dk, dv = (x.unflatten(0, q.shape[:2]) for x in found)
+        return dq * scale, dk, dv
     if _is_fused(q):
         is_causal, mask = _fused_mask(q, k)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -11,13 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.core import onednn
-from zoo.kernels import autograd_rules
+from zoo.kernels import autograd_rules, host_products
 
 WIDTH = 384  # 384^2 numbers are worth it in a step
 IDS = torch.arange(12).view(2, 6)
 
 pytestmark = pytest.mark.skipif(
-    not onednn._is_what_we_know(), reason="this PyTorch was built without oneDNN"
+    not host_products._is_what_we_know(), reason="this PyTorch was built without oneDNN"
 )
 
 
@@ -220,15 +220,15 @@ def test_a_model_is_pickled_as_before(model):
 def test_where_it_is_faster(monkeypatch, capability, processor, is_faster):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(onednn, "_processor", lambda: processor)
-    assert onednn.is_faster_here.__wrapped__() is is_faster
+    monkeypatch.setattr(host_products, "_processor", lambda: processor)
+    assert host_products.is_faster_here.__wrapped__() is is_faster
 
 
 def test_an_operator_that_has_changed_is_not_taken(monkeypatch):
-    assert onednn._is_what_we_know()
+    assert host_products._is_what_we_know()
     for changed in (lambda x, weight, bias: x @ weight.T, lambda x: x, None):
-        monkeypatch.setattr(onednn, "product", changed)
-        assert not onednn._is_what_we_know()
+        monkeypatch.setattr(host_products, "product", changed)
+        assert not host_products._is_what_we_know()
 
 
 def test_a_pytorch_that_no_longer_says_who_follows(monkeypatch):

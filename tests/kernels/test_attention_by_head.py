@@ -1,0 +1,141 @@
+"""Attention by head on a CPU: who takes it, and that it is the same."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.kernels import attention_by_head as module
+from zoo.kernels import causal_attention, dilated_attention, host_products
+from zoo.kernels.dilated_attention import dilated_attention_reference
+from zoo.kernels.windowed_attention import windowed_attention, windowed_attention_reference
+
+PACKED = torch.tensor([0, 1, 1, 38, 60])
+pytestmark = pytest.mark.skipif(
+    not host_products._is_what_we_know(), reason="this PyTorch was built without oneDNN"
+)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Calls of both passes, of any size and on any processor, in blocks of 16 queries."""
+    calls = []
+    monkeypatch.setattr(module, "is_faster_here", lambda: True)
+    monkeypatch.setattr(module, "BLOCK", 16)
+    for name in ("LEAST_QUERIES", "LEAST_WIDTH"):
+        monkeypatch.setattr(module, name, 8)
+    for owner in (causal_attention, dilated_attention):
+        for name in ("attend", "attend_gradients"):
+            run = getattr(owner, name)
+
+            def counted(*args, run=run, name=name, **kwargs):
+                calls.append(name)
+                return run(*args, **kwargs)
+
+            monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def inputs(dtype=torch.float32, rows=2, time=60, heads=4, groups=2, width=8):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(rows, time, n, width, generator=generator, dtype=torch.float64).to(dtype)
+        for n in (heads, groups, groups)
+    ]
+
+
+def values_and_gradients(function, x, *args, **keyword):
+    x = [value.detach().clone().requires_grad_() for value in x]
+    o = function(*x, *args, **keyword)
+    cotangent = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(o.dtype)
+    return [o.detach(), *torch.autograd.grad(o, x, cotangent)]
+
+
+def errors(found, exact):
+    return [
+        ((x.double() - right).norm() / right.norm()).item()
+        for x, right in zip(found, exact, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["dense", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_attention(calls, dtype, cu_seqlens, groups):
+    """As precise as blocks of queries by PyTorch's operations."""
+    x = inputs(dtype, rows=2 if cu_seqlens is None else 1, groups=groups)
+    keyword = {"cu_seqlens": cu_seqlens, "scale": 0.3}
+    exact = values_and_gradients(windowed_attention_reference, [y.double() for y in x], **keyword)
+    blocks = values_and_gradients(windowed_attention, x, block_length=32, **keyword)
+    assert calls == []
+    found = values_and_gradients(windowed_attention, x, **keyword)
+    documents = 1 if cu_seqlens is None else 2  # those of 8 queries or more
+    assert calls == ["attend"] * documents + ["attend_gradients"] * documents
+    assert [y.dtype for y in found] == [dtype] * 4
+    for error, allowed in zip(errors(found, exact), errors(blocks, exact), strict=True):
+        assert error <= (2 if dtype == torch.float32 else 1.02) * allowed
+    with torch.no_grad():
+        assert torch.equal(windowed_attention(*x, **keyword), found[0])
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("decay", [False, True])
+def test_dilated_attention(calls, monkeypatch, decay, weights):
+    """Queries that are the last of more slots, and a softmax of which these keys are a part."""
+    monkeypatch.setattr(dilated_attention, "_block_size", lambda rate: 24)
+    x, branches = inputs(time=90, groups=4), ([16, 64, 128], [1, 2, 4])
+    keyword = {"weight_gradient": weights}
+    if decay:
+        keyword["log_decay"] = -torch.linspace(0.001, 0.05, 8)
+    wide = [y.double() for y in x]
+    own = dict(keyword, **({"log_decay": keyword["log_decay"].double()} if decay else {}))
+    exact = values_and_gradients(dilated_attention_reference, wide, *branches, **own)
+    found = values_and_gradients(dilated_attention.dilated_attention, x, *branches, **keyword)
+    assert calls.count("attend") == calls.count("attend_gradients") > 2
+    assert max(errors(found, exact)) < 1e-6
+
+
+def test_gradients_of_gradients(calls):
+    def penalty(**keyword):
+        x = [y.requires_grad_() for y in inputs()]
+        o = windowed_attention(*x, **keyword)
+        gradients = torch.autograd.grad(o.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(sum(y.square().sum() for y in gradients), x)
+
+    for one, other in zip(penalty(), penalty(block_length=32), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert calls == ["attend", "attend_gradients"]  # the last one is of o itself
+
+
+def test_a_frozen_operand(calls):
+    q, k, v = inputs()
+    o = windowed_attention(q, k.requires_grad_(), v)
+    (found,) = torch.autograd.grad(o.sum(), k)
+    (expected,) = torch.autograd.grad(windowed_attention(q, k, v, block_length=32).sum(), k)
+    torch.testing.assert_close(found, expected)
+    assert calls == ["attend", "attend_gradients"]
+
+
+def test_scores_that_no_exponential_holds(calls):
+    q, k, v = inputs()
+    found = windowed_attention(q * 100, k * 100, v)
+    torch.testing.assert_close(found, windowed_attention_reference(q * 100, k * 100, v))
+    assert calls == ["attend"]
+
+
+def test_who_is_left_alone(calls, monkeypatch):
+    x = inputs()
+    windowed_attention(*inputs(torch.float64))
+    windowed_attention(*inputs(time=7))
+    windowed_attention(*inputs(width=4))
+    with FlopCounterMode(display=False) as counter:
+        windowed_attention(*x)
+    assert counter.get_total_flops() > 0
+    torch.compile(windowed_attention, backend="eager", fullgraph=True)(*x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        windowed_attention(*x)
+    monkeypatch.setattr(module, "MOST_KEYS", 59)
+    windowed_attention(*x)
+    monkeypatch.setattr(module, "MOST_KEYS", 60)
+    monkeypatch.setattr(module, "is_faster_here", lambda: False)
+    windowed_attention(*x)
+    assert calls == []
