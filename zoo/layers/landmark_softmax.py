@@ -22,6 +22,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.windowed_attention import attention_step_to_all
+from .landmark_by_head import attend_to_all_by_head, takes_all_by_head
 from .positions import rotate
 
 # In a piece, of scores or of keys that were picked; on a GPU, whose memory is not a cache, more.
@@ -46,6 +47,16 @@ def attend_to_all(q, k, v, clock, scale, first=None):
     Returns:
         [B, Q, H, V] in v's dtype.
     """
+    if takes_all_by_head(q, k, v, first):
+
+        def otherwise(q, k, v):
+            return _all_in_pieces(q, k, v, clock, scale, first)
+
+        return attend_to_all_by_head(q, k, v, scale, first, otherwise)
+    return _all_in_pieces(q, k, v, clock, scale, first)
+
+
+def _all_in_pieces(q, k, v, clock, scale, first):
     batch, num_blocks, size = k.shape[:3]
     per_query = batch * q.shape[2] * num_blocks * size
     if q.device.type == "cpu":
