@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import weakref
 from pathlib import Path
 
 
@@ -111,6 +112,9 @@ def _serve():
     for module in sys.argv[1:]:
         importlib.import_module(module)
     gc.freeze()  # a fork's collector would write to all of it, and so copy it
+    # Nor does a fork take apart, as it ends, what it has not made: torch's hundreds of operators.
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False
     ended, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)

@@ -44,6 +44,8 @@ from zoo.kernels.launch_triton import TARGETS, recording
 
 HERE = Path(__file__).resolve().parent
 TABLE = HERE / "resources.json"
+# So many are compiled in less time than another process takes to import what compiles them.
+FEW = 10
 
 
 def collect(cases, targets=TARGETS):
@@ -58,7 +60,9 @@ def collect(cases, targets=TARGETS):
 
 
 def compile_all(jobs, processes=2):
-    """{job: figures}, in the order of `jobs`, compiled in other processes."""
+    """{job: figures}, in the order of `jobs`, compiled in other processes if they are many."""
+    if len(jobs) <= FEW:
+        return {job: compile_job(job) for job in jobs}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(jobs) or 1), mp_context=context) as pool:
         return dict(zip(jobs, pool.map(compile_job, jobs), strict=True))

@@ -32,23 +32,24 @@ print(found)
 """
 
 
-def run(code, *words, cache=None):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
-    environment["PYTHONPATH"] = str(compiled_ahead.ROOT)
-    if cache:
-        environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, *(("-c", code) if code else ()), *map(str, words)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    return child.stdout.splitlines()
+JOBS = """
+from zoo.kernels.bench.gpu.compiled_ahead import jobs
+print(*jobs(), sep="\\n")
+"""
 
 
 @pytest.mark.slow
-def test_another_process_finds_them(tmp_path):
+def test_another_process_finds_them(tmp_path, compilers):
     """Also where the folder was moved; and not where another Triton made them."""
     here, there = tmp_path / "here", tmp_path / "there"
-    words = compiled_ahead.__file__, here, "--only", f"case {CASE}", "--processes", "1"
-    said = run(None, *words)
+    words = compiled_ahead.__file__, str(here), "--only", f"case {CASE}", "--processes", "1"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
+    environment["PYTHONPATH"] = str(compiled_ahead.ROOT)
+    child = subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    said = child.stdout.splitlines()
     assert said[-1].startswith("1 kernels, ")
     shutil.move(here, there)
     about = json.loads((there / compiled_ahead.ABOUT).read_text())
@@ -58,12 +59,15 @@ def test_another_process_finds_them(tmp_path):
     target = json.loads(made.read_text())["target"]
     assert (target["backend"], target["arch"]) == ("cuda", 90)
     assert not list(there.rglob("*.source"))
-    told, found = run(FINDS, there, CASE, cache=there)
+    finds = tmp_path / "finds.py"
+    finds.write_text(FINDS)
+    cache = {"TRITON_CACHE_DIR": str(there)}
+    told, found = compilers(finds, there, CASE, **cache).splitlines()
     assert told.endswith("finds") and found == "[True]"
     # It could not have compiled in silence: another key, and it is compiled anew.
     kernel.rename(kernel.with_name("A" * len(kernel.name)))
     (there / compiled_ahead.ABOUT).write_text(json.dumps(about | {"key": "other"}))
-    told, found = run(FINDS, there, CASE, cache=there)
+    told, found = compilers(finds, there, CASE, **cache).splitlines()
     assert told.endswith("none will be found") and found == "[False]"
 
 
@@ -98,10 +102,10 @@ def test_the_key_of_another_triton(tmp_path):
 
 
 @pytest.mark.slow
-def test_jobs_are_cases_variants_and_tests():
+def test_jobs_are_cases_variants_and_tests(tmp_path, compilers):
     """All shapes of the tests, none of those that ask the device."""
-    code = "from zoo.kernels.bench.gpu.compiled_ahead import jobs; print(*jobs(), sep='\\n')"
-    lines = run(code)
+    (tmp_path / "jobs.py").write_text(JOBS)
+    lines = compilers(tmp_path / "jobs.py").splitlines()
     kinds = [line.split("'")[1] for line in lines]
     assert {"case", "variant", "test"} == set(kinds) and kinds.count("test") > 90
     assert any("(8, 2048, 32, 256): chunk 64, slice 128, 8 warps, 3 stages" in x for x in lines)

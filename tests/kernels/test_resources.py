@@ -5,9 +5,7 @@ process for all tests.
 """
 
 import json
-import os
-import subprocess
-import sys
+import pickle
 import tempfile
 import warnings
 from pathlib import Path
@@ -170,16 +168,12 @@ def what_is_kept():
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    code = "import test_resources; test_resources.compile_the_kernels_above()"
-    child = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-    return json.loads(child.stdout.splitlines()[-1])
+def results(tmp_path_factory, compilers):
+    folder = tmp_path_factory.mktemp("triton")
+    script = folder / "script.py"
+    script.write_text("import test_resources; test_resources.compile_the_kernels_above()")
+    output = compilers(script, TRITON_CACHE_DIR=str(folder))
+    return json.loads(output.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -309,6 +303,31 @@ def test_the_table_is_written_a_line_each(tmp_path, monkeypatch):
     assert sum("registers" in line for line in text.splitlines()) == 2
 
 
+def test_many_are_compiled_by_other_processes(monkeypatch):
+    """To which jobs and what compiles them can be sent."""
+    sent = []
+
+    class Pool:
+        def __init__(self, processes, mp_context):
+            assert processes == 2 and mp_context.get_start_method() == "spawn"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def map(self, function, jobs):
+            sent.extend(pickle.loads(pickle.dumps((function, jobs)))[1])
+            return [len(sent)] * len(jobs)
+
+    monkeypatch.setattr(resources, "ProcessPoolExecutor", Pool)
+    parts = (("x", "*fp32"),), (("SIZE", 64),), ((0, (("tt.divisibility", 16),)),)
+    jobs = [compiling.Job("a:b", "sm_90", *parts, n, 3, True) for n in range(resources.FEW + 1)]
+    assert resources.compile_all(jobs) == dict.fromkeys(jobs, len(jobs))
+    assert sent == jobs
+
+
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="there is a GPU: it compiles")
 def test_refuses_to_interpret(capsys):
     with pytest.raises(SystemExit):
@@ -317,17 +336,10 @@ def test_refuses_to_interpret(capsys):
 
 
 @pytest.mark.slow
-def test_what_ships_is_clean():
+def test_what_ships_is_clean(compilers):
     """`make aot`, without compiling again what has not changed since compiled.json."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    child = subprocess.run(
-        [sys.executable, Path(__file__).with_name("compiled.py")],
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, (child.stdout + child.stderr)[-5000:]
-    if "\ncompiled: 0 that changed" not in "\n" + child.stdout:
+    output = compilers(Path(__file__).with_name("compiled.py"))
+    if "\ncompiled: 0 that changed" not in "\n" + output:
         warnings.warn(
             "kernels changed and took minutes to compile: `python tests/kernels/compiled.py "
             "--write` keeps what came out.",

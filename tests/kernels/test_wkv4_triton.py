@@ -1,9 +1,6 @@
 """The Triton kernels of `wkv4`, in Triton's interpreter, against the definition in float64."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -345,11 +342,9 @@ def test_offsets_beyond_32_bits(monkeypatch):
     assert worst([y[None]], [expected]) < torch.finfo(torch.bfloat16).eps
 
 
-def test_addresses_are_computed_in_64_bits():
+def test_addresses_are_computed_in_64_bits(compilers):
     """No kernel multiplies in 32 bits, or adds anything of 32 bits to a pointer."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    subprocess.run([sys.executable, __file__], env=environment, check=True)
+    compilers(__file__)
 
 
 def check_addresses():
