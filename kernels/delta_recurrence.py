@@ -253,9 +253,9 @@ def delta_recurrence_chunked(
     Inside a chunk that S enters, with d(j, i) the product of the decays of positions j + 1 to i:
         u_i = d(0, i-1) a_i^T S + sum_{j < i} (a_i d(j, i-1) b_j) u_j + (a_i d(j, i-1) k_j) v_j
         o_i = d(0, i) q_i^T S  + sum_{j <= i} (q_i d(j, i) b_j) u_j   + (q_i d(j, i) k_j) v_j
-    The first line is a unit lower triangular system: u = u0 + W S (the WY form). With it the chunk
-    is linear in S, S' = M S + P, and that product is all that the loop over chunks does; the rest
-    is done for all chunks of all documents at once. Memory grows linearly with T.
+    The first line is a unit lower triangular system. What it needs of S, and what u and v then make
+    of S, is all that the loop over chunks does; the rest is done for all chunks of all documents at
+    once. Memory grows linearly with T.
 
     Args: as `delta_recurrence`, and
         chunk_length: positions per chunk, a power of two; None: `CHUNK_LENGTH`, or less for short
@@ -318,36 +318,36 @@ class _DeltaScan(torch.autograd.Function):
     began, B and K be b and k with the decay until it ends, d the decay over it, ab, ak, qb and qk
     the scores, and M = (I - ab)^-1. Then
 
-        U  = M (A S + ak v) = W S + M ak v,  W = M A
+        U  = M (A S + ak v)
         o  = Q S + qb U + qk v
-        S' = d S + B^T U + K^T v             = (d + B^T W) S + B^T M ak v + K^T v
+        S' = d S + B^T U + K^T v
 
     and against the direction of time, with dS' the gradient that comes from later chunks,
 
-        dS = (d + B^T W)^T dS' + (Q + qb W)^T do
-        dU = qb^T do + B dS'     dR = M^T dU     dv = qk^T do + K dS' + ak^T dR
+        dR = M^T (B dS' + qb^T do)           dS = d dS' + A^T dR + Q^T do
+        dv = qk^T do + K dS' + ak^T dR
         dA = dR S^T              dQ = do S^T     dB = U dS'^T     dK = v dS'^T
         d(ab) = dR U^T           d(ak) = dR v^T  d(qb) = do U^T   d(qk) = do v^T
 
-    Only S and dS need a loop. `_scores_gradient` goes on from the last two lines.
+    Only U and S, and dR and dS, need a loop. `_scores_gradient` goes on from the last two lines.
     """
 
     @staticmethod
     def forward(ctx, readers, writers, v_NHCV, gates, state_NHKV, counts):
-        chunk = _solve(readers, writers, gates)
-        u_NHCV = chunk.inverse @ (chunk.ak @ v_NHCV)
-        w_NHCK = chunk.inverse @ chunk.a
-        update_NHKV = chunk.b.mT @ u_NHCV + chunk.k.mT @ v_NHCV
+        # Without gradients, nobody looks at these again.
+        chunk = _solve(readers, writers, gates, is_last=not any(ctx.needs_input_grad))
+        written = torch.stack([v_NHCV, v_NHCV], dim=3)
         entering, finished = [], []
-        steps = _transition(chunk, w_NHCK).split(counts), update_NHKV.split(counts), counts
-        for transition, update, count in zip(*steps, strict=True):
+        steps = (chunk.ak @ v_NHCV, chunk.a, chunk.inverse, chunk.writers.mT, written)
+        decays = _split(chunk.decay, counts)
+        for *step, d, count in zip(*(x.split(counts) for x in steps), decays, counts, strict=True):
             finished.append(state_NHKV[count:])
             state_NHKV = state_NHKV[:count]
             entering.append(state_NHKV)
-            state_NHKV = (transition @ state_NHKV).add_(update)
-        entering_NHKV = torch.cat(entering)
-        o_NHCV = chunk.qb @ u_NHCV + chunk.qk @ v_NHCV
-        o_NHCV += (chunk.q + chunk.qb @ w_NHCK) @ entering_NHKV
+            state_NHKV = _step(*step, d, state_NHKV)
+        entering_NHKV, written = torch.cat(entering), written.flatten(2, 3)
+        o_NHCV = chunk.q_scores @ written
+        o_NHCV += chunk.q @ entering_NHKV
         ctx.counts = counts
         ctx.save_for_backward(readers, writers, v_NHCV, gates, entering_NHKV)
         # Documents leave the walk shortest first.
@@ -359,27 +359,26 @@ class _DeltaScan(torch.autograd.Function):
         readers, writers, v_NHCV, gates, state_NHKV = ctx.saved_tensors
         counts, levels = ctx.counts, []
         chunk = _solve(readers, writers, gates, levels)
-        w_NHCK = chunk.inverse @ chunk.a
-        read_NHKV = (chunk.q + chunk.qb @ w_NHCK).mT @ do_NHCV
+        read = torch.stack([do_NHCV, do_NHCV], dim=3)
         leaving, dstate = [], dfinal[: counts[-1]]
-        steps = _transition(chunk, w_NHCK).split(counts), read_NHKV.split(counts), counts
-        for transition, read, count in reversed(list(zip(*steps, strict=True))):
+        steps = (chunk.qb.mT @ do_NHCV, chunk.b, chunk.inverse.mT, chunk.readers.mT, read)
+        decays = _split(chunk.decay, counts)
+        steps = list(zip(*(x.split(counts) for x in steps), decays, counts, strict=True))
+        for *step, d, count in reversed(steps):
             # Documents whose last chunk this is join with the gradient of their final state.
             if count > dstate.shape[0]:
                 dstate = torch.cat([dstate, dfinal[dstate.shape[0] : count]])
             leaving.append(dstate)
-            dstate = (transition.mT @ dstate).add_(read)
+            dstate = _step(*step, d, dstate)
         dinitial = torch.cat([dstate, dfinal[dstate.shape[0] :]])
         dstate_NHKV = torch.cat(leaving[::-1])
 
-        u_NHCV = chunk.inverse @ (chunk.a @ state_NHKV).add_(chunk.ak @ v_NHCV)
-        dr_NHCV = chunk.inverse.mT @ (chunk.b @ dstate_NHKV).add_(chunk.qb.mT @ do_NHCV)
         dv_NHCV = chunk.k @ dstate_NHKV
         dv_NHCV += chunk.qk.mT @ do_NHCV
-        dv_NHCV += chunk.ak.mT @ dr_NHCV
+        dv_NHCV += chunk.ak.mT @ read[:, :, :, 0]
+        u_NHCV = chunk.inverse @ (chunk.a @ state_NHKV).add_(chunk.ak @ v_NHCV)
         # As the readers and writers are laid out, all the others are three products.
-        read = torch.stack([dr_NHCV, do_NHCV], dim=3).flatten(2, 3)
-        written = torch.stack([u_NHCV, v_NHCV], dim=3).flatten(2, 3)
+        read, written = read.flatten(2, 3), torch.stack([u_NHCV, v_NHCV], dim=3).flatten(2, 3)
         dreaders = (read @ state_NHKV.mT).view_as(readers)
         dwriters = (written @ dstate_NHKV.mT).view_as(writers)
         dscores = read @ written.mT
@@ -401,7 +400,9 @@ class _DeltaScan(torch.autograd.Function):
 class _Chunk(NamedTuple):
     """What the formulas of `_DeltaScan` are about, by their names; `inverse` is M.
 
-    ak, qb, qk and inverse are [N, H, C, C]; a, q, b and k [N, H, C, K]; decay [N, H, 1 or K].
+    ak, qb, qk and inverse are [N, H, C, C]; a, q, b and k [N, H, C, K]; decay [N, H, 1 or K]. And
+    position by position readers, A and Q, and writers, B and K, [N, H, 2 C, K], and q_scores, qb
+    and qk, [N, H, C, 2 C].
     """
 
     ak: torch.Tensor
@@ -413,27 +414,47 @@ class _Chunk(NamedTuple):
     k: torch.Tensor
     decay: torch.Tensor | None
     inverse: torch.Tensor
+    readers: torch.Tensor
+    writers: torch.Tensor
+    q_scores: torch.Tensor
 
 
-def _solve(readers, writers, gates, levels=None):
+def _solve(readers, writers, gates, levels=None, is_last=False):
     """The `_Chunk` of all chunks; arguments as `_scores`."""
-    scores, readers, writers, decay = _scores(readers, writers, gates, levels)
+    scores, readers, writers, decay = _scores(readers, writers, gates, levels, is_last)
     length = readers.shape[2]
-    scores = scores.unflatten(-1, (length, 2)).unflatten(-3, (length, 2))
-    ab, ak, qb, qk = (scores[:, :, :, i, :, j].contiguous() for i in (0, 1) for j in (0, 1))
+    rows = scores.unflatten(-2, (length, 2))
+    by_pair = rows.unflatten(-1, (length, 2))
+    ab, ak, qb, qk = (by_pair[:, :, :, i, :, j] for i in (0, 1) for j in (0, 1))
     one = torch.eye(length, dtype=ab.dtype, device=ab.device)
     inverse = torch.linalg.solve_triangular(one - ab, one, upper=False, unitriangular=True)
-    return _Chunk(ak, qb, qk, *readers.unbind(3), *writers.unbind(3), decay, inverse)
+    vectors = *readers.unbind(3), *writers.unbind(3)
+    pairs = readers.flatten(2, 3), writers.flatten(2, 3), rows[:, :, :, 1]
+    return _Chunk(ak, qb, qk, *vectors, decay, inverse, *pairs)
 
 
-def _transition(chunk, w_NHCK):
-    """d + B^T W, [N, H, K, K]."""
-    transition_NHKK = chunk.b.mT @ w_NHCK
-    transition_NHKK.diagonal(dim1=-2, dim2=-1).add_(1 if chunk.decay is None else chunk.decay)
-    return transition_NHKK
+def _split(decay, counts):
+    """Decays over chunks [N, H, 1 or K] by step, as a factor of states; None is none."""
+    return [None] * len(counts) if decay is None else decay[..., None].split(counts)
 
 
-def _scores(readers, writers, gates, levels=None):
+def _step(given_NHCV, into_NHCK, inverse, back, pair, decay, state_NHKV):
+    """A chunk's part of the walk: decay S + back [x, y], x = inverse (given + into S).
+
+    Args:
+        pair: x and y, [N, H, C, 2, V]; x is written into it.
+    """
+    shape = state_NHKV.shape[:2]
+    given, into, inverse, back, state = (
+        x.flatten(0, 1) for x in (given_NHCV, into_NHCK, inverse, back, state_NHKV)
+    )
+    pair[:, :, :, 0] = (inverse @ torch.baddbmm(given, into, state)).unflatten(0, shape)
+    state_NHKV = state_NHKV.clone() if decay is None else state_NHKV * decay
+    state_NHKV.flatten(0, 1).baddbmm_(back, pair.flatten(2, 3).flatten(0, 1))
+    return state_NHKV
+
+
+def _scores(readers, writers, gates, levels=None, is_last=False):
     """What position i reads of position j, and the factors to and from the chunk's ends.
 
     Blocks of one position grow to the whole chunk by doubling. At every size, readers (a and q)
@@ -445,6 +466,7 @@ def _scores(readers, writers, gates, levels=None):
         readers, writers: a and q, b and k [N, H, C, 2, K].
         gates: None or log decays [N, H, C, 1 or K].
         levels: a list that receives what `_scores_gradient` needs, from small blocks to large.
+        is_last: whether readers and writers may be overwritten.
 
     Returns:
         scores: [N, H, 2 C, 2 C], a before q and b before k at every position; what is not visible
@@ -461,7 +483,8 @@ def _scores(readers, writers, gates, levels=None):
     scores = readers.new_zeros(*readers.shape[:2], 2 * length, 2 * length)
     own = (readers[:, :, :, 1:] * writers).sum(-1)
     _diagonal_blocks(scores, length)[:, :, 1].copy_(own.movedim(2, -1))
-    readers, writers = readers.clone(), writers.clone()
+    if not is_last:
+        readers, writers = readers.clone(), writers.clone()
     readers[:, :, :, 1] *= decay
     for size in (1 << n for n in range(length.bit_length() - 1)):
         first, second = decay.unflatten(2, (-1, 2)).unbind(3)
