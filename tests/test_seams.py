@@ -184,8 +184,18 @@ def test_attention_that_another_copy_registered(monkeypatch):
     assert torch.equal(model(ids_of(1, 9)).logits, expected)
 
 
+@architectures
+def test_a_full_graph_is_promised_where_the_cache_has_one_size(architecture):
+    """transformers' common tests compile `generate` of whoever promises it."""
+    model = build(architecture)
+    assert type(model)._can_compile_fullgraph == model.has_constant_state
+
+
 def test_attention_implementation_without_softmax():
     model = build(zoo.MODELS["lightning"])
+    # What asks before it sets one, as transformers' common tests do.
+    assert not (model._supports_sdpa or model._supports_flash_attn or model._supports_flex_attn)
+    assert build(zoo.MODELS["lightning"], softmax_layers=[1])._supports_sdpa
     with pytest.raises(ValueError, match="got 'sdpa' and no softmax_layers; leave it out"):
         model.set_attn_implementation("sdpa")
 

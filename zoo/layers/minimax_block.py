@@ -189,6 +189,12 @@ class MiniMaxBlock(ZooBlock):
 class MiniMaxBlockPreTrainedModel(SoftmaxPreTrainedModel):
     """What transformers is told of a model that may have layers with softmax attention."""
 
+    def post_init(self):
+        """What transformers does when all modules are there."""
+        super().post_init()
+        if not self.config.softmax_layers:
+            self._supports_sdpa = self._supports_flash_attn = self._supports_flex_attn = False
+
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
         """The implementation of softmax attention that was asked for, if there is any."""
         ours = (None, *OUR_IMPLEMENTATIONS)

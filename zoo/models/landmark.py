@@ -187,6 +187,8 @@ class LandmarkPreTrainedModel(ZooPreTrainedModel):
     config: LandmarkConfig
     _no_split_modules = ["LandmarkBlock"]
     _can_record_outputs = {"hidden_states": LandmarkBlock}
+    # To transformers a full graph goes with a cache of one size, and `generate` compiles by itself.
+    _can_compile_fullgraph = False
 
     def state_size(self, num_tokens=None):
         """As in `ZooPreTrainedModel`: of the whole blocks that tokens and landmarks take."""

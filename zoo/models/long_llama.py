@@ -184,6 +184,8 @@ class LongLlamaPreTrainedModel(ZooPreTrainedModel):
     config: LongLlamaConfig
     _no_split_modules = ["LongLlamaBlock"]
     _can_record_outputs = {"hidden_states": LongLlamaBlock}
+    # To transformers a full graph goes with a cache of one size, and `generate` compiles by itself.
+    _can_compile_fullgraph = False
 
 
 class LongLlamaModel(LongLlamaPreTrainedModel, ZooModel):
