@@ -14,20 +14,24 @@ run at full speed, which PyTorch's flash attention, in tiles of 32 queries by MK
 import torch
 
 from .autograd_rules import by_autograd_alone
+from .export_scan import without_autocast
 from .host_products import is_faster_here, product
 
 BLOCK = 256  # queries
 # Fewer queries or smaller heads are as fast in PyTorch's kernel; with more keys the scores of a
 # block, 8 MB, would leave the cache.
 LEAST_QUERIES, LEAST_WIDTH, MOST_KEYS = 512, 64, 1 << 13
+# Beside products of all heads at once and passes over their scores.
+LEAST_IN_BLOCK = 128
 
 
-def takes_blocks_by_head(q, k, v, num_queries, num_keys):
-    """Whether `attend` is the faster one, and may run.
+def takes_blocks_by_head(q, k, v, num_queries, num_keys, least=None):
+    """Whether attention by head is faster than what PyTorch has, and may run.
 
     Args:
         q, k, v: of any float dtype, [..., K] and [..., V].
         num_queries, num_keys: T and S.
+        least: queries that it takes; None: `LEAST_QUERIES`, beside PyTorch's kernel.
     """
     # Sizes last: a program that is compiled would be one for such sizes.
     return (
@@ -37,10 +41,73 @@ def takes_blocks_by_head(q, k, v, num_queries, num_keys):
         and by_autograd_alone()
         and is_faster_here()
         and torch.backends.mkldnn.enabled
-        and num_queries >= LEAST_QUERIES
+        and num_queries >= (LEAST_QUERIES if least is None else least)
         and num_keys <= MOST_KEYS
         and min(q.shape[-1], v.shape[-1]) >= LEAST_WIDTH
     )
+
+
+def attention_by_head(q, k, v, scale, is_causal, otherwise):
+    """Softmax attention, where `takes_blocks_by_head` allows it.
+
+    Args:
+        q: [B, T, H, K] of any float dtype.
+        k, v: [B, S, G, K] and [B, S, G, V]; G divides H: each is shared by H / G neighbours.
+        scale: of the scores.
+        is_causal: whether a query sees the keys up to its own, the last T being the queries', or
+            all of them.
+        otherwise: (q, k, v) to the same by PyTorch's differentiable operations.
+
+    Returns:
+        o [B, T, H, V] in float32.
+    """
+    with without_autocast(q):
+        return _ByHead.apply(*(x.float() for x in (q, k, v)), scale, is_causal, otherwise)
+
+
+class _ByHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BTHK, k_BSGK, v_BSGV, scale, is_causal, otherwise):
+        q_NTK, k_MSK, v_MSV = _laid_out(q_BTHK, k_BSGK, v_BSGV, scale)
+        o_NTV, _ = attend(q_NTK, k_MSK, v_MSV, is_causal)
+        ctx.scale, ctx.is_causal, ctx.otherwise = scale, is_causal, otherwise
+        ctx.save_for_backward(q_BTHK, k_BSGK, v_BSGV, o_NTV)
+        return _as_given(o_NTV, q_BTHK)
+
+    @staticmethod
+    def backward(ctx, do_BTHV):
+        *inputs, o_NTV = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *gradients_again(ctx, do_BTHV, ctx.otherwise), None, None, None
+        found = attend_gradients(
+            *_laid_out(*inputs, ctx.scale), o_NTV, heads_first(do_BTHV), ctx.is_causal
+        )
+        dq, dk, dv = (_as_given(dx, x) for dx, x in zip(found, inputs, strict=True))
+        return dq * ctx.scale, dk, dv, None, None, None
+
+
+def _laid_out(q_BTHK, k_BSGK, v_BSGV, scale):
+    return heads_first(q_BTHK, scale), heads_first(k_BSGK), heads_first(v_BSGV)
+
+
+def _as_given(x_NTK, like_BTHK):
+    """Rows and heads [B H, T, ...] to [B, T, H, ...]."""
+    return x_NTK.unflatten(0, (like_BTHK.shape[0], -1)).transpose(1, 2)
+
+
+def gradients_again(ctx, do, function):
+    """Gradients that have gradients, of the first three inputs; None for those nobody wants.
+
+    Args:
+        ctx: of a function of autograd that saved them first.
+        do: gradient of its output.
+        function: of the three, by PyTorch's differentiable operations.
+    """
+    inputs = ctx.saved_tensors[:3]
+    wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad) if needed]
+    with without_autocast(do):
+        found = iter(torch.autograd.grad(function(*inputs), wanted, do, create_graph=True))
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
 
 
 def heads_first(x_BTHK, scale=None):
@@ -116,6 +183,44 @@ def attend_gradients(q_NTK, k_MSK, v_MSV, o_NTV, do_NTV, is_causal, log_NT=None)
             dq_NTK[n, rows] = product(ds_CS, k_SK.T, None)
             dk_MKS[m, :, :seen] += product(q_NKT[n, :, rows].contiguous(), ds_CS.T, None)
     return dq_NTK, dk_MKS.mT, dv_MVS.mT
+
+
+def attend_block(q_BGRCK, k_BGSK, v_BGSV, visible_BCS, logits_BGRC1, bias):
+    """Attention of a block of queries to the keys it is shown, without gradients.
+
+    Args:
+        q_BGRCK: scaled; R heads share keys.
+        k_BGSK, v_BGSV: float32, as q.
+        visible_BCS: bool, of all rows, or [1, C, S].
+        logits_BGRC1: of each query, what takes part without a value; None: nothing.
+        bias: of scores, broadcast to [B, G, R, C, S]; None: nothing.
+
+    Returns:
+        o [B, G, R, C, V].
+    """
+    size, shape = k_BGSK.shape[2], q_BGRCK.shape
+    mask_BCS = torch.zeros(visible_BCS.shape).masked_fill_(~visible_BCS, -torch.inf)
+    mask_BCS = mask_BCS.expand(shape[0], -1, -1)
+    if bias is not None:
+        bias = bias.expand(*shape[:4], size)
+    if logits_BGRC1 is not None:  # that of a key 0, whose value is 0
+        logits_BGRC1 = logits_BGRC1.expand(*shape[:4], 1)
+        k_BGSK, v_BGSV = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k_BGSK, v_BGSV))
+    q_BGRCK, k_BGSK, v_BGSV = (x.contiguous() for x in (q_BGRCK, k_BGSK, v_BGSV))
+    o_BGRCV = q_BGRCK.new_empty(*shape[:4], v_BGSV.shape[-1])
+    for b in range(shape[0]):
+        for g in range(shape[1]):
+            score_RCS = product(q_BGRCK[b, g].flatten(0, 1), k_BGSK[b, g], None)
+            score_RCS = score_RCS.unflatten(0, shape[2:4])
+            of_keys_RCS = score_RCS[..., :size]
+            if bias is not None:
+                of_keys_RCS += bias[b, g]
+            of_keys_RCS += mask_BCS[b]
+            if logits_BGRC1 is not None:
+                score_RCS[..., size:] = logits_BGRC1[b, g]
+            p_NS = score_RCS.flatten(0, 1).softmax(-1)
+            o_BGRCV[b, g] = product(p_NS, v_BGSV[b, g].T, None).unflatten(0, shape[2:4])
+    return o_BGRCV
 
 
 class _Blocks:

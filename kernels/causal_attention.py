@@ -9,7 +9,7 @@ blocks come in.
 
 import torch
 
-from .attention_by_head import attend, attend_gradients, heads_first, takes_blocks_by_head
+from .attention_by_head import attention_by_head, gradients_again, takes_blocks_by_head
 from .autograd_rules import by_autograd_alone
 from .export_scan import without_autocast
 
@@ -66,7 +66,7 @@ def causal_attention(q, k, v, scale, cu_seqlens, in_blocks):
 
 def _of_document(q, k, v, repeats, scale, in_blocks):
     if takes_blocks_by_head(q, k, v, q.shape[1], k.shape[1]):
-        return _ByHead.apply(q, k, v, scale, in_blocks)
+        return attention_by_head(q, k, v, scale, True, lambda *x: in_blocks(*x, scale))
     if repeats > 1:
         k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
     return _Causal.apply(q, k, v, scale, in_blocks)
@@ -86,49 +86,8 @@ class _Causal(torch.autograd.Function):
     def backward(ctx, do_BTHV):
         q_BTHK, k_BTHK, v_BTHV, o_BHTV, log_BHT = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _in_blocks(ctx, do_BTHV)
+            found = gradients_again(ctx, do_BTHV, lambda *x: ctx.in_blocks(*x, ctx.scale))
+            return *found, None, None
         tensors = (x.transpose(1, 2) for x in (do_BTHV, q_BTHK, k_BTHK, v_BTHV))
         found = _flash_backward(*tensors, o_BHTV, log_BHT, 0.0, True, scale=ctx.scale)
         return *(x.transpose(1, 2) for x in found), None, None
-
-
-class _ByHead(torch.autograd.Function):
-    """The same for keys and values [B, T, G, K or V] that heads may share."""
-
-    @staticmethod
-    def forward(ctx, q_BTHK, k_BTGK, v_BTGV, scale, in_blocks):
-        q_NTK, k_MTK, v_MTV = _laid_out(q_BTHK, k_BTGK, v_BTGV, scale)
-        o_NTV, _ = attend(q_NTK, k_MTK, v_MTV, is_causal=True)
-        ctx.scale, ctx.in_blocks = scale, in_blocks
-        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGV, o_NTV)
-        return _as_given(o_NTV, q_BTHK)
-
-    @staticmethod
-    def backward(ctx, do_BTHV):
-        *inputs, o_NTV = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _in_blocks(ctx, do_BTHV)
-        found = attend_gradients(
-            *_laid_out(*inputs, ctx.scale), o_NTV, heads_first(do_BTHV), is_causal=True
-        )
-        dq, dk, dv = (_as_given(dx, x) for dx, x in zip(found, inputs, strict=True))
-        return dq * ctx.scale, dk, dv, None, None
-
-
-def _laid_out(q_BTHK, k_BTGK, v_BTGV, scale):
-    return heads_first(q_BTHK, scale), heads_first(k_BTGK), heads_first(v_BTGV)
-
-
-def _as_given(x_NTK, like_BTHK):
-    """Rows and heads [B H, T, ...] to [B, T, H, ...]."""
-    return x_NTK.unflatten(0, (like_BTHK.shape[0], -1)).transpose(1, 2)
-
-
-def _in_blocks(ctx, do_BTHV):
-    """Gradients that have gradients."""
-    inputs = ctx.saved_tensors[:3]
-    wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad) if needed]
-    with without_autocast(do_BTHV):
-        o_BTHV = ctx.in_blocks(*inputs, ctx.scale)
-        found = iter(torch.autograd.grad(o_BTHV, wanted, do_BTHV, create_graph=True))
-    return *(next(found) if x else None for x in ctx.needs_input_grad[:3]), None, None

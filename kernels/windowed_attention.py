@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .attention_by_head import LEAST_IN_BLOCK, attend_block, takes_blocks_by_head
 from .causal_attention import causal_attention, takes_flash_attention
 
 # Queries per block: a block of C sees a band of C + W - 1 keys, so small blocks waste less of it,
@@ -449,6 +450,10 @@ class _SinkBlocks:
 def _attend(q_BGRCK, k_BGSK, v_BGSV, visible_BCS, extra, logits_BGRC1, bias):
     """Softmax attention of a block of queries, already scaled, in its accumulators' dtype."""
     shape = q_BGRCK.shape[2:4]
+    if extra is None and not torch.is_grad_enabled():
+        sizes = shape[0] * shape[1], k_BGSK.shape[2], LEAST_IN_BLOCK
+        if takes_blocks_by_head(q_BGRCK, k_BGSK, v_BGSV, *sizes):
+            return attend_block(q_BGRCK, k_BGSK, v_BGSV, visible_BCS, logits_BGRC1, bias)
     score_BGRCS = (q_BGRCK.flatten(2, 3) @ k_BGSK.mT).unflatten(2, shape)
     if bias is not None:
         score_BGRCS = score_BGRCS + bias

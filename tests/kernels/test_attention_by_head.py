@@ -1,18 +1,31 @@
 """Attention by head on a CPU: who takes it, and that it is the same."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import zoo
 from zoo.kernels import attention_by_head as module
-from zoo.kernels import causal_attention, dilated_attention, host_products
+from zoo.kernels import dilated_attention, host_products
+from zoo.kernels import windowed_attention as windowed
 from zoo.kernels.dilated_attention import dilated_attention_reference
 from zoo.kernels.windowed_attention import windowed_attention, windowed_attention_reference
+from zoo.layers import compressive_memory, recurrent_cell
 
 PACKED = torch.tensor([0, 1, 1, 38, 60])
 pytestmark = pytest.mark.skipif(
     not host_products._is_what_we_know(), reason="this PyTorch was built without oneDNN"
 )
+
+
+def counted(calls, name, run):
+    def counting(*args, **kwargs):
+        calls.append(name)
+        return run(*args, **kwargs)
+
+    return counting
 
 
 @pytest.fixture
@@ -23,15 +36,10 @@ def calls(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 16)
     for name in ("LEAST_QUERIES", "LEAST_WIDTH"):
         monkeypatch.setattr(module, name, 8)
-    for owner in (causal_attention, dilated_attention):
+    for owner in (module, dilated_attention):
         for name in ("attend", "attend_gradients"):
             run = getattr(owner, name)
-
-            def counted(*args, run=run, name=name, **kwargs):
-                calls.append(name)
-                return run(*args, **kwargs)
-
-            monkeypatch.setattr(owner, name, counted)
+            monkeypatch.setattr(owner, name, counted(calls, name, run))
     return calls
 
 
@@ -139,3 +147,79 @@ def test_who_is_left_alone(calls, monkeypatch):
     monkeypatch.setattr(module, "is_faster_here", lambda: False)
     windowed_attention(*x)
     assert calls == []
+
+
+@pytest.mark.parametrize("heads", [4, 2], ids=["own", "shared"])
+@pytest.mark.parametrize("logits", [None, "head", "query"])
+@pytest.mark.parametrize("bias", [None, "distance", "query"])
+def test_blocks_of_queries(calls, monkeypatch, bias, logits, heads):
+    """Without gradients, whatever is added to scores; with a delay the first query sees nothing."""
+    monkeypatch.setattr(windowed, "attend_block", counted(calls, "block", module.attend_block))
+    monkeypatch.setattr(windowed, "LEAST_IN_BLOCK", 8)
+    x = inputs(groups=heads)
+    keyword = {"first_key": torch.tensor([0, 3]), "block_length": 16, "scale": 0.3}
+    generator = torch.Generator().manual_seed(2)
+    if logits is not None:
+        shape = (4,) if logits == "head" else (2, 60, 4)
+        keyword["sink_logits"] = torch.randn(shape, generator=generator)
+        keyword["delay"] = 1
+    if bias == "distance":
+        keyword["distance_bias"] = torch.randn(4, 20, generator=generator)
+    elif bias == "query":
+        table = torch.randn(2, 4, 60, 60, generator=generator)
+        keyword["query_bias"] = lambda rows, d: table[:, :, rows[..., None], d]
+    expected = windowed_attention(*(y.requires_grad_() for y in x), 20, **keyword).detach()
+    assert calls == []
+    with torch.no_grad():
+        found = windowed_attention(*x, 20, **keyword)
+    assert calls == ["block"] * 4
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_states_look_at_all(calls):
+    """Block-Recurrent's, which are not causal."""
+
+    def written_out(q, k, v):
+        return recurrent_cell._look_written_out(q, k, v)
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 40, 4, 8), (2, 70, 4, 8), (2, 70, 4, 8)
+    x = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    exact = values_and_gradients(recurrent_cell.look, x)
+    assert calls == []
+    found = values_and_gradients(recurrent_cell.look, [y.float() for y in x])
+    assert calls == ["attend", "attend_gradients"]
+    assert max(errors(found, exact)) < 1e-6
+    assert max(errors(values_and_gradients(written_out, x), exact)) < 1e-12
+
+
+def test_segments_of_a_memory(calls):
+    """Infini-attention's, which are causal, in a model and with gradients."""
+    config = zoo.InfiniConfig(
+        vocab_size=20,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=32,
+        segment_length=24,
+    )
+    torch.manual_seed(0)
+    model, ids = zoo.InfiniForCausalLM(config), torch.arange(48)[None] % 20
+    found = torch.autograd.grad(model(ids, labels=ids).loss, [*model.parameters()])
+    assert calls == ["attend"] * 2 + ["attend_gradients"] * 2
+    exact = copy.deepcopy(model).double()
+    exact = torch.autograd.grad(exact(ids, labels=ids).loss, [*exact.parameters()])
+    assert max(errors(found, exact)) < 1e-4
+
+
+def test_features_are_elu_plus_one():
+    x = torch.tensor([-90.0, -20.0, -1e-9, -0.0, 0.0, 1e-9, 3.0, torch.inf, torch.nan])
+    x.requires_grad_()
+    found = compressive_memory.feature_map(x)
+    wanted = torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    one, other = (torch.autograd.grad(y[:7].sum(), x)[0] for y in (found, wanted))
+    assert torch.equal(one[:8], other[:8])
+    x = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(compressive_memory.feature_map, x)
+    assert torch.autograd.gradgradcheck(compressive_memory.feature_map, x)

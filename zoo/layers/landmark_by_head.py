@@ -16,8 +16,12 @@ Queries are all that follow each other from one place on. In blocks after a quer
 
 import torch
 
-from ..kernels.attention_by_head import BLOCK, heads_first, takes_blocks_by_head
-from ..kernels.export_scan import without_autocast
+from ..kernels.attention_by_head import (
+    BLOCK,
+    gradients_again,
+    heads_first,
+    takes_blocks_by_head,
+)
 from ..kernels.host_products import product
 
 
@@ -61,13 +65,9 @@ class _ToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do_BQHV):
-        inputs = q, k, v = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants gradients of these gradients
-            wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad) if needed]
-            with without_autocast(q):
-                o_BQHV = ctx.otherwise(*inputs)
-                found = iter(torch.autograd.grad(o_BQHV, wanted, do_BQHV, create_graph=True))
-            return *(next(found) if x else None for x in ctx.needs_input_grad[:3]), *[None] * 3
+            return *gradients_again(ctx, do_BQHV, ctx.otherwise), *[None] * 3
         (q_NQK, k_LSK, v_LSV), do_NQV = _laid_out(q, k, v, ctx.scale), heads_first(do_BQHV)
         repeats, dq_NQK = q_NQK.shape[0] // k_LSK.shape[0], torch.empty_like(q_NQK)
         dk_LKS, dv_LVS = (x.new_zeros(x.mT.shape) for x in (k_LSK, v_LSV))

@@ -33,6 +33,7 @@ from transformers import initialization as init
 from ..core.flops import linear_flops
 from ..core.segments import SegmentGrid, documents_to_rows
 from ..core.window import document_spans
+from ..kernels.attention_by_head import attention_by_head, takes_blocks_by_head
 from ..kernels.export_scan import scan
 from ..kernels.linear_recurrence import accumulator_dtype
 
@@ -64,8 +65,17 @@ def scaled(q_NTHK, scale_H, dtype):
 
 def look(q_NTHK, k_NMHK, v_NMHV):
     """Attention of all queries, scaled already, to all keys, [N, T, H, V]."""
+    sizes = q_NTHK.shape[1], k_NMHK.shape[1]
+    if takes_blocks_by_head(q_NTHK, k_NMHK, v_NMHV, *sizes):
+        o_NTHV = attention_by_head(q_NTHK, k_NMHK, v_NMHV, 1.0, False, _look_written_out)
+        return o_NTHV.to(v_NMHV.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q_NTHK, k_NMHK, v_NMHV))
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
+
+
+def _look_written_out(q_NTHK, k_NMHK, v_NMHV):
+    weights_NHTM = torch.einsum("nthk,nmhk->nhtm", q_NTHK, k_NMHK).softmax(-1)
+    return torch.einsum("nhtm,nmhv->nthv", weights_NHTM, v_NMHV)
 
 
 def project(linear, x_NMF):
