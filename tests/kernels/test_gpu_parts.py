@@ -222,6 +222,9 @@ def test_tests_that_passed_are_not_run_again(processes, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(sources.ROOT / "tests"))
     monkeypatch.setenv("ZOO_GPU_FAILURES", str(told))
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    # Importing all plugins that are installed takes a process longer than these tests.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin")
 
     def run():
         ran.write_text("")

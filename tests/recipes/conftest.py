@@ -148,8 +148,11 @@ class Workshop:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
-    """Tokenised corpora that the tests of one session share."""
-    return tmp_path_factory.mktemp("corpora")
+    """Tokenised corpora that the tests of one session share, whatever worker they run in."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "corpora"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @contextlib.contextmanager
