@@ -45,7 +45,7 @@ from .launch_triton import (
     target_of,
 )
 from .operator_triton import make_operator
-from .segments_triton import overridden, plan, segment_bounds
+from .segments_triton import count_segments, overridden, plan, segment_bounds
 
 # A decay of 0 in float32; -inf would be no number times a zero of the matrices below.
 LOWEST = tl.constexpr(-200.0)
@@ -899,6 +899,12 @@ def num_slices(q, v, log_decay, bonus):
     return -(-v.shape[-1] // config.slice)
 
 
+def num_kept(q, v, log_decay, bonus, cu_seqlens):
+    """How many segments' states the forward pass returns."""
+    programs = q.shape[2] * num_slices(q, v, log_decay, bonus)
+    return count_segments(q.shape[0], q.shape[1], programs, cu_seqlens, q.device)
+
+
 linear_recurrence_channels_triton, _forward_operator, _backward_operator, PASSES = make_operator(
-    __name__, forward, backward, num_slices
+    __name__, forward, backward, num_kept
 )

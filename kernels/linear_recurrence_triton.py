@@ -16,7 +16,7 @@ into the state which enters each, and `_scan` runs over all segments at once.
 With `bonus` the state is read before the token (`STRICT`): the reader's exponent is then
 c_i - g_i, and the token itself comes through the bonus.
 
-Log decays below -30, a factor of 1e-13, count as -30: sums of them would lose the others' digits.
+For wide heads there is another way, in two passes: linear_recurrence_blocks_triton.py.
 """
 
 import functools
@@ -29,6 +29,7 @@ try:  # transformers asks for every library that code from the Hub imports, but 
 except ImportError:
     raise
 
+from .chunk_decays_triton import LOWEST, chunk_decays
 from .launch_triton import (
     Config,
     check_replaceable,
@@ -37,38 +38,16 @@ from .launch_triton import (
     dot_precision,
     launch,
     log2_of_decay,
+    num_processors,
     operator_namespace,
     padded,
     rounded,
     target_of,
 )
+from .linear_recurrence_blocks_triton import BLOCK_LENGTH, BLOCKS, outputs
+from .linear_recurrence_walk_triton import WALKS, walk
 from .operator_triton import is_traced, make_operator, narrow
-from .segments_triton import overridden, plan, segment_bounds
-
-# Log decays are at least this: see above.
-LOWEST = tl.constexpr(-30.0)
-
-
-@triton.jit
-def _chunk_decays(
-    decay, token, inside, count, h, H: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr
-):
-    """Base-2 logs of one chunk: (up to each token [C], each token's own [C], of the whole chunk).
-
-    Rows past the end of the segment decay by nothing.
-    """
-    r = tl.arange(0, C)
-    if DECAY == 1:
-        own = log2_of_decay(tl.load(decay + h), LOWEST)
-        cum = own * tl.minimum(r + 1, count).to(tl.float32)
-        total = own * count.to(tl.float32)
-        own = tl.where(inside, own, 0.0)
-    else:
-        own = tl.load(decay + token * H + h, mask=inside, other=0.0)
-        own = log2_of_decay(own, LOWEST)
-        cum = tl.cumsum(own, 0)
-        total = tl.sum(own, 0)
-    return cum, own, total
+from .segments_triton import count_segments, overridden, plan, segment_bounds
 
 
 @triton.jit
@@ -186,7 +165,7 @@ def _scan(
         result = dot(bx, rounded(state, COMPUTE), PRECISION)
         if DECAY > 0:
             count = tl.minimum(end - t, C).to(tl.int32)
-            cum, own_C, total = _chunk_decays(decay, token, inside, count, h, H, C, DECAY)
+            cum, own_C, total = chunk_decays(decay, token, inside, count, h, H, C, DECAY)
             read = cum - own_C if STRICT else cum
             if DECAY == 2 or not PAIRS_ONCE:
                 if REVERSE:
@@ -235,6 +214,145 @@ def _scan(
         state = dot_add(tl.trans(by), bz, state, PRECISION)
     if leaving is not None:
         tl.store(leaving + at_state, state, mask=in_state)
+
+
+@triton.jit
+def _scan_gradients(
+    q,
+    k,
+    v,
+    do,
+    dq,
+    dk,
+    dv,
+    decay,
+    entering,
+    later,
+    leaving,
+    table,
+    stride,
+    scale,
+    num_tokens,
+    T,
+    LENGTH,
+    PER_ROW,
+    H: tl.constexpr,
+    A: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    C: tl.constexpr,
+    BZ: tl.constexpr,
+    DECAY: tl.constexpr,
+    PAIRS_ONCE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The three uses of `_scan` in a backward pass side by side, K = V, without bonus.
+
+    entering, later: the states of forward and reverse. leaving: the state's gradient, or None.
+    """
+    use = tl.program_id(2)
+    if use == 0:
+        _scan(
+            do,
+            v,
+            k,
+            dq,
+            None,
+            None,
+            decay,
+            None,
+            entering,
+            None,
+            table,
+            stride,
+            scale,
+            num_tokens,
+            T,
+            LENGTH,
+            PER_ROW,
+            H,
+            A,
+            A,
+            BLOCK_A,
+            C,
+            BZ,
+            DECAY,
+            False,
+            False,
+            0,
+            True,
+            PAIRS_ONCE,
+            COMPUTE,
+            PRECISION,
+        )
+    elif use == 1:
+        _scan(
+            k,
+            q,
+            do,
+            dv,
+            None,
+            None,
+            decay,
+            None,
+            later,
+            leaving,
+            table,
+            stride,
+            scale,
+            num_tokens,
+            T,
+            LENGTH,
+            PER_ROW,
+            H,
+            A,
+            A,
+            BLOCK_A,
+            C,
+            BZ,
+            DECAY,
+            True,
+            False,
+            0,
+            False,
+            PAIRS_ONCE,
+            COMPUTE,
+            PRECISION,
+        )
+    else:
+        _scan(
+            v,
+            do,
+            q,
+            dk,
+            None,
+            None,
+            decay,
+            None,
+            later,
+            None,
+            table,
+            stride,
+            scale,
+            num_tokens,
+            T,
+            LENGTH,
+            PER_ROW,
+            H,
+            A,
+            A,
+            BLOCK_A,
+            C,
+            BZ,
+            DECAY,
+            True,
+            False,
+            0,
+            True,
+            PAIRS_ONCE,
+            COMPUTE,
+            PRECISION,
+        )
 
 
 @triton.jit
@@ -321,7 +439,7 @@ def _segment_states(
         bz = tl.load(z + at_z, mask=mask_z, other=0.0).to(COMPUTE)
         if DECAY > 0:
             count = tl.minimum(end - t, C).to(tl.int32)
-            cum, own_C, total = _chunk_decays(decay, token, inside, count, h, H, C, DECAY)
+            cum, own_C, total = chunk_decays(decay, token, inside, count, h, H, C, DECAY)
             if REVERSE:
                 keep = tl.exp2(cum - own_C if STRICT else cum) * scale
             else:
@@ -472,7 +590,10 @@ _SCAN = {
     ("sm_100", 32, None): ((32, 16, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     ("gfx942", 32, None): ((32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-# The same of `_segment_states`, whose tiles do not grow with the head.
+# Programs of `_scan_gradients` that share a processor, by target and padded K.
+_AT_ONCE = {("sm_90", 64): 2, ("sm_90", 128): 1, ("sm_100", 64): 2}
+_AT_ONCE |= {("gfx942", 64): 1, ("gfx942", 128): 1}
+# The configurations of `_segment_states`, whose tiles do not grow with the head.
 _STATES = {16: Config(64, 64, 4, 3), 32: Config(32, 32, 4, 2)}
 
 
@@ -509,16 +630,25 @@ _COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float3
 class _Call:
     """What every launch of a call shares: the plan, the decay's form, precision, configurations."""
 
-    def __init__(self, q, v, log_decay, bonus, cu_seqlens, scale):
+    def __init__(self, q, v, log_decay, bonus, cu_seqlens, scale, in_blocks=False):
         self.batch, self.time, self.heads, self.key_dim = q.shape
         self.value_dim = v.shape[-1]
         self.log_decay, self.bonus, self.scale = log_decay, bonus, scale
         self.decay = 0 if log_decay is None else 1 if log_decay.ndim == 1 else 2
         self.dtype, self.device = q.dtype, q.device
         self.target = target_of(q.device)
+        # An interpreter runs one program after the other.
+        self.processors = 0 if q.device.type == "cpu" else num_processors(q.device)
         # Forward and backward must make the same plan.
         slices = num_slices(q, v, log_decay, bonus)
-        self.plan = plan(self.batch, self.time, self.heads * slices, cu_seqlens, q.device)
+        length = None
+        if in_blocks:
+            self.walk_config = overridden.get("walk") or WALKS[self.target]
+            length = overridden.get("segment", BLOCK_LENGTH)
+            chunk = self.walk_config.chunk
+            length = min(self.time, -(-length // chunk) * chunk)
+        programs = self.heads * slices
+        self.plan = plan(self.batch, self.time, programs, cu_seqlens, q.device, length)
 
     def new_state(self):
         """An uninitialised state of each document [N, H, K, V]."""
@@ -554,6 +684,7 @@ class _Call:
         """
         a, z_dim = x.shape[-1], z.shape[-1]
         config = self._config(a, z_dim, weight is not None)
+        config = self._narrowed(config, z_dim)
         slices = -(-z_dim // config.slice)
         row_dot = None
         if weight is not None:
@@ -583,10 +714,80 @@ class _Call:
             REVERSE=reverse,
             BONUS=bonus,
             TRANSPOSED=transposed,
-            PAIRS_ONCE=self.target != "sm_80" and padded(a) != 256,
+            PAIRS_ONCE=self._has_pairs_once(a),
             **self._shared(exact=weight is not None),
         )
         return None if row_dot is None else row_dot.sum(0)
+
+    def _has_pairs_once(self, a):
+        return self.target != "sm_80" and padded(a) != 256
+
+    def _is_small(self):
+        """Whether other slices, and three uses in one launch, are among what was compiled."""
+        widest = max(padded(self.key_dim), padded(self.value_dim))
+        plain = self.dtype == torch.bfloat16 and self.decay < 2 and self.bonus is None
+        return plain and widest <= 128
+
+    def _programs(self, config, z_dim, uses=1):
+        return uses * self.plan.num_segments * self.heads * -(-z_dim // config.slice)
+
+    def _narrowed(self, config, z_dim, uses=1):
+        """Slices as narrow as leave each program a processor that has no other.
+
+        Then every processor multiplies less, and reads no more.
+        """
+        if "scan" in overridden or not self._is_small():
+            return config
+        while config.slice > 16 and 2 * self._programs(config, z_dim, uses) <= self.processors:
+            config = config._replace(slice=config.slice // 2)
+        return config
+
+    def fits_at_once(self):
+        """Whether the three uses of `_scan` in a backward pass all run at the same time.
+
+        One after the other they would leave most of the device idle. A program takes the shared
+        memory of all three: on sm_90 two of 64 channels share a processor, one of 128 has it.
+        """
+        if self.key_dim != self.value_dim or self.bonus is not None:
+            return False
+        if "at_once" in overridden:
+            return overridden["at_once"]
+        if not self._is_small():
+            return False
+        width = padded(self.key_dim)
+        programs = self._programs(self._config(width, width), self.key_dim, 3)
+        return programs <= self.processors * _AT_ONCE.get((self.target, max(64, width)), 0)
+
+    def scan_gradients(self, q, k, v, do, dq, dk, dv, *, entering, later, leaving):
+        """Fills dq, dk, dv and, if it is given, `leaving` in one launch."""
+        a = self.key_dim
+        config = self._narrowed(self._config(a, a), a, 3)
+        shared = self._shared()
+        del shared["STRICT"]
+        launch(
+            _scan_gradients,
+            (-(-a // config.slice) * self.plan.num_segments, self.heads, 3),
+            config.num_warps,
+            config.num_stages,
+            q=q,
+            k=k,
+            v=v,
+            do=do,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            decay=self.log_decay,
+            entering=entering,
+            later=later,
+            leaving=leaving,
+            num_tokens=self.batch * self.time,
+            A=a,
+            BLOCK_A=padded(a),
+            C=config.chunk,
+            BZ=config.slice,
+            PAIRS_ONCE=self._has_pairs_once(a),
+            **shared,
+        )
 
     def states(self, y, z, *, reverse, first, last, exact=False):
         """The state that enters each segment [segments, H, K, V]; fills `last`, if it is given."""
@@ -637,6 +838,50 @@ class _Call:
         )
         return states
 
+    def block_states(self, y, z, *, reverse, first, last):
+        """As `states`, of each block and in the dtype of products."""
+        if not self.plan.is_cut and last is None:
+            return first
+        dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+        shape = self.plan.num_segments, self.heads, y.shape[-1], z.shape[-1]
+        states = torch.empty(shape, dtype=dtype, device=self.device)
+        walk(
+            self.walk_config,
+            self.plan,
+            y,
+            z,
+            states,
+            decay=self.log_decay,
+            first=first,
+            last=last,
+            reverse=reverse,
+            **self._without_strict(),
+        )
+        return states
+
+    def outputs(self, x, y, z, out, *, reverse, transposed, entering):
+        """As `scan`, for rows of blocks."""
+        table = BLOCKS[self.target] if overridden["blocks"] is True else dict(overridden["blocks"])
+        config = table[max(256, padded(x.shape[-1]))]
+        outputs(
+            config,
+            self.plan,
+            x,
+            y,
+            z,
+            out,
+            decay=self.log_decay,
+            entering=entering,
+            reverse=reverse,
+            transposed=transposed,
+            **self._without_strict(),
+        )
+
+    def _without_strict(self):
+        shared = self._shared() | {"PER_ROW": max(1, self.plan.per_row)}
+        del shared["STRICT"]
+        return shared
+
 
 def forward(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state):
     """Raw forward pass on contiguous tensors of one dtype; no autograd.
@@ -645,10 +890,15 @@ def forward(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_
         (o, final state or None, the state that enters each segment): the last one is None where
         every document is one segment.
     """
-    call = _Call(q, v, log_decay, bonus, cu_seqlens, scale)
+    in_blocks = goes_in_blocks(q, bonus)
+    call = _Call(q, v, log_decay, bonus, cu_seqlens, scale, in_blocks)
     o = torch.empty_like(v)
     final = call.new_state() if output_final_state else None
     entering = None
+    if in_blocks:
+        states = call.block_states(k, v, reverse=False, first=initial_state, last=final)
+        call.outputs(q, k, v, o, reverse=False, transposed=False, entering=states)
+        return o, final, None
     if call.plan.is_cut:
         entering = call.states(k, v, reverse=False, first=initial_state, last=final)
         call.scan(q, k, v, o, reverse=False, transposed=False, entering=entering)
@@ -674,10 +924,20 @@ def backward(
     initial_gradient,
 ):
     """Raw backward pass: (dq, dk, dv, dlog_decay, dbonus, dinitial), None where not asked for."""
-    call = _Call(q, v, log_decay, bonus, cu_seqlens, scale)
+    # Row sums for the gradient of a decay want factors that are not rounded: see `_Call.scan`.
+    in_blocks = goes_in_blocks(q, bonus) and not decay_gradient
+    call = _Call(q, v, log_decay, bonus, cu_seqlens, scale, in_blocks)
     dq, dk, dv = map(torch.empty_like, (q, k, v))
     dlog_decay = dbonus = None
     dinitial = call.new_state() if initial_gradient else None
+    if in_blocks:
+        # Made again: they are a quarter of what is held for the backward pass otherwise.
+        ahead = call.block_states(k, v, reverse=False, first=initial_state, last=None)
+        later = call.block_states(q, do, reverse=True, first=dfinal, last=dinitial)
+        call.outputs(do, v, k, dq, reverse=False, transposed=True, entering=ahead)
+        call.outputs(k, q, do, dv, reverse=True, transposed=False, entering=later)
+        call.outputs(v, do, q, dk, reverse=True, transposed=True, entering=later)
+        return dq, dk, dv, None, None, dinitial
     # The states again, from factors that are not rounded, where a gradient hangs on them.
     final = torch.empty_like(dfinal) if decay_gradient and dfinal is not None else None
     exact = {"exact": decay_gradient}
@@ -689,6 +949,10 @@ def backward(
         left = right = None
     else:
         entering, later = initial_state, dfinal
+    if not decay_gradient and call.fits_at_once():
+        states = {"entering": entering, "later": later, "leaving": left}
+        call.scan_gradients(q, k, v, do, dq, dk, dv, **states)
+        return dq, dk, dv, None, None, dinitial
     ahead = {"reverse": False, "entering": entering}
     back = {"reverse": True, "entering": later}
     weights = (q, k) if decay_gradient else (None, None)
@@ -740,8 +1004,24 @@ def num_slices(q, v, log_decay, bonus):
     return -(-value_dim // config.slice)
 
 
+def goes_in_blocks(q, bonus):
+    """Whether there are two passes. None does unless it is chosen: no GPU has timed them yet."""
+    chosen = overridden.get("blocks")
+    is_compiled = q.dtype == torch.bfloat16 and target_of(q.device) in BLOCKS
+    is_compiled |= chosen is not True
+    return bool(chosen) and is_compiled and bonus is None
+
+
+def num_kept(q, v, log_decay, bonus, cu_seqlens):
+    """How many segments' states the forward pass returns."""
+    if goes_in_blocks(q, bonus):
+        return 0
+    programs = q.shape[2] * num_slices(q, v, log_decay, bonus)
+    return count_segments(q.shape[0], q.shape[1], programs, cu_seqlens, q.device)
+
+
 linear_recurrence_triton, _forward_operator, _backward_operator, PASSES = make_operator(
-    __name__, forward, backward, num_slices
+    __name__, forward, backward, num_kept
 )
 
 

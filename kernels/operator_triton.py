@@ -13,7 +13,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .launch_triton import operator_namespace, whole
 from .ready_triton import Passes, Ready
-from .segments_triton import count_segments
 
 # What both operators begin with, as PyTorch writes it.
 _INPUTS = (
@@ -37,7 +36,7 @@ class Operator(NamedTuple):
     passes: Passes
 
 
-def make_operator(module, raw_forward, raw_backward, num_slices):
+def make_operator(module, raw_forward, raw_backward, num_kept):
     """Registers the operators of a module.
 
     Args:
@@ -48,7 +47,7 @@ def make_operator(module, raw_forward, raw_backward, num_slices):
         raw_backward: (the first seven of these, entering states, do, dfinal, scale, whether the
             gradients of the decay and of the initial state are wanted) to (dq, dk, dv, dlog_decay,
             dbonus, dinitial), None where not wanted.
-        num_slices: (q, v, log_decay, bonus) to the programs for each head and segment.
+        num_kept: (q, v, log_decay, bonus, cu_seqlens) to the number of these entering states.
     """
     namespace = operator_namespace(module)
 
@@ -62,11 +61,10 @@ def make_operator(module, raw_forward, raw_backward, num_slices):
 
     @forward_operator.register_fake
     def _(q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, output_final_state):
-        batch, time, heads, key_dim = q.shape
+        batch, _, heads, key_dim = q.shape
         num_documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
         state = heads, key_dim, v.shape[-1]
-        slices = num_slices(q, v, log_decay, bonus)
-        num_segments = count_segments(batch, time, heads * slices, cu_seqlens, q.device)
+        num_segments = num_kept(q, v, log_decay, bonus, cu_seqlens)
         return (
             torch.empty_like(v),
             q.new_empty((num_documents, *state) if output_final_state else 0, dtype=torch.float32),

@@ -58,7 +58,12 @@ overridden = {}
 
 @contextmanager
 def override(**choices):
-    """Chooses `segment` (tokens), or a kernel's `Config` by its name, for a block of code."""
+    """Chooses for a block of code.
+
+    `segment`: tokens of a segment. A kernel's `Config` by its name. Of the scan also `at_once`:
+    whether a backward pass is one launch; `blocks`: two passes, where BLOCKS has them (True) or by
+    ((padded width, `Blocks`), ...); `walk`: the first one's `Walk`.
+    """
     previous = dict(overridden)
     overridden.update(choices)
     try:
@@ -68,7 +73,7 @@ def override(**choices):
         overridden.update(previous)
 
 
-def plan(batch, time, programs_per_document, cu_seqlens, device):
+def plan(batch, time, programs_per_document, cu_seqlens, device, length=None):
     """Cuts documents so that the programs fill the device.
 
     Args:
@@ -76,8 +81,10 @@ def plan(batch, time, programs_per_document, cu_seqlens, device):
         programs_per_document: heads times slices.
         cu_seqlens: [N + 1] or None.
         device: that of the call.
+        length: tokens of a segment; None: what keeps the device busy.
     """
-    length = _segment_length(batch, time, programs_per_document, cu_seqlens, device)
+    if length is None:
+        length = _segment_length(batch, time, programs_per_document, cu_seqlens, device)
     if cu_seqlens is None:
         per_row = -(-time // length)
         return Plan(time, length, per_row, batch * per_row, batch, per_row > 1)

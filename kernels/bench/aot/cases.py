@@ -13,6 +13,7 @@ from zoo.kernels import (
     token_mix_triton,
     wkv4_triton,
 )
+from zoo.kernels.segments_triton import override
 
 
 class Case(NamedTuple):
@@ -40,11 +41,21 @@ def empty(*shape, dtype=torch.bfloat16):
 
 
 def linear(
-    form, batch, time, heads, key_dim, value_dim=None, bonus=False, dtype=torch.bfloat16, **limits
+    form,
+    batch,
+    time,
+    heads,
+    key_dim,
+    value_dim=None,
+    bonus=False,
+    dtype=torch.bfloat16,
+    chosen=None,
+    **limits,
 ):
     """`linear_recurrence` with a decay of one form: "none", "H", "BTH" or "BTHK".
 
     The gradients asked for are those of training: of q, k, v, bonus and all decays but [H].
+    chosen: what `override` of segments_triton.py takes.
     """
     value_dim = value_dim or key_dim
     operator = linear_recurrence_triton if form != "BTHK" else linear_recurrence_channels_triton
@@ -57,8 +68,9 @@ def linear(
         decay = gates(form, q)
         u = empty(heads, key_dim, dtype=torch.float32) if bonus else None
         inputs = q, k, v, decay, u, None, None
-        _, _, entering = operator.forward(*inputs, 1.0, False)
-        operator.backward(*inputs, entering, do, None, 1.0, form in ("BTH", "BTHK"), False)
+        with override(**(chosen or {})):
+            _, _, entering = operator.forward(*inputs, 1.0, False)
+            operator.backward(*inputs, entering, do, None, 1.0, form in ("BTH", "BTHK"), False)
 
     is_wide = dtype == torch.bfloat16 and key_dim % 64 == value_dim % 64 == 0
     return Case(run, batch * time * heads, is_wide, **limits)
@@ -163,8 +175,17 @@ CASES: dict[str, Case] = {
     "retention 64": linear("H", 8, 8192, 16, 64),
     "retention 128": linear("H", 8, 8192, 16, 128, max_bytes=4100),
     "retention 128, segments": linear("H", 1, 65536, 16, 128, max_bytes=5300),
+    "retention 64, few heads": linear("H", 8, 1024, 8, 64),
+    "retention 128, few heads": linear("H", 2, 1024, 8, 128),
+    "retention 128, slices of 32": linear("H", 1, 1024, 33, 128),
+    "retention 64, 128, few heads": linear("H", 2, 1024, 8, 64, 128),
+    "linear attention 128, few heads": linear("none", 2, 1024, 8, 128),
     "retention 256": linear("H", 8, 2048, 32, 256),
     "retention 256, 512": linear("H", 8, 2048, 8, 256, 512),
+    "retention 256, two passes": linear("H", 8, 2048, 32, 256, chosen={"blocks": True}),
+    "retention 256, 512, two passes": linear("H", 8, 2048, 8, 256, 512, chosen={"blocks": True}),
+    "retention 256, one block": linear("H", 64, 256, 8, 256, chosen={"blocks": True}),
+    "scalar gates 256, two passes": linear("BTH", 8, 2048, 16, 256, chosen={"blocks": True}),
     "linear attention 128": linear("none", 8, 8192, 16, 128),
     "scalar gates 64": linear("BTH", 8, 8192, 32, 64),
     "scalar gates 128": linear("BTH", 8, 8192, 16, 128),

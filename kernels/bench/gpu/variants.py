@@ -42,7 +42,9 @@ def candidates(workload):
 
     tokens, key_dim = workload.inputs["q"].shape[1], workload.inputs["q"].shape[-1]
     found = {SHIPPED: {}}
+    batch, heads, value_dim = len(workload.inputs["q"]), *workload.inputs["v"].shape[2:]
     if key_dim > 128:
+        found |= two_passes(key_dim, value_dim)
         programs = [*itertools.product((64,), (32, 64, 128), (4, 8), (2, 3))]
         programs += itertools.product((32,), (32, 64, 128), (4,), (2,))
     else:
@@ -61,11 +63,38 @@ def candidates(workload):
         if tokens // count >= 64
     }
     found |= cuts | configs
+    if batch * heads < 132:
+        found["gradients in a row"] = {"at_once": False}
+        found["slices of 64, gradients in a row"] = {
+            "at_once": False,
+            "scan": Config(64, 64, 4, 2),
+        }
     # Both at once where one launch has too few programs for a device.
-    if workload.inputs["q"].shape[0] * workload.inputs["q"].shape[2] < 132:
+    if batch * heads < 132:
         for (a, cut), (b, config) in itertools.product(cuts.items(), configs.items()):
             if a != "1 segment":
                 found[f"{a}, {b}"] = cut | config
+    return found
+
+
+def two_passes(key_dim, value_dim):
+    """As `candidates`: the two passes of linear_recurrence_blocks_triton.py."""
+    from zoo.kernels.linear_recurrence_blocks_triton import BLOCKS, Blocks
+    from zoo.kernels.linear_recurrence_walk_triton import Walk
+
+    shipped = BLOCKS["sm_90"]
+    found = {"two passes": {"blocks": True}}
+    for length in (128, 512):
+        found[f"two passes, blocks of {length}"] = {"blocks": True, "segment": length}
+    found["two passes, walk of 4 warps"] = {"blocks": True, "walk": Walk(64, 128, 4, 3)}
+    others = {
+        256: [Blocks(64, 64, 128, 64, 4, 2), Blocks(64, 64, 256, 64, 8, 2)],
+        512: [Blocks(64, 64, 128, 64, 8, 2), Blocks(64, 32, 128, 64, 4, 2)],
+    }
+    for width in sorted({key_dim, value_dim}):
+        for one in others[width]:
+            words = f"two passes, {width}: {one.rows} by {one.keys}, slices of {one.slice}"
+            found[words] = {"blocks": tuple((shipped | {width: one}).items())}
     return found
 
 
