@@ -198,9 +198,21 @@ def test_weights_that_are_more_than_numbers_are_left_alone(model, calls):
         project = lambda: F.linear(hidden, weight)  # noqa: E731
         assert type(onednn.run_by_onednn(project, hidden, WIDTH)) is Weight
         assert calls == []
-        transposed = torch.ones(WIDTH, 400).T
-        onednn.run_by_onednn(lambda: F.linear(hidden, transposed), hidden, WIDTH)
+        other = torch.ones(WIDTH, 800)[:, ::2].T
+        onednn.run_by_onednn(lambda: F.linear(hidden, other), hidden, WIDTH)
     assert calls == []
+
+
+def test_the_transpose_of_a_weight_has_rows_enough(calls):
+    """Of few rows MKL is faster with it."""
+    rows, transposed = torch.ones(1, 8, WIDTH), torch.eye(WIDTH, 400).T
+    with torch.no_grad():
+        expected = F.linear(rows, transposed)
+        for count in (7, 8):
+            few = rows[:, :count]
+            y = onednn.run_by_onednn(lambda few=few: F.linear(few, transposed), few, WIDTH)
+            torch.testing.assert_close(y, expected[:, :count])
+            assert len(calls) == (count == 8)
 
 
 def test_a_model_is_pickled_as_before(model):

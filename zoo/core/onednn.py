@@ -19,6 +19,8 @@ from ..kernels.host_products import is_faster_here, product
 LEAST_NUMBERS = 1 << 17
 # Every other operation of a pass takes the host 0.8 microseconds more; so many rows pay for that.
 MANY_ROWS = 64
+# Of fewer rows MKL reads the transpose of a weight faster.
+FEW_ROWS = 8
 
 
 def run_by_onednn(run, x, width):
@@ -62,7 +64,7 @@ def _is_served(x, weight, bias=None):
         x.dtype == weight.dtype == torch.float32
         and weight.numel() * rows >= LEAST_NUMBERS
         and weight.ndim == 2
-        and weight.is_contiguous()
+        and (weight.is_contiguous() or (rows >= FEW_ROWS and weight.T.is_contiguous()))
         and x.device.type == weight.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

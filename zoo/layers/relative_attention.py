@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import initialization as init
 
 from ..core.flops import linear_flops, mean_visible
@@ -295,22 +295,34 @@ class RelativeAttention(nn.Module):
         t_HBD = tq_BHK.transpose(0, 1).bmm(r_HKD.to(dtype))
         if clock < self.window:  # the ring has not come round
             held_BSD = state.inputs_BW1D[:, clock + 1 - seen : clock + 1, 0]
-            bias_HBS = (t_HBD @ given.sinusoids[:seen].to(dtype).T).flip(-1)
+            bias_HBS = F.linear(t_HBD, given.sinusoids[:seen].to(dtype)).flip(-1)
         else:
-            held_BSD, bias_HBS = state.inputs_BW1D[:, :, 0], t_HBD @ given.sinusoids.to(dtype).T
+            held_BSD, bias_HBS = (
+                state.inputs_BW1D[:, :, 0],
+                F.linear(t_HBD, given.sinusoids.to(dtype)),
+            )
             bias_HBS = bias_HBS[..., :size]
             bias_HBS[..., seen:] = -torch.inf
             bias_HBS = bias_HBS.flip(-1).roll(clock % size + 1, -1)
-        own_BSD = given.norm(held_BSD.to(uq_BHK.dtype)).to(dtype)[:, None]
-        sum_BHD = scaled_dot_product_attention(
-            q_HBD.transpose(0, 1)[:, None].to(dtype),
-            own_BSD,
-            own_BSD,
-            attn_mask=bias_HBS.transpose(0, 1)[:, None],
-            scale=self.scale,
-        )[:, 0]
+        own_BSD = given.norm(held_BSD.to(uq_BHK.dtype)).to(dtype)
+        sum_BHD = self._read(q_HBD.transpose(0, 1).to(dtype), own_BSD, bias_HBS.transpose(0, 1))
         y_HBV = sum_BHD.to(uq_BHK.dtype).transpose(0, 1) @ v_HVD.to(uq_BHK.dtype).mT
         return y_HBV.transpose(0, 1)[:, None]
+
+    def _read(self, q_BHD, own_BSD, bias_BHS):
+        """softmax(q x^T / sqrt(K) + b) x of each row's heads, which share the inputs x."""
+        if own_BSD.shape[0] > 1:
+            return F.scaled_dot_product_attention(
+                q_BHD[:, None],
+                own_BSD[:, None],
+                own_BSD[:, None],
+                attn_mask=bias_BHS[:, None],
+                scale=self.scale,
+            )[:, 0]
+        # Of one row it is two products with the same matrix, which each read it once for all heads.
+        (own_SD,) = own_BSD
+        p_BHS = (F.linear(q_BHD * self.scale, own_SD) + bias_BHS).softmax(-1)
+        return F.linear(p_BHS, own_SD.T)
 
     def scores_of_step(self, tq_BHK, sinusoids_ED):
         """(q + t) r_d / sqrt(K) of one query per row and all distances, [B, H, E].
