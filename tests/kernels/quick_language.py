@@ -47,8 +47,8 @@ def _store_quickly():
         read, everything = quick.reader(value, kind), quick.filled(shape, np.dtype(bool), True)
 
         def compute(value, mask):
-            mask = everything if mask is None else np.broadcast_to(mask.handle.data, shape)
-            return np.broadcast_to(read(value), shape), mask
+            mask = everything if mask is None else quick.spread(mask.handle.data, shape)
+            return quick.spread(read(value), shape), mask
 
         data, mask = compute(value, mask)
         stored = interpreter._interpreter.load(pointer.handle.data, mask, data, data.dtype)

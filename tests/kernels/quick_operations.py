@@ -239,6 +239,10 @@ def filled(shape, kind, number):
     return data
 
 
+def spread(data, shape):
+    return data if data.shape == shape else np.broadcast_to(data, shape)
+
+
 def loading(result, pointer, mask, other):
     kind, shape = pointer.dtype.element_ty, pointer.handle.data.shape
     require(kind != tl.int1 and result.handle.data.shape == shape)
@@ -248,11 +252,11 @@ def loading(result, pointer, mask, other):
     read = reader(other, kind) if type(other) is TENSOR or kind == tl.float32 else None
 
     def compute(pointer, mask, other):
-        mask = everything if mask is None else np.broadcast_to(mask.handle.data, shape)
+        mask = everything if mask is None else spread(mask.handle.data, shape)
         if other is None or (type(other) is not TENSOR and other == 0):
             return load(pointer.handle.data, mask, nothing, wanted)
         require(read)
-        return load(pointer.handle.data, mask, np.broadcast_to(read(other), shape), wanted)
+        return load(pointer.handle.data, mask, spread(read(other), shape), wanted)
 
     return compute
 
