@@ -31,6 +31,7 @@ SHAPES = (
     "retention (4, 4096, 8, 256, 512)",
     "retention (8, 1024, 8, 64)",
     "retention (1, 8192, 96, 128)",
+    "retention (4, 2048, 16, 128)",
     "retention (4, 4096, 64, 128)",
 )
 SHIPPED = "as shipped"
