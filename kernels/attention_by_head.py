@@ -223,6 +223,20 @@ def attend_block(q_BGRCK, k_BGSK, v_BGSV, visible_BCS, logits_BGRC1, bias):
     return o_BGRCV
 
 
+def padded_scores(q_BCHK, k_SHK):
+    """q^T k [B, H, C, S + 1], a head at a time, without gradients; what is last has no meaning.
+
+    Args:
+        q_BCHK, k_SHK: float32; all rows have the same k.
+    """
+    q_BHCK, k_HSK = q_BCHK.transpose(1, 2).contiguous(), k_SHK.transpose(0, 1).contiguous()
+    score_BHCS = q_BCHK.new_zeros(*q_BHCK.shape[:3], k_HSK.shape[1] + 1)
+    for b in range(len(q_BHCK)):
+        for h, k_SK in enumerate(k_HSK):
+            score_BHCS[b, h, :, :-1] = product(q_BHCK[b, h], k_SK, None)
+    return score_BHCS
+
+
 class _Blocks:
     """(first query, last + 1, keys that are seen) of each block of queries, and their scores."""
 

@@ -12,7 +12,7 @@ from zoo.kernels import dilated_attention, host_products
 from zoo.kernels import windowed_attention as windowed
 from zoo.kernels.dilated_attention import dilated_attention_reference
 from zoo.kernels.windowed_attention import windowed_attention, windowed_attention_reference
-from zoo.layers import compressive_memory, recurrent_cell
+from zoo.layers import compressive_memory, recurrent_cell, relative_scores
 
 PACKED = torch.tensor([0, 1, 1, 38, 60])
 pytestmark = pytest.mark.skipif(
@@ -174,6 +174,21 @@ def test_blocks_of_queries(calls, monkeypatch, bias, logits, heads):
         found = windowed_attention(*x, 20, **keyword)
     assert calls == ["block"] * 4
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_scores_of_distances(calls, monkeypatch):
+    """Transformer-XL's, which without gradients are made by head and moved to their keys."""
+    monkeypatch.setattr(relative_scores, "LEAST_IN_BLOCK", 8)
+    made = counted(calls, "scores", relative_scores.padded_scores)
+    monkeypatch.setattr(relative_scores, "padded_scores", made)
+    q, r = inputs()[0], inputs(rows=1, time=30, groups=4)[1][0]
+    expected = relative_scores.band_scores(q.requires_grad_(), torch.arange(9, 25), r, 40).detach()
+    assert calls == []
+    with torch.no_grad():
+        found = relative_scores.band_scores(q, torch.arange(9, 25), r, 40)
+    seen = torch.ones(16, 40).tril(24).bool()
+    assert calls == ["scores"]
+    torch.testing.assert_close(found[..., seen], expected[..., seen], rtol=1e-5, atol=1e-6)
 
 
 def test_states_look_at_all(calls):

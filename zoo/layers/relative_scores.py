@@ -7,6 +7,8 @@ distance are one product; every row of it is then moved to where its keys are.
 import torch
 from torch.nn.functional import pad
 
+from ..kernels.attention_by_head import LEAST_IN_BLOCK, padded_scores, takes_blocks_by_head
+
 # Queries whose zeros before the text are summed at a time.
 BLOCK = 512
 
@@ -30,9 +32,13 @@ def shifted(score_CS):
     sees key s at the distance S - C + c - s: row c moves by C - 1 - c. Keys after a query get what
     was in the next row, of no meaning.
     """
-    num_queries, num_keys = score_CS.shape[-2:]
-    flat = pad(score_CS, (0, 1)).flatten(-2)
-    begin = num_queries - 1
+    return _moved(pad(score_CS, (0, 1)))
+
+
+def _moved(padded_CS):
+    """`shifted` of scores that have one more column, of no meaning."""
+    num_queries, num_keys = padded_CS.shape[-2], padded_CS.shape[-1] - 1
+    flat, begin = padded_CS.flatten(-2), num_queries - 1
     return flat[..., begin : begin + num_queries * num_keys].unflatten(-1, (num_queries, num_keys))
 
 
@@ -48,6 +54,10 @@ def band_scores(q_BTHK, rows, r_EHK, num_keys):
     distance_S = torch.arange(num_keys - 1, -1, -1, device=r_EHK.device)
     r_SHK = r_EHK[distance_S.clamp(max=r_EHK.shape[0] - 1)]
     if rows.ndim == 1:
+        if not torch.is_grad_enabled():
+            sizes = len(rows), num_keys, LEAST_IN_BLOCK
+            if takes_blocks_by_head(q_BTHK, r_SHK, r_SHK, *sizes):
+                return _moved(padded_scores(q_BTHK[:, rows], r_SHK))
         return shifted(torch.einsum("bchk,shk->bhcs", q_BTHK[:, rows], r_SHK))
     # All blocks of a program for export, which cannot prove how [N, C] makes [T].
     return shifted(torch.einsum("bthk,shk->bhts", q_BTHK, r_SHK)[:, :, rows])
