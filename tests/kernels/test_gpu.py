@@ -4,6 +4,7 @@ Without one, ZOO_TINY_GPU_TESTS=1 runs what can run in Triton's interpreter, at 
 of these tests.
 """
 
+import functools
 import itertools
 import os
 import statistics
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from zoo.kernels.delta_recurrence import delta_recurrence, delta_recurrence_chunked
 from zoo.kernels.linear_recurrence import linear_recurrence, linear_recurrence_chunked
+from zoo.kernels.segments_triton import override
 from zoo.kernels.token_mix import token_mix
 from zoo.kernels.wkv4 import wkv4, wkv4_chunked
 
@@ -159,6 +161,31 @@ def test_linear_recurrence(form, bonus, shape, dtype):
     x = linear_inputs(form, bonus, tiny(*shape), dtype)
     got = results(linear_recurrence, x, backend="triton")
     assert_close(got, in_float64(linear_recurrence_chunked, x), LIMITS[dtype])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    ("choices", "shape"),
+    [
+        ({"blocks": True}, (1, 1000, 2, 256, 256)),
+        ({"blocks": True}, (1, 777, 2, 256, 512)),
+        ({"at_once": True}, (1, 1000, 8, 64, 64)),
+        ({"at_once": True}, (1, 1000, 2, 128, 128)),
+    ],
+    ids=str,
+)
+def test_programs_by_choice(choices, shape, packed):
+    """Two passes for wide heads; three gradients in one launch. Decays here are constants."""
+    lengths = [0, 1, 19, 0, 12] if IS_TINY else [0, 1, 300, 0, 476]
+    shape = (1, sum(lengths), *tiny(*shape[2:])) if packed else tiny(*shape)
+    x = linear_inputs("H", False, shape, torch.bfloat16, len(lengths) if packed else None)
+    gates = x.pop("log_decay")
+    keyword = {"cu_seqlens": boundaries(lengths)} if packed else {}
+    with override(**choices):
+        ours = functools.partial(linear_recurrence, log_decay=gates)
+        got = results(ours, x, backend="triton", **keyword)
+    exact = functools.partial(linear_recurrence_chunked, log_decay=gates.double())
+    assert_close(got, in_float64(exact, x, **keyword), LIMITS[torch.bfloat16])
 
 
 @pytest.mark.parametrize(("shape", "dtype"), PAIRS, ids=str)
