@@ -199,7 +199,7 @@ def attend_block(q_BGRCK, k_BGSK, v_BGSV, visible_BCS, logits_BGRC1, bias):
         o [B, G, R, C, V].
     """
     size, shape = k_BGSK.shape[2], q_BGRCK.shape
-    mask_BCS = torch.zeros(visible_BCS.shape).masked_fill_(~visible_BCS, -torch.inf)
+    mask_BCS = q_BGRCK.new_zeros(visible_BCS.shape).masked_fill_(~visible_BCS, -torch.inf)
     mask_BCS = mask_BCS.expand(shape[0], -1, -1)
     if bias is not None:
         bias = bias.expand(*shape[:4], size)
@@ -247,7 +247,8 @@ class _Blocks:
             end = min(start + size, length)
             self.bounds.append((start, end, older + end if is_causal else num_keys))
         if is_causal:
-            self.hidden_CC = torch.full((size, size), -torch.inf).triu_(1)
+            hidden_CC = torch.full((size, size), -torch.inf, dtype=torch.float32, device="cpu")
+            self.hidden_CC = hidden_CC.triu_(1)
 
     def __iter__(self):
         return iter(self.bounds)

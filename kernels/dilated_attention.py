@@ -546,8 +546,8 @@ def _times(factors, q_SHCK, k_SHCK):
 def _mask(q_SHCK, k_SHCK):
     """0 where a key is seen, else -inf, [C, C']: queries are the last of as many slots."""
     num_queries, num_keys = q_SHCK.shape[2], k_SHCK.shape[2]
-    mask_CC = torch.full((num_queries, num_keys), -torch.inf, dtype=q_SHCK.dtype)
-    return mask_CC.triu(num_keys - num_queries + 1).to(q_SHCK.device)
+    mask_CC = q_SHCK.new_full((num_queries, num_keys), -torch.inf)
+    return mask_CC.triu(num_keys - num_queries + 1)
 
 
 def _fused_mask(q_SHCK, k_SHCK):
@@ -564,7 +564,7 @@ def _is_fused(x):
 def _softmax_attention(q, k, v, scale):
     """PyTorch's fused attention on a CPU, with its logarithms; elsewhere written out, in blocks."""
     if takes_blocks_by_head(q, k, v, q.shape[2], k.shape[2]):
-        inputs = (q * scale).flatten(0, 1), *(x.flatten(0, 1).contiguous() for x in (k, v))
+        inputs = [x.flatten(0, 1).contiguous() for x in (q * scale, k, v)]
         found = attend(*inputs, is_causal=True, wants_log=True)
         return tuple(x.unflatten(0, q.shape[:2]) for x in found)
     if _is_fused(q):

@@ -15,6 +15,8 @@ import zoo
 from zoo.contract.subject import variants_of, zoo_subject
 from zoo.core.base import scale_
 from zoo.core.state import FORMER_LAYER_TYPES, load_state, save_state
+from zoo.kernels import attention_by_head, windowed_attention
+from zoo.layers import relative_scores
 
 TINY = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 VARIANTS = [(name, variant) for name in zoo.MODELS for variant in variants_of(name)]
@@ -53,6 +55,36 @@ def test_shifted_labels_of_any_stride(architecture):
     assert torch.equal(model(ids[:, :-1], shift_labels=ids[:, 1:]).loss, expected)
     model.train().loss_chunk_size = 5
     torch.testing.assert_close(model(ids[:, :-1], shift_labels=ids[:, 1:]).loss, expected)
+
+
+@pytest.mark.parametrize("way", ["as it is", "by head"])
+@architectures
+def test_pytorchs_default_device_is_not_the_models(architecture, way, monkeypatch):
+    """Whoever has a GPU as the default and a model elsewhere; meta tensors show what went there."""
+    if way == "by head":  # which long texts of wide heads take on some processors
+        monkeypatch.setattr(attention_by_head, "is_faster_here", lambda: True)
+        monkeypatch.setattr(attention_by_head, "LEAST_QUERIES", 2)
+        monkeypatch.setattr(attention_by_head, "LEAST_WIDTH", 1)
+        for module in (windowed_attention, relative_scores):
+            monkeypatch.setattr(module, "LEAST_IN_BLOCK", 2)
+    # With windows and segments that the text is longer than.
+    fields = next(iter(variants_of(architecture.name).values()))
+    model, ids = build(architecture, **fields), ids_of(2, 150)
+
+    def run():
+        found, cache = [], None
+        with torch.no_grad():
+            for piece in ids.split([100, 47, 1, 1, 1], dim=1):
+                output = model(piece, past_key_values=cache, use_cache=True)
+                found, cache = [*found, output.logits], output.past_key_values
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return found + [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 def gradients_under_autocast(model, ids, is_inside, dtype=torch.bfloat16):

@@ -34,11 +34,11 @@ from zoo.kernels import (
     token_mix,
     wkv4,
 )
+from zoo.kernels.bench.marked import replaced
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "host.json"
 README = HERE / "README.md"
-MARKS = "<!-- host -->", "<!-- end of host -->"
 
 
 class _Launcher:
@@ -299,10 +299,8 @@ def main():
         return
     record = json.loads(RESULTS.read_text())
     versions = ", ".join(f"{key} {record[key]}" for key in ("python", "torch", "triton"))
-    before, rest = README.read_text().split(MARKS[0])
-    middle = ["", f"One thread, {record['host']} ({versions}).", "", *table(record["cases"]), ""]
-    after = rest.split(MARKS[1])[1]
-    README.write_text(before + MARKS[0] + "\n".join(middle) + "\n" + MARKS[1] + after)
+    lines = [f"One thread, {record['host']} ({versions}).", "", *table(record["cases"]), ""]
+    README.write_text(replaced(README.read_text(), "host", lines))
 
 
 if __name__ == "__main__":

@@ -29,12 +29,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zoo
 from zoo.kernels import token_mix
 from zoo.kernels.bench.aot.checks import bytes_of, traffic
+from zoo.kernels.bench.marked import replaced
 from zoo.kernels.launch_triton import recording
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "layer_bytes.json"
 README = HERE / "README.md"
-MARKS = "<!-- layer bytes -->", "<!-- end of layer bytes -->"
 BATCH, TIME, WIDTH, LAYERS = 8, 4096, 1024, 3
 # What moves nothing: views, and memory that nobody has written yet.
 NOTHING = set(
@@ -212,9 +212,8 @@ def main():
         print("\n".join(table(found)))
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
         return
-    before, rest = README.read_text().split(MARKS[0])
-    middle = "\n".join(table(json.loads(RESULTS.read_text())))
-    README.write_text(f"{before}{MARKS[0]}\n{middle}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    lines = table(json.loads(RESULTS.read_text()))
+    README.write_text(replaced(README.read_text(), "layer bytes", lines))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 from zoo.kernels.bench.aot.cases import linear
 from zoo.kernels.bench.aot.compiling import specialise
 from zoo.kernels.bench.aot.counting import count
+from zoo.kernels.bench.marked import replaced
 from zoo.kernels.bench.resources import compile_all
 from zoo.kernels.launch_triton import Config, recording
 from zoo.kernels.segments_triton import override
@@ -34,7 +35,6 @@ from zoo.kernels.segments_triton import override
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "wide.json"
 README = HERE / "README.md"
-MARKS = "<!-- wide -->", "<!-- end of wide -->"
 TARGET, PROCESSORS = "sm_90", 132
 BYTES, FLOPS = 3.0e12, 787e12
 SHIPPED = "as shipped"
@@ -183,9 +183,8 @@ def main():
         print("\n".join(table(found)))
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
         return
-    before, rest = README.read_text().split(MARKS[0])
-    middle = "\n".join(table(json.loads(RESULTS.read_text())))
-    README.write_text(f"{before}{MARKS[0]}\n{middle}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    lines = table(json.loads(RESULTS.read_text()))
+    README.write_text(replaced(README.read_text(), "wide", lines))
 
 
 if __name__ == "__main__":

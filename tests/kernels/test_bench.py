@@ -10,6 +10,7 @@ import torch
 from zoo.kernels.bench import run
 from zoo.kernels.bench.gpu import checking, tables, timing, variants, workloads
 from zoo.kernels.bench.gpu.cases import CASES
+from zoo.kernels.bench.marked import replaced
 from zoo.kernels.delta_recurrence import delta_recurrence_reference
 from zoo.kernels.linear_recurrence import linear_recurrence_reference
 from zoo.kernels.wkv4 import wkv4_reference
@@ -409,3 +410,11 @@ def test_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
         run.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_parts_between_marks():
+    text = "a\n<!-- x -->\nold\n<!-- end of x -->\nb\n"
+    assert replaced(text, "x", ["1", "2"]) == text.replace("old", "1\n2")
+    for mark in ("y", "a b"):
+        with pytest.raises(ValueError, match=f"one part from <!-- {mark} --> to"):
+            replaced(text, mark, [])

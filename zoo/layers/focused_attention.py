@@ -148,9 +148,10 @@ class FocusedAttention(SegmentAttention):
         own_k_BLHK = rotate(own_k_BLHK, *(x[: slot + 1] for x in table))
         if begin == 0:
             return attention_step_to_all(q_B1HK, own_k_BLHK, own_v_BLHV, self.scale)
-        count_B1 = torch.full((len(q_B1HK), 1), slot + 1)
+        device = q_B1HK.device
+        count_B1 = torch.full((len(q_B1HK), 1), slot + 1, device=device)
         own = Sinks(q_B1HK, own_k_BLHK, own_v_BLHV, count_B1)
-        far_BS = torch.ones(keys_BSHK.shape[:2], dtype=torch.bool)
+        far_BS = torch.ones(keys_BSHK.shape[:2], dtype=torch.bool, device=device)
         return attention_step(q_B1HK, keys_BSHK, values_BSHV, far_BS, scale=self.scale, sinks=own)
 
     def run_pass(self, q_BTHK, k_BTHK, v_BTHV, sequence, state, table):

@@ -14,6 +14,8 @@ and, with do the gradient of o, dP_t = do^T v_t and g_c = sum_{t in c} P_t dP_t,
 Queries are all that follow each other from one place on. In blocks after a query's own, w is 0.
 """
 
+import functools
+
 import torch
 
 from ..kernels.attention_by_head import (
@@ -122,20 +124,22 @@ class _Part:
 
     def __init__(self, first, rows, size):
         self.rows, self.size = rows, size
-        place_C = torch.arange(first + rows.start, first + rows.stop)
+        number = functools.partial(torch.arange, device="cpu")  # whatever is PyTorch's default
+        place_C = number(first + rows.start, first + rows.stop)
         self.own_C, slot_C = place_C // size, place_C % size
         self.low = (first + rows.start) // size
         num_blocks = (first + rows.stop - 1) // size + 1
         self.seen = num_blocks * size
-        block_M = torch.arange(num_blocks)
-        self.every_C = torch.arange(len(place_C))
+        block_M = number(num_blocks)
+        self.every_C = number(len(place_C))
         self.is_earlier_CM = block_M < self.own_C[:, None]
         self.is_not_earlier_CM = ~self.is_earlier_CM
         is_own_CM = block_M[self.low :] == self.own_C[:, None]
-        is_after_CN = torch.arange(size) > slot_C[:, None]
+        is_after_CN = number(size) > slot_C[:, None]
         hidden = is_own_CM[..., None] & is_after_CN[:, None]
         # From the block of the first query on.
-        self.hidden_CMN = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        zeros_CMN = torch.zeros_like(hidden, dtype=torch.float32)
+        self.hidden_CMN = zeros_CMN.masked_fill_(hidden, -torch.inf)
 
     def weights(self, q_CK, k_SK):
         """(p [C, M, N], w [C, M], which blocks are earlier [C, M]); p of a landmark is 0."""

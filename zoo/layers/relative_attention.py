@@ -297,11 +297,8 @@ class RelativeAttention(nn.Module):
             held_BSD = state.inputs_BW1D[:, clock + 1 - seen : clock + 1, 0]
             bias_HBS = F.linear(t_HBD, given.sinusoids[:seen].to(dtype)).flip(-1)
         else:
-            held_BSD, bias_HBS = (
-                state.inputs_BW1D[:, :, 0],
-                F.linear(t_HBD, given.sinusoids.to(dtype)),
-            )
-            bias_HBS = bias_HBS[..., :size]
+            held_BSD = state.inputs_BW1D[:, :, 0]
+            bias_HBS = F.linear(t_HBD, given.sinusoids.to(dtype))[..., :size]
             bias_HBS[..., seen:] = -torch.inf
             bias_HBS = bias_HBS.flip(-1).roll(clock % size + 1, -1)
         own_BSD = given.norm(held_BSD.to(uq_BHK.dtype)).to(dtype)

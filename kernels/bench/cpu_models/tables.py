@@ -5,11 +5,11 @@ from pathlib import Path
 
 from zoo import MODELS
 
+from ..marked import replaced
 from .contenders import COMPILED, MISTRAL
 from .tasks import LENGTH
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- models -->\n", "<!-- end of models -->"
 LARGE = "12 x 768"
 # Key of a case -> (heading, what seconds are multiplied with to be in its unit).
 COLUMNS = {
@@ -186,5 +186,4 @@ def measured(record):
 
 def with_tables(text, record):
     """The README's text with up-to-date tables between its two markers."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + "\n" + tables(record) + "\n\n" + END + rest.split(END)[1]
+    return replaced(text, "models", ["", tables(record), ""])

@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+from ..marked import replaced
+
 HERE = Path(__file__).resolve().parents[1]
 RESULTS = HERE / "results"
 README = HERE / "README.md"
@@ -121,9 +123,7 @@ def tables():
 
 def with_tables(text):
     """The README's text with up-to-date tables between its two markers."""
-    begin, end = "<!-- tables -->\n", "<!-- end of tables -->"
-    before, rest = text.split(begin)
-    return before + begin + "\n" + tables() + "\n\n" + end + rest.split(end)[1]
+    return replaced(text, "tables", ["", tables(), ""])
 
 
 def plot():
